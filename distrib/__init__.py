@@ -1,0 +1,35 @@
+"""distrib: a training run is a function of its config.
+
+The public names are imported when first used, so that `distrib --help` does not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distrib.config import Config as Config
+    from distrib.errors import DistribError as DistribError
+    from distrib.plan import RunPlan as RunPlan
+    from distrib.task import Loss as Loss
+    from distrib.task import Task as Task
+    from distrib.training.trainer import Trainer as Trainer
+    from distrib.world import World as World
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Config": "distrib.config",
+    "DistribError": "distrib.errors",
+    "Loss": "distrib.task",
+    "RunPlan": "distrib.plan",
+    "Task": "distrib.task",
+    "Trainer": "distrib.training.trainer",
+    "World": "distrib.world",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'distrib' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,5 @@
+"""`python -m distrib` is `distrib`."""
+
+from distrib.cli import main
+
+main()

@@ -1,0 +1,129 @@
+"""The command line: one function a verb, no logic. Imports wait until a verb needs them."""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from distrib.launching.member import run_as_member
+
+app = typer.Typer(
+    name="distrib",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Train PyTorch models on many processes. A run is a function of its config.
+
+    Start with:  distrib launch --processes 2 configs/digits.yaml
+
+    The same run in one process:  distrib train configs/digits.yaml --run-dir runs/alone
+
+    What the numbers come to, without running:  distrib explain configs/digits.yaml --processes 2
+
+    A finished run's metrics again:  distrib evaluate runs/digits
+
+    Exit codes: 0 done, 1 failed, 2 the input is wrong (one line says what).""",
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
+Overrides = Annotated[
+    Optional[list[str]],
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example optim.lr=0.01 train.epochs=2."),
+]
+
+
+def _as_member(verb: Callable[..., None]) -> Callable[..., None]:
+    """Errors of the user's end in one line and exit code 2, crashes in the failing rank's traceback."""
+
+    @functools.wraps(verb)
+    def run(*args: object, **kwargs: object) -> None:
+        run_as_member(lambda: verb(*args, **kwargs))
+
+    return run
+
+
+@app.command()
+@_as_member
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    run_dir: Annotated[
+        Optional[Path], typer.Option(help="The run folder.  [default: runs/NAME]", show_default=False)
+    ] = None,
+) -> None:
+    """Train in this process, or as a member where a launcher (torchrun, accelerate, distrib) started it."""
+    from distrib.config import Config
+    from distrib.task import load_task
+    from distrib.training.trainer import Trainer
+
+    loaded = Config.load(config, overrides or ())
+    Trainer(load_task(loaded.task), loaded, run_dir).fit()
+
+
+@app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+@_as_member
+def launch(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG [KEY=VALUE]... | SCRIPT.py [ARGUMENT]...",
+            help="What `distrib train` takes, or a Python script of yours with its arguments.",
+        ),
+    ],
+    processes: Annotated[
+        Optional[int],
+        typer.Option(help="How many to start.  [default: one for each accelerator, else 1]", show_default=False),
+    ] = None,
+    port: Annotated[
+        Optional[int], typer.Option(help="Where the processes meet.  [default: a free port]", show_default=False)
+    ] = None,
+    module: Annotated[bool, typer.Option("-m", help="Run a module of yours: -m MODULE [ARGUMENT]...")] = False,
+) -> None:
+    """Start several training processes on this machine, and end them together."""
+    from distrib.launching import local
+
+    processes = local.default_processes() if processes is None else processes
+    if module or arguments[0].endswith(".py"):
+        command = local.script_command(arguments, module)
+    else:
+        parsed = typer.main.get_command(app).commands["train"].make_context("train", list(arguments)).params  # type: ignore[attr-defined]
+        command = local.train_command(arguments, parsed["config"], parsed["overrides"] or (), processes)
+    sys.exit(local.launch(command, processes, port))
+
+
+@app.command()
+@_as_member
+def explain(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    processes: Annotated[int, typer.Option(help="For how many processes.", min=1)] = 1,
+) -> None:
+    """Print what a config comes to: batches, steps, learning rates. Trains nothing."""
+    from distrib.config import Config
+    from distrib.plan import RunPlan
+    from distrib.reporting.explain import print_plan
+    from distrib.task import load_task
+
+    loaded = Config.load(config, overrides or ())
+    dataset = load_task(loaded.task).train_dataset()
+    print_plan(loaded, RunPlan.create(loaded, processes, len(dataset)))  # type: ignore[arg-type]
+
+
+@app.command()
+@_as_member
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/digits.")],
+) -> None:
+    """Evaluate a run's newest weights on the whole evaluation set. Changes nothing in its folder."""
+    from distrib.training.trainer import evaluate_run
+
+    evaluate_run(run)
+
+
+def main() -> None:
+    """The entry point of `distrib` and of `python -m distrib`."""
+    app(prog_name="distrib")

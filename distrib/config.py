@@ -1,0 +1,237 @@
+"""What the user writes: one YAML file, strict and typed. Every error names its key.
+
+Precedence: defaults < file < `key=value`. An unknown key is refused with the nearest valid one.
+"""
+
+import difflib
+import re
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from distrib.errors import ConfigError
+
+MixedPrecision: TypeAlias = Literal["no", "bf16", "fp16"]
+StrategyName: TypeAlias = Literal["auto", "single", "ddp"]
+Schedule: TypeAlias = Literal["constant", "linear", "cosine"]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TaskConfig(_Section):
+    """`target` is `module:Class`; every other key is a keyword argument of that class."""
+
+    model_config = ConfigDict(extra="allow")
+
+    target: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class DataConfig(_Section):
+    """A step reads `global_batch_size` samples, in micro-batches of `micro_batch_size`."""
+
+    global_batch_size: PositiveInt = 64
+    micro_batch_size: PositiveInt = 16
+    num_workers: NonNegativeInt = 0
+    prefetch_factor: PositiveInt = 2  # micro-batches each worker reads ahead
+
+
+class OptimConfig(_Section):
+    """`name` is a torch.optim class; the keys that class does not take may not be given."""
+
+    name: str = "adamw"
+    lr: NonNegativeFloat = 0.001
+    weight_decay: NonNegativeFloat = 0.0
+    betas: Annotated[tuple[Rate, Rate], Field(strict=False)] = (0.9, 0.999)
+    momentum: NonNegativeFloat = 0.0
+    options: dict[str, Any] = {}  # further keyword arguments of the class
+    schedule: Schedule = "constant"
+    warmup_steps: NonNegativeInt = 0
+
+
+class TrainConfig(_Section):
+    """Length of the run: `epochs` or `steps`, one of the two."""
+
+    epochs: PositiveInt | None = None
+    steps: PositiveInt | None = None
+    mixed_precision: MixedPrecision = "no"
+    max_grad_norm: NonNegativeFloat | None = None  # none: no clipping
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainConfig":
+        if (self.epochs is None) == (self.steps is None):
+            given = "neither" if self.epochs is None else f"epochs: {self.epochs} and steps: {self.steps}"
+            raise ValueError(f"give the length of the run as epochs or as steps, one of the two; given: {given}")
+        return self
+
+
+class StrategyConfig(_Section):
+    """`auto` takes what the launcher says, else ddp (single where there is one process)."""
+
+    name: StrategyName = "auto"
+
+
+class EvalConfig(_Section):
+    """Evaluation happens at the end, and every `every_steps` steps where that is not 0."""
+
+    every_steps: NonNegativeInt = 0
+
+
+class Config(_Section):
+    """A whole run. See DESIGN in docs/config.md for each key."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    task: TaskConfig | None = None  # none: the task is given to Trainer in Python
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    strategy: StrategyConfig = StrategyConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Config":
+        """Read a YAML file and apply `key=value` overrides. Raises ConfigError."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text file"
+            raise ConfigError(f"{path}: cannot read the config: {reason}") from None
+        values = _parse(text, str(path))
+        if values is None:
+            values = {}
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: a config is a mapping of sections, this is a {type(values).__name__}")
+        values.setdefault("name", path.stem)
+        for override in overrides:
+            _apply(values, override)
+        return cls.from_dict(values, source=str(path))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "config") -> "Config":
+        """Validate a dictionary. Raises ConfigError, one line, naming the key."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(f"{source}: {_explain(error)}") from None
+
+    def dump(self) -> str:
+        """As YAML, every default written out; `Config.load` reads it back to an equal Config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
+
+    def function(self) -> dict[str, Any]:
+        """The keys that decide what is computed, flat: those left out change only how fast it gets there."""
+        values = self.model_dump(mode="json", include={"seed", "task", "data", "optim", "train"})
+        for key in ("num_workers", "prefetch_factor"):
+            del values["data"][key]
+        return _flatten(values)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: `no` and `off` are words, 1e-3 is a number, a key stands once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} stands there twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[-1] not in ("bool", "float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), "tTfF")
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$",
+    ),
+    "-+0123456789.",
+)
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506, a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise ConfigError(f"{source}: {where}not valid YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r}: an override is written key=value, for example optim.lr=0.01")
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{override!r}: {section} is a value, not a section, so {key} cannot be set in it")
+        values = inner
+    values[last] = _parse(text, override)
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for the first of pydantic's errors: key, value, what is allowed."""
+    first, *others = error.errors()
+    key = ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(others)} more)" if others else ""
+    if first["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_nearest(first['loc'])}{more}"
+    if first["type"] == "missing":
+        return f"{key}: missing, and has no default{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    given = "" if first["type"] == "value_error" else f"{first['input']!r}: "
+    return f"{key}: {given}{message}{more}"
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    """`, did you mean data.num_workers?` or the keys that are allowed there."""
+    section: type[BaseModel] = Config
+    for part in location[:-1]:
+        annotation = section.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return ""
+        section = annotation
+    prefix = "".join(f"{part}." for part in location[:-1])
+    everywhere = {
+        f"{name}.{inner}": inner
+        for name, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        for inner in field.annotation.model_fields
+    }
+    wrong = str(location[-1])
+    if close := difflib.get_close_matches(wrong, section.model_fields, n=1):
+        return f", did you mean {prefix}{close[0]}?"
+    if elsewhere := [key for key, inner in everywhere.items() if inner == wrong]:
+        return f", did you mean {elsewhere[0]}?"
+    return f"; allowed here: {', '.join(section.model_fields)}"
+
+
+def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat

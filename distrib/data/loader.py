@@ -1,0 +1,114 @@
+"""From a dataset to windows of micro-batches, read by workers, with a record of what was really read."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+
+from distrib.data.order import Positions, derive_seed, digest
+from distrib.data.sampler import DistributedSampler, MicroBatch
+from distrib.processes import die_with_parent
+
+
+class Read(NamedTuple):
+    """A collated batch with the micro-batch it was read for."""
+
+    micro_batch: MicroBatch
+    batch: Any
+
+
+class Window:
+    """This rank's part of one optimizer step: iterate to read its batches, `len` to know how many there are."""
+
+    def __init__(self, step: int, first: int, length: int, reads: Iterator[Read]) -> None:
+        self.step = step
+        self.first = first  # number, among the step's micro-batches, of this rank's first
+        self.digest = 0  # of the samples read so far, see data/order.py
+        self._length = length
+        self._reads = reads
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(self._length):
+            read = next(self._reads)
+            self.digest = (self.digest + digest(*read.micro_batch)) % 2**64
+            yield read.batch
+
+
+def train_windows(sampler: DistributedSampler, **loading: Any) -> Iterator[Window]:
+    """One window a step, from the sampler's `start` to its `stop`. `loading` as for `data_loader`."""
+    reads = iter(data_loader(sampler.dataset, sampler.micro_batches(), seed=sampler.seed, **loading))
+    length = sampler.num_samples // sampler.micro_batch_size
+    for step in range(sampler.start, sampler.stop):
+        yield Window(step, sampler.rank * length, length, reads)
+
+
+def data_loader(
+    dataset: Dataset[Any],
+    micro_batches: Iterable[MicroBatch],
+    *,
+    seed: int,
+    num_workers: int = 0,
+    prefetch_factor: int = 2,
+    pin_memory: bool = False,
+) -> DataLoader[Read]:
+    """A DataLoader that yields a Read for each micro-batch, in order.
+
+    A dataset that has `__getitems__` is asked for the whole micro-batch: a list of samples is collated as usual,
+    anything else is taken as the batch itself. torch's TensorDataset is indexed whole in the same way.
+    """
+    return DataLoader(
+        _Reader(dataset, seed),
+        batch_sampler=micro_batches,  # type: ignore[arg-type]  # torch reads any iterable of keys
+        collate_fn=_identity,  # what the reader returns is collated already
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=die_with_parent if num_workers else None,
+        generator=torch.Generator(),  # or the loader would draw from the generator that the model uses
+    )
+
+
+class _Reader(Dataset[Any]):
+    """What a worker runs: read one micro-batch, each sample with the random numbers that belong to it."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.size = len(dataset)  # type: ignore[arg-type]
+        self.fetch = _fetch_function(dataset)
+
+    def __getitems__(self, micro_batch: MicroBatch) -> Read:
+        if self.fetch is not None:
+            self._seed_for(micro_batch.positions[0], micro_batch.indices[0])
+            batch = self.fetch(micro_batch.indices.tolist())
+            return Read(micro_batch, default_collate(batch) if isinstance(batch, list) else batch)
+        samples = []
+        for position, index in zip(*micro_batch, strict=True):
+            self._seed_for(position, index)
+            samples.append(self.dataset[int(index)])
+        return Read(micro_batch, default_collate(samples))
+
+    def _seed_for(self, position: Positions, index: Positions) -> None:
+        """Random numbers belong to (seed, epoch, sample), whoever reads it and when."""
+        seed = derive_seed(self.seed, int(position) // self.size, int(index))
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every device and costs 100 times as much
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+
+
+def _fetch_function(dataset: Dataset[Any]) -> Callable[[list[int]], Any] | None:
+    """How to read a whole micro-batch at once, or None where the dataset gives single samples."""
+    if type(dataset) is TensorDataset:
+        tensors = dataset.tensors
+        return lambda indices: tuple(tensor[indices] for tensor in tensors)
+    return getattr(dataset, "__getitems__", None)
+
+
+def _identity(read: Any) -> Any:
+    return read

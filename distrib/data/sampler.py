@@ -1,0 +1,78 @@
+"""The samples of each rank, as a pure function of the step."""
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch.utils.data
+from torch.utils.data import Dataset
+
+from distrib.data.order import Positions, sample_indices
+
+_CHUNK = 4096  # positions computed at once: the order costs nothing a step, and memory stays O(1)
+
+
+class MicroBatch(NamedTuple):
+    """What is read as one: `indices[i]` is the sample at `positions[i]` of the run. Both have shape (size,)."""
+
+    positions: Positions
+    indices: Positions
+
+
+class DistributedSampler(torch.utils.data.DistributedSampler[Any]):
+    """Yields this rank's sample indices from step `start` on to step `stop`.
+
+    Step `s` reads positions `[s * G, (s + 1) * G)` of the run, `G = global_batch_size`, and rank `r` of `W` the
+    contiguous `G / W` of them, so that the global batch of a step is the same whatever the number of processes.
+    Positions run on through the epochs: nothing is padded, repeated or dropped at an epoch's end.
+
+    Unlike torch's sampler it runs through all epochs in one iteration; `seek` takes the place of `set_epoch`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        shuffle: bool = True,
+        start: int = 0,
+        stop: int,
+    ) -> None:
+        super().__init__(dataset, num_replicas, rank, shuffle, seed)
+        assert global_batch_size % (micro_batch_size * num_replicas) == 0, "the plan refuses this"
+        self.size = len(dataset)  # type: ignore[arg-type]
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.num_samples = global_batch_size // num_replicas  # of this rank, a step
+        self.start = start
+        self.stop = stop
+
+    def seek(self, step: int) -> None:
+        """Continue at `step`, at no cost: nothing is walked through."""
+        self.start = step
+
+    def set_epoch(self, epoch: int) -> None:
+        """Seek to the first step that lies wholly in `epoch` or later."""
+        self.seek(-(-epoch * self.size // self.global_batch_size))
+
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """This rank's micro-batches, in order, `global_batch_size / micro_batch_size / num_replicas` a step."""
+        within = np.arange(self.num_samples, dtype=np.uint64) + np.uint64(self.rank * self.num_samples)
+        steps_at_once = max(1, _CHUNK // self.num_samples)
+        for first in range(self.start, self.stop, steps_at_once):
+            steps = np.arange(first, min(first + steps_at_once, self.stop), dtype=np.uint64)
+            positions = (steps[:, None] * np.uint64(self.global_batch_size) + within).reshape(-1)
+            indices = sample_indices(positions, self.size, self.seed, self.shuffle)
+            shape = (-1, self.micro_batch_size)
+            yield from map(MicroBatch, positions.reshape(shape), indices.reshape(shape))
+
+    def __iter__(self) -> Iterator[int]:
+        return chain.from_iterable(micro_batch.indices.tolist() for micro_batch in self.micro_batches())
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.num_samples

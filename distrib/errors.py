@@ -1,0 +1,31 @@
+"""What can go wrong for a reason the user can mend. Each is shown as one line, without a traceback."""
+
+
+class DistribError(Exception):
+    """Says what was given, what is wrong and what to do. The command line ends with `exit_code`."""
+
+    exit_code = 2
+
+
+class ConfigError(DistribError):
+    """The config, or the task it names, cannot be run as written."""
+
+
+class LaunchError(DistribError):
+    """The launcher's variables, the number of processes or the rendezvous do not fit."""
+
+
+class RunDirError(DistribError):
+    """The run folder cannot be used: it is taken, missing or unreadable."""
+
+
+class CheckpointError(DistribError):
+    """A checkpoint is missing, incomplete or does not match its manifest."""
+
+    exit_code = 1
+
+
+class TrainingError(DistribError):
+    """Training cannot go on, for example because `train.on_nonfinite: stop` was asked for."""
+
+    exit_code = 1

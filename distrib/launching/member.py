@@ -1,0 +1,63 @@
+"""How a process ends: its exit code, and what it says. Also runs a user's script as `distrib launch` does.
+
+python -m distrib.launching.member SCRIPT.py [ARGUMENTS …]
+python -m distrib.launching.member -m MODULE [ARGUMENTS …]
+"""
+
+import os
+import runpy
+import sys
+import time
+from collections.abc import Callable
+
+from distrib.errors import DistribError
+from distrib.processes import die_with_parent
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells do
+_SECONDS_FOR_RANK_0 = 5.0
+
+
+def run_as_member(work: Callable[[], object]) -> int:
+    """Run `work` and return the exit code: 0 done, 1 failed, 2 the user's input is wrong.
+
+    An error of the user's is one line, said by rank 0 alone; a crash is a traceback, said by the rank that failed
+    first. A failed process ends at once, without waiting for threads that wait for the other ranks.
+    """
+    if launcher := os.environ.get("DISTRIB_LAUNCHER_PID"):
+        die_with_parent(parent=int(launcher))
+    try:
+        work()
+    except DistribError as error:
+        if int(os.environ.get("RANK", 0)) != 0:
+            time.sleep(_SECONDS_FOR_RANK_0)  # every rank finds the same error: let rank 0 say it
+        _end(f"error: {error}", error.exit_code)
+    except KeyboardInterrupt:
+        _end("interrupted", INTERRUPTED)
+    except Exception as error:
+        from distrib.world import report_failure
+
+        _end(report_failure(error), 1)
+    return 0
+
+
+def _end(message: str, code: int) -> None:
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    """Run the script or module in sys.argv as __main__."""
+    del sys.argv[0]
+    if sys.argv[0] == "-m":
+        del sys.argv[0]
+        module = sys.argv[0]
+        sys.path.insert(0, os.getcwd())
+        sys.exit(run_as_member(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True)))
+    script = sys.argv[0]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+    sys.exit(run_as_member(lambda: runpy.run_path(script, run_name="__main__")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Config and number of processes in, every derived number out: computed once, printed by `distrib explain`."""
+
+from dataclasses import dataclass
+
+from distrib.config import Config
+from distrib.errors import ConfigError
+from distrib.schedule import learning_rate_factor
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The arithmetic of a run."""
+
+    world_size: int
+    global_batch_size: int
+    micro_batch_size: int
+    num_micro_batches: int  # a step, over all ranks
+    grad_accum_steps: int  # micro-batches a step, on one rank
+    num_samples: int  # in the training set
+    num_steps: int
+    warmup_steps: int
+
+    @classmethod
+    def create(cls, config: Config, world_size: int, num_samples: int) -> "RunPlan":
+        """Raises ConfigError where the numbers do not fit together."""
+        grad_accum_steps = window_size(config, world_size)
+        data, train = config.data, config.train
+        if num_samples < data.global_batch_size:
+            raise ConfigError(
+                f"data.global_batch_size: {data.global_batch_size}, but the training set has only {num_samples} "
+                f"samples; give at most {num_samples}"
+            )
+        if train.steps is not None:
+            num_steps = train.steps
+        else:
+            assert train.epochs is not None, "the config has one of the two"
+            num_steps = -(-train.epochs * num_samples // data.global_batch_size)
+        if config.optim.warmup_steps > num_steps:
+            raise ConfigError(
+                f"optim.warmup_steps: {config.optim.warmup_steps}, but the run has only {num_steps} steps"
+            )
+        return cls(
+            world_size=world_size,
+            global_batch_size=data.global_batch_size,
+            micro_batch_size=data.micro_batch_size,
+            num_micro_batches=grad_accum_steps * world_size,
+            grad_accum_steps=grad_accum_steps,
+            num_samples=num_samples,
+            num_steps=num_steps,
+            warmup_steps=config.optim.warmup_steps,
+        )
+
+    def epoch(self, step: int) -> int:
+        """The epoch in which the first sample of `step` lies."""
+        return step * self.global_batch_size // self.num_samples
+
+    def landmarks(self, config: Config) -> dict[int, float]:
+        """Learning rate at the first, last, half-way and end-of-warmup step."""
+        steps = sorted({0, self.warmup_steps, self.num_steps // 2, self.num_steps - 1})
+        return {
+            step: config.optim.lr * learning_rate_factor(step, config.optim.schedule, self.warmup_steps, self.num_steps)
+            for step in steps
+            if step < self.num_steps
+        }
+
+
+def window_size(config: Config, world_size: int) -> int:
+    """grad_accum_steps: the micro-batches of a step that fall to one rank. Raises ConfigError if they don't divide."""
+    batch, micro = config.data.global_batch_size, config.data.micro_batch_size
+    if batch % micro:
+        below, above = batch // micro * micro, -(-batch // micro) * micro
+        divisors = [size for size in range(1, batch + 1) if batch % size == 0]
+        nearest = min(divisors, key=lambda size: (abs(size - micro), size))
+        batches = " or ".join(str(size) for size in (below, above) if size)
+        raise ConfigError(
+            f"data.global_batch_size: {batch} is not a multiple of data.micro_batch_size: {micro}; nearest that fit: "
+            f"global_batch_size {batches}, or micro_batch_size {nearest}"
+        )
+    micro_batches = batch // micro
+    if micro_batches % world_size:
+        per_step = micro * world_size
+        batches = " or ".join(
+            str(size) for size in (batch // per_step * per_step, -(-batch // per_step) * per_step) if size
+        )
+        sizes = [size for size in range(1, batch // world_size + 1) if batch % (size * world_size) == 0]
+        smaller = f", or micro_batch_size {min(sizes, key=lambda size: abs(size - micro))}" if sizes else ""
+        raise ConfigError(
+            f"data: a step has {micro_batches} micro-batches ({batch} / {micro}), which {world_size} processes cannot "
+            f"share evenly; nearest that fit: global_batch_size {batches}{smaller}"
+        )
+    return micro_batches // world_size

@@ -1,0 +1,39 @@
+"""curves.png: loss and metrics of a run over its steps, drawn from the run folder alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed, and none opened
+
+import matplotlib.pyplot as plt
+
+from distrib.state.run_dir import RunDir
+
+
+def draw_curves(run: RunDir) -> None:
+    """Read steps.jsonl and evals.jsonl, write curves.png: the losses in one panel, each metric in one of its own."""
+    steps, evals = _read(run.steps), _read(run.evals)
+    metrics = {key: None for entry in evals for key in entry["metrics"] if key != "eval/loss"}
+    figure, panels = plt.subplots(
+        1, 1 + len(metrics), figsize=(5.5 * (1 + len(metrics)), 4), squeeze=False, layout="constrained"
+    )
+    losses, *others = panels[0]
+    losses.plot([e["step"] + 1 for e in steps], [e["loss"] for e in steps], linewidth=0.8, label="train/loss")
+    if evals:
+        losses.plot([e["step"] for e in evals], [e["metrics"].get("eval/loss") for e in evals], "o-", label="eval/loss")
+    losses.set(title=f"{run.path.name}: loss", xlabel="step")
+    losses.legend()
+    for panel, key in zip(others, metrics, strict=True):
+        panel.plot([e["step"] for e in evals], [e["metrics"].get(key) for e in evals], "o-", color="tab:green")
+        panel.set(title=key, xlabel="step")
+    for panel in panels[0]:
+        panel.grid(alpha=0.3)
+    figure.savefig(run.curves, dpi=120)
+    plt.close(figure)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

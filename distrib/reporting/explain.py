@@ -1,0 +1,30 @@
+"""`distrib explain`: the run plan as a table."""
+
+from rich.console import Console
+from rich.table import Table
+
+from distrib.config import Config
+from distrib.plan import RunPlan
+
+
+def print_plan(config: Config, plan: RunPlan) -> None:
+    """Every derived number with the arithmetic behind it."""
+    table = Table(show_header=False, box=None, title=f"{config.name} on {plan.world_size} process(es)")
+    table.title_justify = "left"
+    rows = {
+        "samples a step": f"{plan.global_batch_size} (global_batch_size)",
+        "micro-batches a step": (
+            f"{plan.num_micro_batches} = {plan.global_batch_size} / {plan.micro_batch_size} (micro_batch_size)"
+        ),
+        "of which each rank computes": (
+            f"{plan.grad_accum_steps} = {plan.num_micro_batches} / {plan.world_size} (grad_accum_steps)"
+        ),
+        "samples a step, a rank": f"{plan.grad_accum_steps * plan.micro_batch_size}",
+        "training samples": f"{plan.num_samples:,}",
+        "steps an epoch": f"{plan.num_samples / plan.global_batch_size:.2f}",
+        "steps": f"{plan.num_steps:,} = {plan.num_steps * plan.global_batch_size / plan.num_samples:.2f} epochs",
+        "learning rate": "  ".join(f"step {step:,}: {rate:.3g}" for step, rate in plan.landmarks(config).items()),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(highlight=False, soft_wrap=True).print(table)

@@ -1,0 +1,141 @@
+"""The run folder: everything a run leaves, in files that other software can read."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distrib.config import Config
+from distrib.errors import RunDirError
+from distrib.state.ledger import to_json
+from distrib.world import World
+
+_PACKAGES = ("distrib", "torch", "accelerate", "numpy")
+
+
+class RunDir:
+    """Paths and small files of one run. Only rank 0 writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
+        self.steps = path / "steps.jsonl"
+        self.evals = path / "evals.jsonl"
+        self.events = path / "events.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.summary = path / "summary.json"
+        self.curves = path / "curves.png"
+
+    def start(self, config: Config, world: World, strategy: str) -> dict[str, Any] | None:
+        """Make the folder and write config and environment, or return the summary of the same run, finished before.
+
+        Raises RunDirError where another run, or an unfinished one, is there.
+        """
+        if self.config.exists():
+            return self._finished(config)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if any(self.path.iterdir()):
+                raise RunDirError(f"{self.path}: the folder holds other files; choose another with --run-dir")
+            _write(self.environment, json.dumps(_environment(world, strategy), indent=2) + "\n")
+            _write(self.config, config.dump())
+        except OSError as error:
+            raise RunDirError(f"{self.path}: cannot write the run folder: {error.strerror}") from None
+        self.event("started", world_size=world.world_size, strategy=strategy, launcher=world.launcher)
+        return None
+
+    def _finished(self, config: Config) -> dict[str, Any]:
+        before, now = self.read_config().function(), config.function()
+        differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if differing:
+            changes = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in differing)
+            raise RunDirError(f"{self.path}: holds a run of another config ({changes}); choose another with --run-dir")
+        if not self.summary.exists():
+            raise RunDirError(
+                f"{self.path}: holds a run that did not reach its end; remove the folder, or choose another with --run-dir"
+            )
+        summary: dict[str, Any] = json.loads(self.summary.read_text())
+        return summary
+
+    def read_config(self) -> Config:
+        """The resolved config of the run. Raises RunDirError or ConfigError."""
+        if not self.config.exists():
+            raise RunDirError(f"{self.path}: not a run folder, there is no config.yaml in it")
+        return Config.load(self.config)
+
+    def event(self, name: str, **details: Any) -> None:
+        """Append to events.jsonl."""
+        self._append(self.events, {"event": name, "time": _now(), **details})
+
+    def evaluation(self, step: int, count: int, metrics: dict[str, float]) -> None:
+        """Append to evals.jsonl: `count` samples were evaluated after `step` steps."""
+        self._append(self.evals, {"step": step, "count": count, "metrics": metrics})
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write summary.json, which says that the run is whole."""
+        _write(self.summary, to_json(summary, indent=2) + "\n")
+        self.event("finished", step=summary["steps"])
+
+    @staticmethod
+    def _append(path: Path, entry: dict[str, Any]) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(to_json(entry) + "\n")
+
+
+def _environment(world: World, strategy: str) -> dict[str, Any]:
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "machine": {
+            "host": platform.node(),
+            "platform": platform.platform(),
+            "cores": os.cpu_count(),
+            "device": str(world.device),
+            "threads": torch.get_num_threads(),
+        },
+        "git_commit": _git_commit(),
+        "starts": [
+            {
+                "time": _now(),
+                "launcher": world.launcher,
+                "world_size": world.world_size,
+                "strategy": strategy,
+                "python": sys.executable,
+            }
+        ],
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Of the working directory, where the user's task lies; None where it is no git checkout."""
+    try:
+        result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def _now() -> str:
+    return datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="milliseconds")
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: other processes read these files."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

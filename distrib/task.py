@@ -1,0 +1,119 @@
+"""What the user brings: data, model, loss, metrics."""
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from distrib.config import TaskConfig
+from distrib.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A sum and the number of items it sums over (samples, tokens, …), never a mean.
+
+    The gradient of a step is that of `total / count` over all micro-batches of all ranks, which is exact also where
+    they count differently many items. `total`: scalar tensor; `count`: an int or a scalar tensor, 0 or more.
+    """
+
+    total: Tensor
+    count: int | Tensor
+
+
+class Task:
+    """Subclass, and override what your task needs. The first four have no default."""
+
+    def train_dataset(self) -> Dataset[Any]:
+        """The samples to train on; must have `__len__`."""
+        raise NotImplementedError(f"{type(self).__name__} has no train_dataset()")
+
+    def eval_dataset(self) -> Dataset[Any] | None:
+        """The samples to evaluate on, or None for no evaluation."""
+        return None
+
+    def model(self) -> nn.Module:
+        """The module to train, freshly initialised. torch's generators are seeded from the config before."""
+        raise NotImplementedError(f"{type(self).__name__} has no model()")
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        """Forward pass of one micro-batch."""
+        return model(batch[0])
+
+    def loss(self, output: Any, batch: Any) -> Loss:
+        """Sum and count of one micro-batch."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss()")
+
+    def predict(self, output: Any, batch: Any) -> dict[str, Tensor]:
+        """Rows for `metrics`: each tensor has one entry a sample in its first dimension."""
+        return {}
+
+    def metrics(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        """On rank 0: metrics over the whole evaluation set, its rows in dataset order."""
+        return {}
+
+    def optimizer(self, params: list[tuple[str, nn.Parameter]]) -> Optimizer | None:
+        """An optimizer of your own, for example with parameter groups; None takes the config's.
+
+        `params` are (name, parameter) pairs, which torch's optimizers take as they are. The config's schedule
+        scales the rate of each group.
+        """
+        return None
+
+
+def load_task(config: TaskConfig | None) -> Task:
+    """Import `target` and build it with the config's arguments. Raises ConfigError."""
+    if config is None:
+        raise ConfigError('task: missing; name yours as task: {target: "my_file:MyTask"}')
+    task = build(config.target, config.arguments, "task")
+    if not isinstance(task, Task):
+        raise ConfigError(f"task.target: {config.target} is not a distrib.Task but {type(task).__name__}")
+    return task
+
+
+def build(target: str, arguments: dict[str, Any], key: str) -> Any:
+    """Call the class or function `module:name` with keyword arguments; `key` is where the config names it."""
+    function = find(target, key)
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some built-ins have none
+        return function(**arguments)
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        valid = ", ".join(signature.parameters) or "no arguments"
+        raise ConfigError(f"{key}: {target} does not take what is given: {error}; it takes: {valid}") from None
+    return function(**arguments)
+
+
+def find(target: str, key: str) -> Callable[..., Any]:
+    """Import `module:name`, looking in the working directory first. Raises ConfigError."""
+    module_name, colon, name = target.partition(":")
+    if not (module_name and colon and name):
+        raise ConfigError(f"{key}.target: {target!r} is not of the form module:Class, for example my_file:MyTask")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, but imports something that is not
+        raise ConfigError(
+            f"{key}.target: there is no module {error.name!r}, neither in {os.getcwd()} nor installed"
+        ) from None
+    function = getattr(module, name, None)
+    if function is None:
+        close = difflib.get_close_matches(name, dir(module), n=1)
+        hint = f", did you mean {module_name}:{close[0]}?" if close else ""
+        raise ConfigError(f"{key}.target: module {module_name!r} has no {name!r}{hint}")
+    if not callable(function):
+        raise ConfigError(f"{key}.target: {target} cannot be called, it is a {type(function).__name__}")
+    return function  # type: ignore[no-any-return]

@@ -1,0 +1,80 @@
+"""Exact evaluation: every sample once, metrics over the whole set, the same bits for any number of processes."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from distrib.data.loader import data_loader
+from distrib.data.order import derive_seed
+from distrib.data.sampler import MicroBatch
+from distrib.errors import ConfigError
+from distrib.task import Task
+from distrib.training.engine import Engine
+from distrib.world import World
+
+
+def evaluate(engine: Engine, task: Task, dataset: Dataset[Any], batch_size: int, **loading: Any) -> dict[str, float]:
+    """The task's metrics over `dataset`, and its mean `loss`, on every rank. `loading` as for `data_loader`.
+
+    The dataset is cut into the same batches whatever the number of processes, and each rank takes a contiguous block
+    of them. Rows are gathered on rank 0 alone, in dataset order, and the metrics are computed there.
+    """
+    world, size = engine.world, len(dataset)  # type: ignore[arg-type]
+    batches = list(_batches(size, batch_size, world))
+    module = engine.module
+    engine.share_buffers()
+    was_training = module.training
+    module.eval()
+    try:
+        rows, losses = _rows(engine, task, data_loader(dataset, batches, seed=engine.seed, **loading), module)
+    finally:
+        module.train(was_training)
+    gathered = world.gather_rows(rows)
+    gathered_losses = world.gather_rows({"losses": losses} if len(losses) else {})
+
+    def metrics() -> dict[str, float]:
+        assert gathered is not None, "this is rank 0"
+        assert gathered_losses is not None, "this is rank 0"
+        for key, value in gathered.items():
+            if len(value) != size:
+                raise ConfigError(
+                    f"task.predict: {key!r} has {len(value)} rows for {size} samples; give one row a sample"
+                )
+        total, count = (math.fsum(column) for column in gathered_losses["losses"].T.tolist())
+        result = {"loss": total / count if count else math.nan}
+        result.update({key: float(value) for key, value in task.metrics(gathered).items()})
+        return result
+
+    return world.on_rank_0(metrics)
+
+
+def _batches(size: int, batch_size: int, world: World) -> Iterator[MicroBatch]:
+    """This rank's block of the batches `[0, B), [B, 2B), …`, the last of which may be short."""
+    num_batches = -(-size // batch_size)
+    first, last = (num_batches * rank // world.world_size for rank in (world.rank, world.rank + 1))
+    for number in range(first, last):
+        indices = np.arange(number * batch_size, min((number + 1) * batch_size, size), dtype=np.uint64)
+        yield MicroBatch(indices, indices)
+
+
+def _rows(engine: Engine, task: Task, loader: Any, module: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    """The task's rows of this rank on the CPU, and (total, count) of the loss, shape (batches, 2)."""
+    parts: dict[str, list[Tensor]] = {}
+    losses: list[Tensor] = []
+    autocast = torch.autocast(engine.device.type, engine.dtype, enabled=engine.dtype is not None)
+    with torch.no_grad(), autocast:
+        for read in loader:
+            batch = engine.to_device(read.batch)
+            engine.seed_random(derive_seed(engine.seed, int(read.micro_batch.positions[0])))
+            output = task.forward(module, batch)
+            loss = task.loss(output, batch)
+            losses.append(torch.tensor([float(loss.total), float(loss.count)], dtype=torch.float64))
+            for key, value in task.predict(output, batch).items():
+                parts.setdefault(key, []).append(value.cpu())
+    rows = {key: torch.cat(values) for key, values in parts.items()}
+    return rows, torch.stack(losses) if losses else torch.empty(0, 2, dtype=torch.float64)

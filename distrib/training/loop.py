@@ -1,0 +1,18 @@
+"""THE FIVE STEPS."""
+
+from distrib.data.loader import Window
+from distrib.task import Task
+from distrib.training.engine import Engine, StepResult
+
+
+def train_step(engine: Engine, task: Task, window: Window, lr: float) -> StepResult:
+    """One optimizer step over a window of micro-batches; gradients meet the other ranks' on the last."""
+    for index, batch in enumerate(window):
+        with engine.microbatch(window, index):
+            batch = engine.to_device(batch)
+            output = task.forward(engine.model, batch)  # 1. forward pass
+            loss = task.loss(output, batch)  # 2. loss
+            if index == 0:
+                engine.zero_grad()  # 3. clear the old gradients
+            engine.backward(loss)  # 4. backpropagation
+    return engine.step(lr)  # 5. update the weights

@@ -1,0 +1,55 @@
+"""The config's `optim` section, turned into a torch optimizer."""
+
+import difflib
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from distrib.config import OptimConfig
+from distrib.errors import ConfigError
+
+_FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+_HYPERPARAMETERS = ("weight_decay", "betas", "momentum")
+
+
+def build_optimizer(config: OptimConfig, params: list[tuple[str, nn.Parameter]]) -> Optimizer:
+    """`config.name` among torch.optim's classes, fused where torch has it. Raises ConfigError."""
+    optimizer_class = _find(config.name)
+    accepted = inspect.signature(optimizer_class).parameters
+    arguments: dict[str, Any] = {"lr": config.lr}
+    for key in _HYPERPARAMETERS:
+        if key in accepted:
+            arguments[key] = getattr(config, key)
+        elif key in config.model_fields_set and getattr(config, key) != OptimConfig.model_fields[key].default:
+            raise ConfigError(f"optim.{key}: {optimizer_class.__name__} has no {key}; leave it out")
+    if all(p.is_floating_point() and p.device.type in _FUSED_DEVICES for _, p in params) and "fused" in accepted:
+        arguments["fused"] = True
+    for key in config.options:
+        if key not in accepted or key in ("params", "lr", *_HYPERPARAMETERS):
+            free = [name for name in accepted if name not in ("params", "lr", *_HYPERPARAMETERS)]
+            raise ConfigError(f"optim.options.{key}: not an option of {optimizer_class.__name__}: {', '.join(free)}")
+    if {"foreach", "differentiable"} & config.options.keys():
+        arguments.pop("fused", None)
+    arguments.update(config.options)
+    try:
+        return optimizer_class(params, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"optim: {optimizer_class.__name__} refuses its arguments: {error}") from None
+
+
+def _find(name: str) -> type[Optimizer]:
+    classes = {
+        key.lower(): value
+        for key, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, Optimizer) and value is not Optimizer
+    }
+    if name.lower() in classes:
+        if name.lower() == "lbfgs":
+            raise ConfigError("optim.name: LBFGS evaluates the loss several times a step; the loop does so once")
+        return classes[name.lower()]
+    close = difflib.get_close_matches(name.lower(), classes, n=1)
+    hint = f", did you mean {classes[close[0]].__name__}?" if close else f": {', '.join(sorted(classes))}"
+    raise ConfigError(f"optim.name: {name!r} is not a class of torch.optim{hint}")

@@ -1,0 +1,79 @@
+"""A window's totals travel in the gradient's own buckets.
+
+How many items a window counts is known only when the last micro-batch of the last rank has been seen, and the
+gradient cannot be normalised before. A collective of its own for a few numbers costs a fifth of a small step (see
+benchmarks/); so the model is wrapped together with a parameter that nobody trains, whose gradient *is* those numbers:
+it accumulates over micro-batches and is reduced over ranks exactly as the gradients are.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distrib.task import Loss
+
+_LIMB = 12  # bits: small enough that sums over 4,096 ranks are exact in float32
+_NUM_LIMBS = 6  # of a 64-bit digest
+_SIZE = 3 + _NUM_LIMBS
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over a window on all ranks."""
+
+    loss: float
+    count: int
+    digest: int
+
+    @staticmethod
+    def pack(loss: Loss, digest: int, world_size: int) -> Tensor:
+        """One micro-batch's share, shape (_SIZE,). Times `world_size`, because the reduction is a mean over ranks."""
+        count = loss.count
+        high, low = (
+            (torch.floor_divide(count, 2**_LIMB), torch.remainder(count, 2**_LIMB))
+            if isinstance(count, Tensor)
+            else divmod(count, 2**_LIMB)
+        )
+        limbs = [digest >> (_LIMB * number) & (2**_LIMB - 1) for number in range(_NUM_LIMBS)]
+        values = torch.tensor([0, 0, 0, *limbs], dtype=torch.float32, device=loss.total.device)
+        values[0], values[1], values[2] = loss.total.detach(), high, low
+        return values * world_size
+
+    @classmethod
+    def unpack(cls, gradient: Tensor) -> "Totals":
+        """From the reduced gradient of the parameter."""
+        loss, high, low, *limbs = gradient.tolist()
+        digest = sum(round(limb) << (_LIMB * number) for number, limb in enumerate(limbs))
+        return cls(loss, (round(high) << _LIMB) + round(low), digest % 2**64)
+
+
+class WithTotals(nn.Module):
+    """The user's module, and the parameter whose gradient is the totals."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.totals = nn.Parameter(torch.zeros(_SIZE))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+class _Ride(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, parameter: Tensor, totals: Tensor) -> Tensor:
+        ctx.save_for_backward(totals)
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (totals,) = ctx.saved_tensors
+        return gradient, totals, None
+
+
+def ride(total: Tensor, parameter: Tensor, totals: Tensor) -> Tensor:
+    """`total` as it is; its backward also gives `parameter` the gradient `totals`."""
+    result: Tensor = _Ride.apply(total, parameter, totals)  # type: ignore[no-untyped-call]
+    return result

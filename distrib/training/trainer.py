@@ -1,0 +1,271 @@
+"""Assembles a run from its config, and says when to evaluate, to save and to stop."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from distrib.config import Config
+from distrib.data.loader import Window, train_windows
+from distrib.data.sampler import DistributedSampler
+from distrib.errors import ConfigError, TrainingError
+from distrib.plan import RunPlan
+from distrib.reporting.progress import ProgressDisplay
+from distrib.schedule import learning_rate_factor
+from distrib.state import checkpoint
+from distrib.state.ledger import Ledger
+from distrib.state.run_dir import RunDir
+from distrib.task import Task, load_task
+from distrib.training import strategies
+from distrib.training.engine import Engine, StepResult
+from distrib.training.evaluation import evaluate
+from distrib.training.loop import train_step
+from distrib.training.optimizers import build_optimizer
+from distrib.world import World
+
+
+class Trainer:
+    """Trains a task as its config says, in as many processes as the launcher started.
+
+    What can be refused is refused on construction, before the processes join and before anything is written:
+    ConfigError, LaunchError. The run folder is `run_dir`, or runs/NAME.
+    """
+
+    def __init__(self, task: Task, config: Config, run_dir: str | Path | None = None) -> None:
+        self.task, self.config = task, config
+        self.run = RunDir(Path(run_dir) if run_dir is not None else Path("runs") / config.name)
+        self.world = World.detect()
+        self.strategy = strategies.resolve(config.strategy.name, config.train.mixed_precision, self.world)
+        self.train_dataset = _sized(task.train_dataset(), "train_dataset")
+        self.eval_dataset = _eval_dataset(task)
+        self.plan = RunPlan.create(config, self.world.world_size, len(self.train_dataset))  # type: ignore[arg-type]
+        self.module = _build_model(task, config.seed)
+        params = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        if not params:
+            raise ConfigError(f"task.model: {type(self.module).__name__} has no parameter to train")
+        self.optimizer = task.optimizer(params) or build_optimizer(config.optim, params)
+        self.progress = ProgressDisplay(config.name, self.plan.num_steps, shown=self.world.is_rank_0)
+        self.applied = 0  # updates made: the schedule's clock
+        self.train_seconds = 0.0
+        self.metrics: dict[str, float] = {}  # the latest of each
+
+    def fit(self) -> dict[str, Any]:
+        """Train, evaluate, save; returns the summary, the same on every rank.
+
+        Where the run folder holds the finished run of this very config, its summary is returned at once.
+        """
+        self.world.connect()
+        summary = self.world.on_rank_0(lambda: self.run.start(self.config, self.world, self.strategy))
+        if summary is None:
+            with self._failures_recorded():
+                summary = self._train()
+            self._say_summary(summary, "finished")
+        else:
+            self._say_summary(summary, "had finished before; to train again, remove the folder or choose --run-dir")
+        self.world.close()
+        return summary
+
+    def _train(self) -> dict[str, Any]:
+        started = time.perf_counter()
+        engine = Engine(
+            self.world,
+            self.module,
+            self.optimizer,
+            mixed_precision=self.config.train.mixed_precision,
+            max_grad_norm=self.config.train.max_grad_norm,
+            seed=self.config.seed,
+        )
+        self._warn_of_batch_norm()
+        self.module.train()
+        with ExitStack() as stack:
+            stack.enter_context(self.progress)
+            ledger = stack.enter_context(Ledger(self.run.steps)) if self.world.is_rank_0 else None
+            before = time.perf_counter()
+            for window in self._windows():
+                result = train_step(engine, self.task, window, self._learning_rate(engine))
+                self.applied += result.applied
+                seconds = time.perf_counter() - before
+                self.train_seconds += seconds
+                if ledger is not None:
+                    self._record(ledger, window.step, result, seconds)
+                if not result.applied:
+                    self._skipped(window.step, result)
+                if self._evaluation_is_due(window.step + 1):
+                    self._evaluate(engine, window.step + 1)
+                before = time.perf_counter()
+            chain = ledger.chain if ledger is not None else ""
+        return self.world.on_rank_0(lambda: self._finish(chain, time.perf_counter() - started))
+
+    def _windows(self) -> Iterator[Window]:
+        sampler = DistributedSampler(
+            self.train_dataset,
+            global_batch_size=self.plan.global_batch_size,
+            micro_batch_size=self.plan.micro_batch_size,
+            num_replicas=self.world.world_size,
+            rank=self.world.rank,
+            seed=self.config.seed,
+            stop=self.plan.num_steps,
+        )
+        return train_windows(sampler, **_loading(self.config, self.world))
+
+    def _learning_rate(self, engine: Engine) -> float:
+        optim = self.config.optim
+        factor = learning_rate_factor(self.applied, optim.schedule, optim.warmup_steps, self.plan.num_steps)
+        return engine.base_rate * factor
+
+    def _record(self, ledger: Ledger, step: int, result: StepResult, seconds: float) -> None:
+        """One line of steps.jsonl."""
+        epoch = self.plan.epoch(step)
+        self.metrics["train/loss"] = result.loss
+        ledger.append(
+            {
+                "step": step,
+                "epoch": epoch,
+                "loss": result.loss,
+                "lr": result.lr,
+                "grad_norm": result.grad_norm,
+                "count": result.count,
+                "verdict": result.verdict,
+                "samples": f"{result.digest:016x}",
+                "seconds": round(seconds, 6),
+                "world_size": self.world.world_size,
+                "strategy": self.strategy,
+                **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
+            }
+        )
+        self.progress.step(step, epoch, result.loss, result.lr, self.plan.global_batch_size)
+
+    def _skipped(self, step: int, result: StepResult) -> None:
+        """The loss scale finding its level is ordinary; anything else may be a reason to stop."""
+        if self.world.is_rank_0:
+            self.run.event("skipped", step=step, verdict=result.verdict)
+            self.progress.say(f"step {step + 1} {result.verdict}: the weights were left as they are")
+        if self.config.train.on_nonfinite == "stop" and "nonfinite" in result.verdict:
+            raise TrainingError(f"step {step} was {result.verdict}, and train.on_nonfinite is stop; skip would go on")
+
+    def _evaluation_is_due(self, steps_done: int) -> bool:
+        if self.eval_dataset is None:
+            return False
+        every = self.config.eval.every_steps
+        return steps_done == self.plan.num_steps or (every > 0 and steps_done % every == 0)
+
+    def _evaluate(self, engine: Engine, steps_done: int) -> None:
+        assert self.eval_dataset is not None, "evaluation was due"
+        metrics = _evaluate(engine, self.task, self.eval_dataset, self.config)
+        self.metrics.update(metrics)
+        if self.world.is_rank_0:
+            count = len(self.eval_dataset)  # type: ignore[arg-type]
+            self.run.evaluation(steps_done, count, metrics)
+            self.progress.say(f"step {steps_done}/{self.plan.num_steps}  {format_metrics(metrics)}  ({count} samples)")
+
+    def _finish(self, chain: str, seconds: float) -> dict[str, Any]:
+        from distrib.reporting.curves import draw_curves  # matplotlib takes its time, so only now
+
+        steps = self.plan.num_steps
+        path = checkpoint.save(self.run.checkpoints, self.module, steps, chain)
+        self.run.event("checkpoint", step=steps, path=str(path.relative_to(self.run.path)))
+        draw_curves(self.run)
+        summary = {
+            "name": self.config.name,
+            "steps": steps,
+            "skipped": steps - self.applied,
+            "metrics": self.metrics,
+            "samples_per_second": round(steps * self.plan.global_batch_size / self.train_seconds, 1),
+            "wall_seconds": round(seconds, 3),
+            "restarts": 0,
+            "world_size": self.world.world_size,
+            "strategy": self.strategy,
+        }
+        self.run.finish(summary)
+        return summary
+
+    def _say_summary(self, summary: dict[str, Any], what: str) -> None:
+        self.progress.say(
+            f"{self.run.path} {what}: {format_metrics(summary['metrics'])}  "
+            f"({summary['steps']} steps on {summary['world_size']} process(es) in {summary['wall_seconds']:.1f} s)"
+        )
+
+    @contextmanager
+    def _failures_recorded(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            if self.world.is_rank_0:
+                self.run.event("failed", error=f"{type(error).__name__}: {error}")
+            raise
+
+    def _warn_of_batch_norm(self) -> None:
+        """Its running statistics are those of rank 0's micro-batches, so they depend on the number of processes."""
+        kinds = {type(m).__name__ for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+        if kinds and self.world.world_size > 1 and self.world.is_rank_0:
+            reason = f"{', '.join(sorted(kinds))}: running statistics depend on the number of processes"
+            self.run.event("warning", reason=reason)
+            self.progress.say(f"warning: {reason}; GroupNorm or LayerNorm do not")
+
+
+def evaluate_run(run_dir: str | Path) -> dict[str, float]:
+    """Evaluate a run's newest checkpoint, and say the metrics; changes nothing in its folder.
+
+    Raises RunDirError, ConfigError and CheckpointError.
+    """
+    run = RunDir(Path(run_dir))
+    config = run.read_config()
+    if config.task is None:
+        raise ConfigError(f"{run.path}: the run's task was given in Python, so its config does not name it")
+    world = World.detect()
+    strategies.resolve("auto", config.train.mixed_precision, world)
+    task = load_task(config.task)
+    dataset = _eval_dataset(task)
+    if dataset is None:
+        raise ConfigError(f"task.target: {config.task.target} has no eval_dataset, so there is nothing to evaluate on")
+    module = _build_model(task, config.seed)
+    path = checkpoint.newest(run.checkpoints)
+    checkpoint.load(path, module)
+    world.connect()
+    engine = Engine(world, module, mixed_precision=config.train.mixed_precision, seed=config.seed)
+    metrics = _evaluate(engine, task, dataset, config)
+    if world.is_rank_0:
+        print(f"{path}: {format_metrics(metrics)}  ({len(dataset)} samples)", flush=True)  # type: ignore[arg-type]
+    world.close()
+    return metrics
+
+
+def format_metrics(metrics: dict[str, float]) -> str:
+    """`eval/accuracy 0.9861  eval/loss 0.0532`"""
+    return "  ".join(f"{key} {value:.4f}" for key, value in sorted(metrics.items()))
+
+
+def _evaluate(engine: Engine, task: Task, dataset: Dataset[Any], config: Config) -> dict[str, float]:
+    metrics = evaluate(engine, task, dataset, config.data.micro_batch_size, **_loading(config, engine.world))
+    return {f"eval/{key}": value for key, value in metrics.items()}
+
+
+def _loading(config: Config, world: World) -> dict[str, Any]:
+    return {
+        "num_workers": config.data.num_workers,
+        "prefetch_factor": config.data.prefetch_factor,
+        "pin_memory": not world.use_cpu,
+    }
+
+
+def _build_model(task: Task, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return task.model()
+
+
+def _sized(dataset: Dataset[Any], name: str) -> Dataset[Any]:
+    if not hasattr(dataset, "__len__"):
+        raise ConfigError(f"task.{name}: {type(dataset).__name__} has no __len__; its order could not be repeated")
+    return dataset
+
+
+def _eval_dataset(task: Task) -> Dataset[Any] | None:
+    dataset = task.eval_dataset()
+    if dataset is not None and len(_sized(dataset, "eval_dataset")) == 0:  # type: ignore[arg-type]
+        raise ConfigError("task.eval_dataset: it has no samples; return None for no evaluation")
+    return dataset
