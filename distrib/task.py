@@ -81,7 +81,11 @@ def load_task(config: TaskConfig | None) -> Task:
 
 def build(target: str, arguments: dict[str, Any], key: str) -> Any:
     """Call the class or function `module:name` with keyword arguments; `key` is where the config names it."""
-    function = find(target, key)
+    return call(find(target, key), arguments, key)
+
+
+def call(function: Callable[..., Any], arguments: dict[str, Any], key: str) -> Any:
+    """`function(**arguments)`; arguments that it does not take are refused with those it does. Raises ConfigError."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # some built-ins have none
@@ -90,7 +94,8 @@ def build(target: str, arguments: dict[str, Any], key: str) -> Any:
         signature.bind(**arguments)
     except TypeError as error:
         valid = ", ".join(signature.parameters) or "no arguments"
-        raise ConfigError(f"{key}: {target} does not take what is given: {error}; it takes: {valid}") from None
+        name = getattr(function, "__name__", repr(function))
+        raise ConfigError(f"{key}: {name} does not take what is given: {error}; it takes: {valid}") from None
     return function(**arguments)
 
 

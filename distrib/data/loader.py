@@ -104,9 +104,8 @@ class _Reader(Dataset[Any]):
 
 def _fetch_function(dataset: Dataset[Any]) -> Callable[[list[int]], Any] | None:
     """How to read a whole micro-batch at once, or None where the dataset gives single samples."""
-    if type(dataset) is TensorDataset:
-        tensors = dataset.tensors
-        return lambda indices: tuple(tensor[indices] for tensor in tensors)
+    if isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__:
+        return lambda indices: tuple(tensor[indices] for tensor in dataset.tensors)
     return getattr(dataset, "__getitems__", None)
 
 

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 Positions: TypeAlias = NDArray[np.uint64]
 
-_ROUNDS = 6  # even, so that the two halves end where they began
+# Rounds, even so that the two halves end where they began. Few would do in cryptographic sizes; with halves of two
+# or three bits a chi-square test of 40,000 epochs still sees 8 rounds, and not 12.
+_ROUNDS, _ROUNDS_IF_SMALL, _SMALL_BITS = 6, 12, 8
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -31,9 +33,9 @@ def derive_seed(*values: int) -> int:
 
 def sample_indices(positions: Positions, size: int, seed: int, shuffle: bool = True) -> Positions:
     """The dataset index at each position of the run, for a dataset of `size` samples."""
-    epochs, offsets = np.divmod(positions, np.uint64(size))
-    order: Positions = _permute(offsets, size, epochs, seed) if shuffle else offsets
-    return order
+    epochs: Positions = positions // np.uint64(size)
+    offsets: Positions = positions % np.uint64(size)
+    return _permute(offsets, size, epochs, seed) if shuffle else offsets
 
 
 def digest(positions: Positions, indices: Positions) -> int:
@@ -44,9 +46,10 @@ def digest(positions: Positions, indices: Positions) -> int:
 def _permute(offsets: Positions, size: int, epochs: Positions, seed: int) -> Positions:
     bits = (size - 1).bit_length()
     if bits < 2:  # one or two samples: too few for two halves
-        values: Positions = (offsets + (_mix(epochs ^ np.uint64(derive_seed(seed))) >> np.uint64(63))) % np.uint64(size)
-        return values
-    keys = [_mix(epochs ^ np.uint64(derive_seed(seed, number))) for number in range(_ROUNDS)]
+        swapped = _mix(epochs ^ np.uint64(derive_seed(seed))) >> np.uint64(63)
+        return np.remainder(offsets + swapped, np.uint64(size), dtype=np.uint64)
+    rounds = _ROUNDS if bits > _SMALL_BITS else _ROUNDS_IF_SMALL
+    keys = [_mix(epochs ^ np.uint64(derive_seed(seed, number))) for number in range(rounds)]
     values = _feistel(offsets, bits, keys)
     while (outside := np.flatnonzero(values >= size)).size:
         values[outside] = _feistel(values[outside], bits, [key[outside] for key in keys])

@@ -61,7 +61,7 @@ class RunDir:
             raise RunDirError(f"{self.path}: holds a run of another config ({changes}); choose another with --run-dir")
         if not self.summary.exists():
             raise RunDirError(
-                f"{self.path}: holds a run that did not reach its end; remove the folder, or choose another with --run-dir"
+                f"{self.path}: holds a run that did not reach its end; remove it, or choose another with --run-dir"
             )
         summary: dict[str, Any] = json.loads(self.summary.read_text())
         return summary

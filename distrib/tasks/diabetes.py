@@ -1,0 +1,32 @@
+"""scikit-learn's diabetes data: 442 patients, ten measurements each, and how far the disease went in a year.
+
+Just a Dataset and an nn.Module, for `distrib.tasks.supervised:Supervised` (see configs/diabetes.yaml).
+"""
+
+import torch
+from sklearn.datasets import load_diabetes
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+
+class Diabetes(TensorDataset):
+    """`split`: train, or eval for every fifth patient. Inputs and target are standardised by the training split."""
+
+    def __init__(self, split: str) -> None:
+        inputs, target = (torch.tensor(part, dtype=torch.float32) for part in load_diabetes(return_X_y=True))
+        held_out = torch.arange(len(target)) % 5 == 4
+        inputs, target = ((part - part[~held_out].mean(0)) / part[~held_out].std(0) for part in (inputs, target))
+        chosen = {"train": ~held_out, "eval": held_out}[split]
+        super().__init__(inputs[chosen], target[chosen])
+
+
+class Regressor(nn.Module):
+    """Shape (batch, 10) to (batch,)."""
+
+    def __init__(self, hidden: int = 64) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(10, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = self.layers(inputs).squeeze(-1)
+        return output

@@ -1,0 +1,117 @@
+"""For whoever has just an nn.Module and a Dataset: name them in the config, with a loss and metrics."""
+
+import difflib
+import inspect
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+import torchmetrics
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from distrib.errors import ConfigError
+from distrib.task import Loss, Task, build, call, find
+
+T = TypeVar("T")
+
+_CLASSIFIERS = (nn.CrossEntropyLoss, nn.NLLLoss)  # their mean is over what ignore_index leaves, by class weight
+_TARGET_HAS_OTHER_SHAPE = (*_CLASSIFIERS, nn.MultiMarginLoss)
+
+
+class Supervised(Task):
+    """Batches are (input, target); the model maps one to the other.
+
+    `model`, `train_dataset`, `eval_dataset`: `{target: "module:Class", …}` with keyword arguments, as for a task.
+    `loss`: a torch.nn class that takes (output, target), by name, or `{name: CrossEntropyLoss, …}` with arguments.
+    `metrics`: for each metric of your naming a torchmetrics class, by name or `{name: MulticlassAccuracy, …}`.
+    """
+
+    def __init__(
+        self,
+        model: dict[str, Any],
+        train_dataset: dict[str, Any],
+        loss: str | dict[str, Any],
+        eval_dataset: dict[str, Any] | None = None,
+        metrics: dict[str, Any] | None = None,
+    ) -> None:
+        self._model = _checked(model, "task.model")
+        self._train_dataset = _checked(train_dataset, "task.train_dataset")
+        self._eval_dataset = None if eval_dataset is None else _checked(eval_dataset, "task.eval_dataset")
+        self._loss = _by_name(nn, loss, nn.modules.loss._Loss, "task.loss", reduction="none")
+        if len(inspect.signature(type(self._loss).forward).parameters) != 3:
+            raise ConfigError(f"task.loss: {type(self._loss).__name__} takes more than (output, target); write a Task")
+        self._metrics = {
+            # Only rank 0 computes metrics, over the whole set: syncing would wait for ranks that never come.
+            key: _by_name(torchmetrics, value, torchmetrics.Metric, f"task.metrics.{key}", sync_on_compute=False)
+            for key, value in (metrics or {}).items()
+        }
+
+    def train_dataset(self) -> Dataset[Any]:
+        return _built(self._train_dataset, Dataset, "task.train_dataset")
+
+    def eval_dataset(self) -> Dataset[Any] | None:
+        return None if self._eval_dataset is None else _built(self._eval_dataset, Dataset, "task.eval_dataset")
+
+    def model(self) -> nn.Module:
+        return _built(self._model, nn.Module, "task.model")
+
+    def loss(self, output: Tensor, batch: Any) -> Loss:
+        """The sum and the count whose quotient over one batch is torch's own mean."""
+        target = batch[1]
+        if output.shape != target.shape and not isinstance(self._loss, _TARGET_HAS_OTHER_SHAPE):
+            raise ConfigError(
+                f"task.loss: {type(self._loss).__name__} got an output of shape {tuple(output.shape)} and a target of "
+                f"shape {tuple(target.shape)}, which torch would broadcast against each other; make them the same"
+            )
+        values = self._loss.to(output.device)(output, target)
+        return Loss(values.sum(), self._count(values, target))
+
+    def _count(self, values: Tensor, target: Tensor) -> int | Tensor:
+        if not isinstance(self._loss, _CLASSIFIERS) or target.is_floating_point():
+            return values.numel()
+        counted = target[target != self._loss.ignore_index]
+        return counted.numel() if self._loss.weight is None else self._loss.weight[counted].sum()
+
+    def predict(self, output: Tensor, batch: Any) -> dict[str, Tensor]:
+        return {"output": output.float(), "target": batch[1]}
+
+    def metrics(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        values = {}
+        for key, metric in self._metrics.items():
+            metric.reset()
+            metric.update(rows["output"], rows["target"])
+            values[key] = float(metric.compute())
+        return values
+
+
+def _checked(spec: Any, key: str) -> dict[str, Any]:
+    """The form `{target: module:Class, …}`, its target importable: found out before anything is built."""
+    if not isinstance(spec, dict) or not isinstance(spec.get("target"), str):
+        raise ConfigError(f"{key}: {spec!r}: write {{target: module:Class, …}} with the arguments of the class")
+    find(spec["target"], key)
+    return spec
+
+
+def _built(spec: dict[str, Any], kind: type[T], key: str) -> T:
+    result = build(spec["target"], {name: value for name, value in spec.items() if name != "target"}, key)
+    if not isinstance(result, kind):
+        raise ConfigError(f"{key}.target: {spec['target']} is not a {kind.__name__} but {type(result).__name__}")
+    return result
+
+
+def _by_name(module: ModuleType, spec: Any, base: type[Any], key: str, **fixed: Any) -> Any:
+    """A class of `module` that derives from `base`, given by name or as `{name: …, arguments}`."""
+    arguments = dict(spec) if isinstance(spec, dict) else {"name": spec}
+    name = arguments.pop("name", None)
+    classes = {n: c for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, base)}
+    if name not in classes:
+        close = difflib.get_close_matches(str(name), classes, n=1)
+        hint = f", did you mean {close[0]}?" if close else f"; for example {', '.join(sorted(classes)[:3])}"
+        raise ConfigError(f"{key}: {name!r} is not a {base.__name__.strip('_')} in {module.__name__}{hint}")
+    if twice := arguments.keys() & fixed.keys():
+        raise ConfigError(f"{key}.{twice.pop()}: is decided by distrib; leave it out")
+    for argument in ("weight", "pos_weight"):
+        if isinstance(arguments.get(argument), list):
+            arguments[argument] = torch.tensor(arguments[argument], dtype=torch.float32)
+    return call(classes[name], {**arguments, **fixed}, key)

@@ -1,0 +1,82 @@
+"""What the tests share: starting real processes, and checking that none is left."""
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+# Several processes share the cores of the machine; two threads each would only make them wait for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def processes_of(mark: str) -> list[psutil.Process]:
+    """All live processes that were started, directly or not, with this mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def environment(mark: str, **more: str) -> dict[str, str]:
+    """Ours, without what an outer launcher may have left in it; tests/ is importable."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    path = os.pathsep.join([str(ROOT / "tests" / "distributed"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**clean, "PYTHONPATH": path, "PATH": f"{BIN}:{os.environ['PATH']}", "TEST_MARK": mark, **more}
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """A mark for the environment of all processes of one test; afterwards none of them may be left."""
+    mark = uuid.uuid4().hex
+    yield mark
+    deadline = time.monotonic() + 10
+    while (left := processes_of(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    lines = [" ".join(process.cmdline()) for process in left]
+    for process in left:
+        process.kill()
+    assert not lines, f"left behind: {lines}"
+
+
+@pytest.fixture
+def run(mark: str, tmp_path: Path) -> Run:
+    """`run("distrib", "train", …)`: a command of this environment in a temporary folder; returns when it ends."""
+
+    def start(*command: str, cwd: Path = tmp_path, timeout: float = 120, **env: str) -> "subprocess.CompletedProcess[str]":
+        first, *rest = (str(part) for part in command)
+        program = [sys.executable, "-m", "distrib"] if first == "distrib" else [first]
+        return subprocess.run(
+            [*program, *rest], cwd=cwd, env=environment(mark, **env), capture_output=True, text=True, timeout=timeout
+        )
+
+    return start
+
+
+def check(result: "subprocess.CompletedProcess[str]", code: int = 0) -> str:
+    """Its standard output, after checking the exit code."""
+    assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def refused(result: "subprocess.CompletedProcess[str]") -> str:
+    """The one line of a command that the user's input made impossible."""
+    check(result, code=2)
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]

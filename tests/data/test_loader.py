@@ -1,0 +1,93 @@
+"""Real DataLoaders, with and without worker processes."""
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset, TensorDataset
+
+from distrib.data.loader import train_windows
+from distrib.data.order import digest
+from distrib.data.sampler import DistributedSampler
+
+
+class Augmented(Dataset[Any]):
+    """Gives each sample with random numbers from the three generators people use."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> tuple[int, float, float, float]:
+        return index, torch.rand(()).item(), float(np.random.rand()), random.random()
+
+
+class Whole(Augmented):
+    """Read a batch at a time: the result is taken as it is."""
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        return {"index": torch.tensor(indices)}
+
+
+class Listed(Augmented):
+    """Read a batch at a time, as a list of samples, as torch's Subset does."""
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[int, int]]:
+        return [(index, -index) for index in indices]
+
+
+def windows(dataset: Dataset[Any], world_size: int = 1, rank: int = 0, start: int = 0, **loading: int) -> list[Any]:
+    sampler = DistributedSampler(
+        dataset,
+        global_batch_size=4,
+        micro_batch_size=2,
+        num_replicas=world_size,
+        rank=rank,
+        seed=5,
+        start=start,
+        stop=6,
+    )
+    return [(window, list(window)) for window in train_windows(sampler, **loading)]
+
+
+def flat(read: list[Any]) -> list[Any]:
+    return [torch.stack([column.double() for column in batch]).tolist() for _, batches in read for batch in batches]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_samples_randomness_is_its_own(num_workers: int) -> None:
+    """Whoever reads it: one process or two, with workers or without, from the start or later."""
+    alone = flat(windows(Augmented()))
+    assert flat(windows(Augmented(), num_workers=num_workers)) == alone
+    assert flat(windows(Augmented(), start=3, num_workers=num_workers)) == alone[6:]
+    ranks = [flat(windows(Augmented(), world_size=2, rank=rank, num_workers=num_workers)) for rank in (0, 1)]
+    assert [batch for pair in zip(*ranks, strict=True) for batch in pair] == alone
+    first, again = alone[0][1], alone[5][1]
+    assert first != again  # the next epoch augments differently
+
+
+def test_workers_change_nothing_and_leave_the_models_generator_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    list(windows(TensorDataset(torch.arange(10)), num_workers=1))
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_batches_are_read_whole_where_the_dataset_can() -> None:
+    indices = [batch[0].tolist() for _, batches in windows(Augmented()) for batch in batches]
+    whole = [batch["index"].tolist() for _, batches in windows(Whole()) for batch in batches]
+    listed = [batch for _, batches in windows(Listed()) for batch in batches]
+    tensors = [batch[0].tolist() for _, batches in windows(TensorDataset(torch.arange(10))) for batch in batches]
+    assert whole == indices == tensors == [batch[0].tolist() for batch in listed]
+    assert all(torch.equal(batch[0], -batch[1]) for batch in listed)
+
+
+def test_the_digest_is_of_what_was_read() -> None:
+    ranks = [windows(Augmented(), world_size=2, rank=rank) for rank in (0, 1)]
+    for (alone, _), (first, _), (second, _) in zip(windows(Augmented()), *ranks, strict=True):
+        assert (first.digest + second.digest) % 2**64 == alone.digest
+    window, batches = ranks[1][2]
+    indices = torch.cat([batch[0] for batch in batches]).numpy().astype(np.uint64)
+    assert digest(np.arange(10, 12, dtype=np.uint64), indices) == window.digest  # step 2, second half
