@@ -4,6 +4,7 @@ A launcher that starts fewer processes than it was asked for, or another strateg
 most common silent failure in this field (see docs/launchers.md).
 """
 
+import atexit
 import os
 import socket
 import traceback
@@ -107,6 +108,7 @@ class World:
         self.device = state.device
         if self.world_size > 1:
             self.control = dist.new_group(backend="gloo")
+            atexit.register(_leave)
 
     def on_rank_0(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 alone and give its result to every rank. A DistribError is raised on all of them."""
@@ -147,38 +149,43 @@ class World:
                 parts.setdefault(key, []).append(value)
         return {key: torch.cat(values) for key, values in parts.items()}
 
-    def close(self) -> None:
-        """Leave together: without the barrier, gloo's threads may still be at work when the process ends."""
-        from accelerate.state import AcceleratorState
-
-        if dist.is_initialized():
-            if self.control is not None:
-                dist.barrier(group=self.control)
-            dist.destroy_process_group()
-        AcceleratorState._reset_state(reset_partial_state=True)  # or a later run would find the group that is gone
+    def wait_for_all(self) -> None:
+        """Return when every rank has come here."""
+        if self.control is not None:
+            dist.barrier(group=self.control)
 
 
-def report_failure(error: BaseException) -> str:
-    """What this process should print of an exception that ended it: its traceback, if no other rank failed first.
+def _leave() -> None:
+    """At the end of the process, after `wait_for_all`: gloo's threads must not outlive the interpreter.
+
+    Not at the end of a run: a script may train several, and a group cannot be made anew over the same store.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def report_failure(error: BaseException) -> tuple[str, bool]:
+    """What this process should print of the exception that ended it, and whether the failure began here.
 
     The first rank to fail says so in the job's store before its connections close, so that those who fail only for
-    want of it can tell.
+    want of it can tell. They say one line; the traceback that matters comes once.
     """
     rank = int(os.environ.get("RANK", 0))
     me = f"rank {rank} of {os.environ.get('WORLD_SIZE', 1)} on {socket.gethostname()}"
-    text = "".join(traceback.format_exception(error)).rstrip()
     if dist.is_initialized() and dist.get_world_size() > 1:
+        lost_others = isinstance(error, RuntimeError) and "onnection" in str(error)  # gloo's and nccl's words
         try:
             store = dist.distributed_c10d._get_default_store()
-            first = store.compare_set(_FAILED_KEY, "", me).decode()
+            first = store.get(_FAILED_KEY).decode() if store.check([_FAILED_KEY]) else None
+            if first is None and not lost_others:
+                first = store.compare_set(_FAILED_KEY, "", me).decode()
         except RuntimeError:  # the store went away with the rank or launcher that kept it
             first = None
-        lost_others = isinstance(error, RuntimeError) and "gloo" in str(error)
         if first is None and lost_others:
-            return f"{me} stopped: it lost contact with the other ranks"
+            return f"{me} stopped: it lost contact with another rank", False
         if first not in (None, me):
-            return f"{me} stopped, because {first} had failed"
-    return f"{me} failed:\n{text}"
+            return f"{me} stopped, because {first} had failed", False
+    return f"{me} failed:\n{''.join(traceback.format_exception(error)).rstrip()}", True
 
 
 def _refuse_lone_process(environ: Mapping[str, str], by_accelerate: bool) -> None:

@@ -6,12 +6,15 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "distributed"))  # the tests' own tasks
 BIN = Path(sys.executable).parent
 
 # Several processes share the cores of the machine; two threads each would only make them wait for one another.
@@ -39,9 +42,9 @@ def environment(mark: str, **more: str) -> dict[str, str]:
     return {**clean, "PYTHONPATH": path, "PATH": f"{BIN}:{os.environ['PATH']}", "TEST_MARK": mark, **more}
 
 
-@pytest.fixture
-def mark() -> Iterator[str]:
-    """A mark for the environment of all processes of one test; afterwards none of them may be left."""
+@contextmanager
+def no_process_left() -> Iterator[str]:
+    """A mark for the environment of the processes that are started; afterwards none of them may be there."""
     mark = uuid.uuid4().hex
     yield mark
     deadline = time.monotonic() + 10
@@ -53,11 +56,8 @@ def mark() -> Iterator[str]:
     assert not lines, f"left behind: {lines}"
 
 
-@pytest.fixture
-def run(mark: str, tmp_path: Path) -> Run:
-    """`run("distrib", "train", …)`: a command of this environment in a temporary folder; returns when it ends."""
-
-    def start(*command: str, cwd: Path = tmp_path, timeout: float = 120, **env: str) -> "subprocess.CompletedProcess[str]":
+def starter(mark: str, folder: Path) -> Run:
+    def start(*command: object, cwd: Path = folder, timeout: float = 120, **env: str) -> Any:
         first, *rest = (str(part) for part in command)
         program = [sys.executable, "-m", "distrib"] if first == "distrib" else [first]
         return subprocess.run(
@@ -65,6 +65,25 @@ def run(mark: str, tmp_path: Path) -> Run:
         )
 
     return start
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    with no_process_left() as mark:
+        yield mark
+
+
+@pytest.fixture
+def run(mark: str, tmp_path: Path) -> Run:
+    """`run("distrib", "train", …)`: a command of this environment in a temporary folder; returns when it ends."""
+    return starter(mark, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def module_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """The same for the tests of one file together."""
+    with no_process_left() as mark:
+        yield starter(mark, tmp_path_factory.mktemp("module"))
 
 
 def check(result: "subprocess.CompletedProcess[str]", code: int = 0) -> str:

@@ -47,10 +47,11 @@ def _permute(offsets: Positions, size: int, epochs: Positions, seed: int) -> Pos
     bits = (size - 1).bit_length()
     if bits < 2:  # one or two samples: too few for two halves
         swapped = _mix(epochs ^ np.uint64(derive_seed(seed))) >> np.uint64(63)
-        return np.remainder(offsets + swapped, np.uint64(size), dtype=np.uint64)
+        order: Positions = (offsets + swapped) % np.uint64(size)
+        return order
     rounds = _ROUNDS if bits > _SMALL_BITS else _ROUNDS_IF_SMALL
     keys = [_mix(epochs ^ np.uint64(derive_seed(seed, number))) for number in range(rounds)]
-    values = _feistel(offsets, bits, keys)
+    values: Positions = _feistel(offsets, bits, keys)
     while (outside := np.flatnonzero(values >= size)).size:
         values[outside] = _feistel(values[outside], bits, [key[outside] for key in keys])
     return values
@@ -64,7 +65,8 @@ def _feistel(values: Positions, bits: int, keys: list[Positions]) -> Positions:
     for key in keys:
         left, right = right, left ^ (_mix(right ^ key) & ((one << width) - one))
         width, other = other, width
-    return (left << other) | right
+    joined: Positions = (left << other) | right
+    return joined
 
 
 def _mix(values: Positions) -> Positions:

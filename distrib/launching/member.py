@@ -15,6 +15,7 @@ from distrib.processes import die_with_parent
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells do
 _SECONDS_FOR_RANK_0 = 5.0
+_SECONDS_TO_BE_SECOND = 1.0  # launchers name the first to end, and end the others
 
 
 def run_as_member(work: Callable[[], object]) -> int:
@@ -23,8 +24,8 @@ def run_as_member(work: Callable[[], object]) -> int:
     An error of the user's is one line, said by rank 0 alone; a crash is a traceback, said by the rank that failed
     first. A failed process ends at once, without waiting for threads that wait for the other ranks.
     """
-    if launcher := os.environ.get("DISTRIB_LAUNCHER_PID"):
-        die_with_parent(parent=int(launcher))
+    if os.environ.get("DISTRIB_LAUNCHER_PID") == str(os.getppid()):
+        die_with_parent()
     try:
         work()
     except DistribError as error:
@@ -36,12 +37,17 @@ def run_as_member(work: Callable[[], object]) -> int:
     except Exception as error:
         from distrib.world import report_failure
 
-        _end(report_failure(error), 1)
+        message, began_here = report_failure(error)
+        print(message, file=sys.stderr, flush=True)
+        if not began_here:
+            time.sleep(_SECONDS_TO_BE_SECOND)
+        _end(None, 1)
     return 0
 
 
-def _end(message: str, code: int) -> None:
-    print(message, file=sys.stderr, flush=True)
+def _end(message: str | None, code: int) -> None:
+    if message is not None:
+        print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)
 

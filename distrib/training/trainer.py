@@ -67,7 +67,7 @@ class Trainer:
             self._say_summary(summary, "finished")
         else:
             self._say_summary(summary, "had finished before; to train again, remove the folder or choose --run-dir")
-        self.world.close()
+        self.world.wait_for_all()
         return summary
 
     def _train(self) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def evaluate_run(run_dir: str | Path) -> dict[str, float]:
     metrics = _evaluate(engine, task, dataset, config)
     if world.is_rank_0:
         print(f"{path}: {format_metrics(metrics)}  ({len(dataset)} samples)", flush=True)  # type: ignore[arg-type]
-    world.close()
+    world.wait_for_all()
     return metrics
 
 

@@ -1,0 +1,166 @@
+"""Small tasks for tests, importable in the processes that they start."""
+
+import os
+import signal
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+
+from distrib import Loss, Task
+
+VOCABULARY, LENGTH = 11, 6
+
+
+class Masked(Task):
+    """Predict tokens, of which a different number in each sample counts; some samples count none."""
+
+    def __init__(self, samples: int = 97, dropout: float = 0.0) -> None:
+        self.samples, self.dropout = samples, dropout
+
+    def _data(self, seed: int) -> TensorDataset:
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(0, VOCABULARY, (self.samples, LENGTH), generator=generator)
+        counted = torch.randint(0, LENGTH + 1, (self.samples, 1), generator=generator)
+        # Half of the targets are noise, so that no loss comes near 0, where fp32's relative error has no bound.
+        noise = torch.randint(0, VOCABULARY, tokens.shape, generator=generator)
+        targets = torch.where(torch.rand(tokens.shape, generator=generator) < 0.5, noise, (tokens * 3 + 1) % VOCABULARY)
+        targets = torch.where(torch.arange(LENGTH) < counted, targets, -100)
+        return TensorDataset(tokens, targets)
+
+    def train_dataset(self) -> TensorDataset:
+        return self._data(4)
+
+    def eval_dataset(self) -> TensorDataset:
+        return self._data(2)
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Embedding(VOCABULARY, 16),
+            nn.Linear(16, 32),
+            nn.GELU(),
+            nn.Dropout(self.dropout),
+            nn.LayerNorm(32),
+            nn.Linear(32, VOCABULARY),
+        )
+
+    def loss(self, output: Tensor, batch: Any) -> Loss:
+        targets = batch[1]
+        total = F.cross_entropy(output.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        return Loss(total, (targets != -100).sum())
+
+    def predict(self, output: Tensor, batch: Any) -> dict[str, Tensor]:
+        return {"right": ((output.argmax(-1) == batch[1]) & (batch[1] != -100)).sum(1), "token": batch[0][:, 0]}
+
+    def metrics(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        return {"right": rows["right"].double().sum().item()}
+
+
+class Numbered(Task):
+    """An evaluation set whose samples are their own indices, and whose metrics depend on the order of the rows."""
+
+    def __init__(self, samples: int = 20) -> None:
+        self.samples = samples
+
+    def train_dataset(self) -> TensorDataset:
+        return TensorDataset(torch.randn(64, 3))
+
+    def eval_dataset(self) -> TensorDataset:
+        index = torch.arange(self.samples)
+        return TensorDataset(torch.sin(index[:, None] * torch.tensor([1.0, 2.0, 3.0])), index)
+
+    def model(self) -> nn.Module:
+        return nn.Linear(3, 1)
+
+    def loss(self, output: Tensor, batch: Any) -> Loss:
+        return Loss((output**2).sum(), len(output))
+
+    def predict(self, output: Tensor, batch: Any) -> dict[str, Tensor]:
+        return {"output": output.bfloat16(), "exact": output, "index": batch[1], "even": batch[1] % 2 == 0}
+
+    def metrics(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        assert rows["index"].tolist() == list(range(self.samples))
+        assert rows["even"].dtype == torch.bool
+        assert rows["output"].dtype == torch.bfloat16
+        running = 0.0  # a sum that rounds differently in another order
+        for value in rows["exact"].flatten().tolist():
+            running = running * 0.9 + value
+        return {"running": running, "samples": float(len(rows["index"]))}
+
+
+class Misbehaving(Masked):
+    """Goes wrong on one rank, when it is asked for its `at`-th micro-batch there."""
+
+    def __init__(self, how: str, on_rank: int = 1, at: int = 5) -> None:
+        super().__init__()
+        self.how, self.here, self.at = how, int(os.environ.get("RANK", 0)) == on_rank, at
+        self.seen = 0
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        self.seen += 1
+        output = super().forward(model, batch)
+        if not self.here or self.seen != self.at:
+            return output
+        if self.how == "raise":
+            raise ZeroDivisionError("the task divided by zero")
+        if self.how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "nan":
+            return output * float("nan")
+        if self.how == "inf":  # a finite loss with a gradient that is not
+            return output + (output.detach() * 0 + torch.finfo(output.dtype).max) * (output - output.detach())
+        assert self.how == "sleep"
+        time.sleep(600)
+        return output
+
+
+class Broken(Dataset[Any]):
+    """Raises in a worker process."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 40:
+            raise ValueError("sample 40 is broken")
+        return torch.zeros(LENGTH, dtype=torch.long), torch.ones(LENGTH, dtype=torch.long)
+
+
+class BrokenData(Masked):
+    def train_dataset(self) -> Any:
+        return Broken()
+
+
+class Groups(Masked):
+    """Brings an optimizer with two groups at different rates."""
+
+    def optimizer(self, params: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        biases = [item for item in params if item[0].endswith("bias")]
+        others = [item for item in params if not item[0].endswith("bias")]
+        return torch.optim.SGD([{"params": others}, {"params": biases, "lr": 0.02}], lr=0.1)
+
+
+class WithBatchNorm(Masked):
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Embedding(VOCABULARY, LENGTH), nn.BatchNorm1d(LENGTH), nn.Linear(LENGTH, VOCABULARY))
+
+
+class NoEvaluation(Masked):
+    def eval_dataset(self) -> None:
+        return None
+
+
+class NoLength(Masked):
+    def train_dataset(self) -> Any:
+        return iter([1, 2, 3])
+
+
+class Empty(Masked):
+    """Counts nothing at all in the step that holds sample 0 of the first epoch."""
+
+    def loss(self, output: Tensor, batch: Any) -> Loss:
+        loss = super().loss(output, batch)
+        return Loss(loss.total * 0, loss.count * 0)

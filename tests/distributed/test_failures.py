@@ -1,0 +1,167 @@
+"""Bad input: one line, exit code 2, nothing started. A crash: all processes end, the rank that failed is named."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import BIN, Run, check, environment, processes_of, refused
+
+CONFIG = {
+    "task": {"target": "tasks:Masked"},
+    "data": {"global_batch_size": 16, "micro_batch_size": 4},
+    "train": {"steps": 30},
+}
+
+
+def write(folder: Path, **changes: object) -> Path:
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump({**CONFIG, **changes}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--processes", "2", "small.yaml", "data.num_wokers=1"], "did you mean data.num_workers?"),
+        (["--processes", "2", "nowhere.yaml"], "nowhere.yaml: cannot read the config"),
+        (["--processes", "3", "small.yaml"], "4 micro-batches (16 / 4), which 3 processes cannot share"),
+        (["--processes", "32", "small.yaml"], "4 micro-batches (16 / 4), which 32 processes cannot share"),
+        (["--processes", "0", "small.yaml"], "--processes: 0, give 1 or more"),
+        (["--processes", "2", "nowhere.py"], "nowhere.py: there is no such script"),
+    ],
+)
+def test_what_the_launcher_refuses(run: Run, tmp_path: Path, arguments: list[str], said: str) -> None:
+    write(tmp_path)
+    assert said in refused(run("distrib", "launch", *arguments))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.global_batch_size=128", "global_batch_size: 128, but the training set has only 97 samples"),
+        ("task.target=tasks:Maskd", "module 'tasks' has no 'Maskd', did you mean tasks:Masked?"),
+        ("task.target=tasks:NoLength", "has no __len__"),
+        ("task.samples=0", "task.eval_dataset: it has no samples"),
+        ("optim.name=adamx", "optim.name: 'adamx'"),
+        ("optim.momentum=0.9", "optim.momentum: AdamW has no momentum"),
+        ("optim.options.alpha=1", "optim.options.alpha: not an option of AdamW"),
+    ],
+)
+def test_what_a_member_refuses(run: Run, tmp_path: Path, override: str, said: str) -> None:
+    write(tmp_path)
+    assert said in refused(run("distrib", "train", "small.yaml", override))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_members_of_a_launch_say_it_once(run: Run, tmp_path: Path) -> None:
+    write(tmp_path)
+    line = refused(run("distrib", "launch", "--processes", 2, "small.yaml", "data.global_batch_size=128"))
+    assert "the training set has only 97 samples" in line
+    (tmp_path / "runs" / "small").mkdir(parents=True)
+    (tmp_path / "runs" / "small" / "precious.txt").write_text("x")
+    line = refused(run("distrib", "launch", "--processes", 2, "small.yaml"))
+    assert "the folder holds other files" in line
+    assert os.listdir(tmp_path / "runs" / "small") == ["precious.txt"]
+
+
+def test_a_port_that_is_taken(run: Run, tmp_path: Path) -> None:
+    config = write(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        line = refused(run("distrib", "launch", "--processes", 2, "--port", port, config))
+        assert f"--port: {port} cannot be used: Address already in use" in line
+        plain = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        result = run("distrib", "train", config, **plain)
+        assert result.returncode == 2
+        assert f"rendezvous at 127.0.0.1:{port} failed" in result.stderr
+        assert "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_usage_error_has_no_traceback(run: Run) -> None:
+    result = run("distrib", "train")
+    assert result.returncode == 2
+    assert "Missing argument" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def misbehave(how: str, on_rank: int) -> dict[str, object]:
+    return {"target": "tasks:Misbehaving", "how": how, "on_rank": on_rank}
+
+
+@pytest.mark.parametrize("on_rank", [0, 1])
+def test_a_rank_that_raises_ends_all_and_is_named(run: Run, tmp_path: Path, on_rank: int) -> None:
+    result = run("distrib", "launch", "--processes", 2, write(tmp_path, task=misbehave("raise", on_rank)))
+    check(result, code=1)
+    assert f"rank {on_rank} of 2 on {socket.gethostname()} failed:" in result.stderr
+    assert result.stderr.count("Traceback") == 1
+    assert result.stderr.count("ZeroDivisionError: the task divided by zero") == 1
+    assert f"distrib launch: rank {on_rank} failed with exit code 1" in result.stderr
+    events = (tmp_path / "runs" / "small" / "events.jsonl").read_text()
+    assert on_rank != 0 or json.loads(events.splitlines()[-1])["event"] == "failed"
+
+
+def test_under_torchrun_the_traceback_comes_once_too(run: Run, tmp_path: Path) -> None:
+    train = ["-m", "distrib", "train", write(tmp_path, task=misbehave("raise", 1))]
+    result = run(BIN / "torchrun", "--nproc_per_node", 2, *train)
+    assert result.returncode == 1
+    assert result.stderr.count("ZeroDivisionError: the task divided by zero") == 1
+    assert result.stderr.count("rank 1 of 2") >= 1
+
+
+def test_a_rank_that_is_killed_ends_all(run: Run, tmp_path: Path) -> None:
+    result = run("distrib", "launch", "--processes", 3, write(tmp_path, task=misbehave("kill", 1), **THREE))
+    check(result, code=1)
+    assert "distrib launch: rank 1 was ended by SIGKILL" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+THREE = {"data": {"global_batch_size": 12, "micro_batch_size": 4, "num_workers": 1}}
+
+
+def test_a_worker_that_raises_shows_why(run: Run, tmp_path: Path) -> None:
+    data = {**CONFIG["data"], "num_workers": 1}  # type: ignore[dict-item]
+    task = {"target": "tasks:BrokenData"}
+    result = run("distrib", "launch", "--processes", 2, write(tmp_path, task=task, data=data))
+    check(result, code=1)
+    assert result.stderr.count("ValueError: sample 40 is broken") == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)], ids=lambda v: str(v)
+)
+def test_nothing_outlives_the_launcher(mark: str, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    config = write(tmp_path, task=misbehave("sleep", 1), data={**CONFIG["data"], "num_workers": 1})  # type: ignore[dict-item]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "distrib", "launch", "--processes", "2", str(config)],
+        cwd=tmp_path,
+        env=environment(mark),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    ledger = tmp_path / "runs" / "small" / "steps.jsonl"
+    deadline = time.monotonic() + 60
+    while not (ledger.exists() and ledger.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(processes_of(mark)) >= 5  # the launcher, two ranks and a worker of each
+    launcher.send_signal(number)
+    _, stderr = launcher.communicate(timeout=60)
+    assert launcher.returncode == code
+    assert "Traceback" not in stderr
+    # the mark's fixture now checks that all of them end

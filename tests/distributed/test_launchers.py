@@ -1,0 +1,158 @@
+"""The real launchers, each starting two real processes; and each silent fallback, refused."""
+
+import json
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import BIN, ROOT, Run, check, refused
+
+CONFIG = {
+    "task": {"target": "tasks:Masked", "dropout": 0.2},
+    "data": {"global_batch_size": 16, "micro_batch_size": 4},
+    "train": {"steps": 5},
+}
+DDP = ROOT / "launch" / "ddp.yaml"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def ledger(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "steps.jsonl").read_text().splitlines()]
+
+
+def commands(config: Path) -> dict[str, list[object]]:
+    port = free_port()
+    train = ["-m", "distrib", "train", config]
+    return {
+        "distrib": ["distrib", "launch", "--processes", 2, "--port", port, config],
+        "torchrun": [BIN / "torchrun", "--nproc_per_node", 2, "--master_port", port, *train],
+        "accelerate": [BIN / "accelerate", "launch", "--config_file", DDP, "--main_process_port", port, *train],
+    }
+
+
+@pytest.mark.parametrize("launcher", ["distrib", "torchrun", "accelerate"])
+def test_two_processes_join(run: Run, config: Path, tmp_path: Path, launcher: str) -> None:
+    check(run(*commands(config)[launcher]))
+    run_dir = tmp_path / "runs" / "small"
+    (start,) = json.loads((run_dir / "environment.json").read_text())["starts"]
+    assert (start["launcher"], start["world_size"], start["strategy"]) == (launcher, 2, "ddp")
+    assert {line["world_size"] for line in ledger(run_dir)} == {2}
+
+
+def test_one_process_trains_what_two_do(run: Run, config: Path, tmp_path: Path) -> None:
+    check(run("distrib", "train", config, "--run-dir", "alone"))
+    check(run("distrib", "launch", "--processes", 2, config, "--run-dir", "together"))
+    alone, together = ledger(tmp_path / "alone"), ledger(tmp_path / "together")
+    assert {line["strategy"] for line in alone} == {"single"}
+    assert [line["samples"] for line in alone] == [line["samples"] for line in together]
+    assert [line["loss"] for line in together] == pytest.approx([line["loss"] for line in alone], rel=1e-5)
+
+
+def test_launch_alone_is_one_process_where_there_is_no_accelerator(run: Run, config: Path, tmp_path: Path) -> None:
+    check(run("distrib", "launch", config, "--run-dir", "one", "train.steps=2"))
+    assert {line["world_size"] for line in ledger(tmp_path / "one")} == {1}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--cpu", "--num_processes", 2],
+        ["--config_file", "multi_cpu.yaml"],
+        ["--config_file", DDP, "--cpu"],
+    ],
+    ids=["--cpu", "MULTI_CPU", "ddp.yaml with --cpu"],
+)
+def test_accelerate_starting_one_process_instead_of_two_is_refused(
+    run: Run, config: Path, tmp_path: Path, arguments: list[object]
+) -> None:
+    multi_cpu = {**yaml.safe_load(DDP.read_text()), "distributed_type": "MULTI_CPU", "use_cpu": True}
+    (tmp_path / "multi_cpu.yaml").write_text(yaml.safe_dump(multi_cpu))
+    result = run(BIN / "accelerate", "launch", *arguments, "-m", "distrib", "train", config)
+    assert result.returncode != 0
+    assert result.stderr.count("error: accelerate launch was asked for several processes but started one") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--use_fsdp"], "accelerate launch was told to use fsdp, strategy.name is auto"),
+        (["--mixed_precision", "bf16"], "told to use mixed_precision bf16, train.mixed_precision is no"),
+    ],
+    ids=["fsdp", "bf16"],
+)
+def test_another_strategy_or_precision_than_the_launchers_is_refused(
+    run: Run, config: Path, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    command = [BIN / "accelerate", "launch", "--config_file", DDP, "--main_process_port", free_port()]
+    result = run(*command, *arguments, "-m", "distrib", "train", config)
+    assert result.returncode != 0
+    assert result.stderr.count(said) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_strategy_for_one_process_is_refused_for_two(run: Run, config: Path) -> None:
+    line = refused(run("distrib", "launch", "--processes", 2, config, "strategy.name=single"))
+    assert "strategy.name: single, but distrib started 2 processes" in line
+
+
+def test_a_script_of_the_users_with_arguments(run: Run, tmp_path: Path) -> None:
+    """Also: several runs in one script, and `Trainer` handing every rank the same summary."""
+    (tmp_path / "my_script.py").write_text(
+        "import json, sys\n"
+        "from distrib import Config, Trainer, World\n"
+        "from tasks import Masked\n"
+        "for name in sys.argv[1:]:\n"
+        "    config = Config.from_dict({'name': name, 'train': {'steps': 3}})\n"
+        "    summary = Trainer(Masked(), config).fit()\n"
+        "    open(f'{name}-{World.detect().rank}.json', 'w').write(json.dumps(summary))\n"
+    )
+    check(run("distrib", "launch", "--processes", 2, "my_script.py", "first", "second"))
+    for name in ("first", "second"):
+        summaries = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
+        assert summaries[0] == summaries[1]
+        assert summaries[0]["world_size"] == 2
+        assert (tmp_path / "runs" / name / "summary.json").exists()
+    (tmp_path / "my_module.py").write_text("import sys\nassert __name__ == '__main__'\nsys.exit(int(sys.argv[1]))\n")
+    check(run("distrib", "launch", "--processes", 2, "-m", "my_module", "0"))
+    assert run("distrib", "launch", "--processes", 2, "-m", "my_module", "3").returncode == 1
+
+
+def test_evaluate_and_a_second_start_of_a_finished_run(run: Run, config: Path, tmp_path: Path) -> None:
+    check(run("distrib", "train", config))
+    run_dir = tmp_path / "runs" / "small"
+    (evaluation,) = map(json.loads, (run_dir / "evals.jsonl").read_text().splitlines())
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    expected = "eval/loss {eval/loss:.4f}  eval/right {eval/right:.4f}".format_map(evaluation["metrics"])
+    assert expected in check(run("distrib", "evaluate", run_dir))
+    train = ["-m", "distrib", "evaluate", run_dir]
+    assert (
+        check(run(BIN / "torchrun", "--nproc_per_node", 2, "--master_port", free_port(), *train)).count(expected) == 1
+    )
+    assert "had finished before" in check(run("distrib", "train", config, "data.num_workers=1"))
+    assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    line = refused(run("distrib", "train", config, "seed=1", "optim.lr=0.5"))
+    assert "optim.lr was 0.001, is 0.5; seed was 0, is 1" in line
+    shutil.copytree(run_dir, tmp_path / "damaged")
+    weights = next((tmp_path / "damaged").rglob("model.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    damaged = run("distrib", "evaluate", "damaged")
+    assert (damaged.returncode, damaged.stderr.count("damaged: its content is not what the manifest says")) == (1, 1)

@@ -1,0 +1,117 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distrib import Config
+from distrib.errors import ConfigError
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> Config:
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    return Config.load(path, overrides)
+
+
+def message(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, text, *overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_defaults_then_file_then_overrides(tmp_path: Path) -> None:
+    config = load(tmp_path, "train: {steps: 5}\noptim: {lr: 0.5}", "optim.lr=1e-3", "data.num_workers=2")
+    assert (config.name, config.seed, config.train.steps) == ("my", 0, 5)
+    assert (config.optim.lr, config.data.num_workers) == (0.001, 2)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_configs_that_come_along_are_valid_and_survive_a_dump(path: Path, tmp_path: Path) -> None:
+    config = Config.load(path)
+    (tmp_path / "again.yaml").write_text(config.dump())
+    assert Config.load(tmp_path / "again.yaml") == config
+    assert yaml.safe_load(config.dump()) == config.model_dump(mode="json")  # other software reads it the same
+
+
+@given(
+    lr=st.floats(0, 10),
+    precision=st.sampled_from(["no", "bf16", "fp16"]),
+    argument=st.one_of(st.integers(), st.booleans(), st.text(st.characters(codec="ascii")), st.lists(st.integers())),
+)
+def test_a_dump_reads_back_as_it_was(
+    tmp_path_factory: pytest.TempPathFactory, lr: float, precision: str, argument: object
+) -> None:
+    config = Config.from_dict(
+        {
+            "train": {"steps": 1, "mixed_precision": precision},
+            "optim": {"lr": lr},
+            "task": {"target": "a:B", "argument": argument},
+        }
+    )
+    path = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    path.write_text(config.dump())
+    assert Config.load(path) == config
+
+
+def test_words_are_words_and_numbers_numbers(tmp_path: Path) -> None:
+    config = load(tmp_path, "train: {steps: 1, mixed_precision: no}\ntask: {target: a:B, x: off, y: 1e-3, z: true}")
+    assert config.train.mixed_precision == "no"
+    assert config.task is not None
+    assert config.task.arguments == {"x": "off", "y": 0.001, "z": True}
+
+
+STEPS = "train: {steps: 1}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "parts"),
+    [
+        (STEPS + "data: {num_wokers: 2}", (), ["data.num_wokers: unknown key", "data.num_workers?"]),
+        (STEPS + "sed: 1", (), ["sed: unknown key", "seed?"]),
+        (STEPS + "lr: 1", (), ["lr: unknown key", "optim.lr?"]),
+        (STEPS + "qqq: 1", (), ["qqq: unknown key", "allowed here", "data"]),
+        (STEPS, ("optim.lr=fast",), ["optim.lr: 'fast'", "number"]),
+        (STEPS, ("data.num_workers=2.5",), ["data.num_workers: 2.5", "integer"]),
+        (STEPS, ("data.micro_batch_size=0",), ["data.micro_batch_size: 0", "greater than 0"]),
+        (STEPS, ("seed=true",), ["seed: True", "integer"]),
+        (STEPS, ("train.mixed_precision=fp8",), ["train.mixed_precision: 'fp8'", "'no', 'bf16' or 'fp16'"]),
+        (STEPS, ("strategy.name=dpp",), ["strategy.name: 'dpp'", "'auto', 'single' or 'ddp'"]),
+        (STEPS, ("optim.betas=[0.9]",), ["optim.betas.1: missing"]),
+        (STEPS, ("name=../x",), ["name: '../x'"]),
+        (STEPS, ("lr",), ["'lr'", "key=value"]),
+        (STEPS, ("seed.x=1",), ["seed: {'x': 1}", "integer"]),
+        (STEPS + "seed: 1", ("seed.x=1",), ["seed is a value, not a section"]),
+        ("seed: 1", (), ["train: missing"]),
+        ("train: {}", (), ["train:", "epochs or as steps", "given: neither"]),
+        ("train: {steps: 1, epochs: 2}", (), ["epochs: 2 and steps: 1"]),
+        ("train: {steps: 1", (), ["line", "not valid YAML"]),
+        ("seed: 1\nseed: 2\n" + STEPS, (), ["line 2", "'seed' stands there twice"]),
+        ("- a\n- b", (), ["mapping", "list"]),
+        ("", (), ["train: missing"]),
+        (STEPS + "task: {hidden: 3}", (), ["task.target: missing"]),
+        ("x: !!python/object/apply:os.system [ls]", (), ["not valid YAML"]),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    tmp_path: Path, text: str, overrides: tuple[str, ...], parts: list[str]
+) -> None:
+    line = message(tmp_path, text, *overrides)
+    assert [part for part in parts if part not in line] == [], line
+
+
+def test_a_config_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere.yaml: cannot read the config: No such file"):
+        Config.load("nowhere.yaml")
+
+
+def test_function_leaves_out_what_only_changes_speed() -> None:
+    base = {"train": {"steps": 1}, "task": {"target": "a:B"}}
+    one = Config.from_dict(base)
+    other = Config.from_dict({**base, "data": {"num_workers": 3}, "eval": {"every_steps": 9}, "name": "x"})
+    assert one.function() == other.function()
+    assert one.function() != Config.from_dict({**base, "seed": 1}).function()
+    assert one.function()["optim.lr"] == 0.001

@@ -1,0 +1,58 @@
+"""Imports go down only, and the heavy libraries are imported where DESIGN says."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# A module may import from its own layer or a lower one.
+LAYERS = [
+    {"errors", "processes"},
+    {"config", "schedule"},
+    {"task", "plan", "world"},
+    {"data", "state"},
+    {"reporting"},
+    {"training", "tasks"},
+    {"launching"},
+    {"cli"},
+]
+ONLY_IN = {
+    "accelerate": {"training/engine.py", "training/strategies.py", "world.py"},
+    "wandb": set(),
+    "deepspeed": set(),
+}
+MODULES = sorted((ROOT / "distrib").rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that the file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def layer(part: str) -> int:
+    (found,) = [number for number, parts in enumerate(LAYERS) if part in parts]
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down(path: Path) -> None:
+    relative = path.relative_to(ROOT / "distrib")
+    part = relative.parts[0].removesuffix(".py")
+    for name in imported(path):
+        top = name.split(".")[0]
+        assert top not in ONLY_IN or relative.as_posix() in ONLY_IN[top], f"{relative} imports {top}"
+        if top == "distrib" and part not in ("__init__", "__main__"):
+            assert layer(name.split(".")[1]) <= layer(part), f"{relative} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_small(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 300

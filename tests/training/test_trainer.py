@@ -1,0 +1,129 @@
+"""Trainer in this process: the run folder, the optimizers, the checkpoint."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tasks import Groups, Masked, NoEvaluation
+
+from distrib import Config, Task, Trainer
+from distrib.errors import ConfigError, RunDirError
+
+
+def fit(folder: Path, task: Task | None = None, **config: Any) -> Path:
+    values = {
+        "data": {"global_batch_size": 8, "micro_batch_size": 4},
+        "train": {"steps": 6},
+        "eval": {"every_steps": 4},
+        **config,
+    }
+    Trainer(task or Masked(), Config.from_dict(values), folder).fit()
+    return folder
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = fit(tmp_path / "run")
+    assert {path.name for path in run.iterdir()} == {
+        *("config.yaml", "environment.json", "steps.jsonl", "evals.jsonl", "events.jsonl"),
+        *("checkpoints", "summary.json", "curves.png"),
+    }
+    steps = lines(run / "steps.jsonl")
+    assert [step["step"] for step in steps] == list(range(6))
+    assert set(steps[0]) == {
+        *("step", "epoch", "loss", "lr", "grad_norm", "count", "verdict", "samples", "seconds"),
+        *("world_size", "strategy", "chain"),
+    }
+    evals = lines(run / "evals.jsonl")
+    assert [(entry["step"], entry["count"]) for entry in evals] == [(4, 97), (6, 97)]
+    assert set(evals[0]["metrics"]) == {"eval/loss", "eval/right"}
+    assert [event["event"] for event in lines(run / "events.jsonl")] == ["started", "checkpoint", "finished"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["metrics"] == {"train/loss": steps[-1]["loss"], **evals[-1]["metrics"]}
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert Config.load(run / "config.yaml").data.global_batch_size == 8
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["starts"][0]["launcher"] == "plain"
+    output = capsys.readouterr().out
+    assert "step 6/6  epoch 0  loss" in output
+    assert "step 4/6  eval/loss" in output
+
+
+def test_every_line_hangs_on_those_before(tmp_path: Path) -> None:
+    """As docs/run-folder.md defines it, without the code that wrote it."""
+    run = fit(tmp_path / "run")
+    chain = ""
+    for line in (run / "steps.jsonl").read_text().splitlines():
+        text, _, tail = line.partition(',"chain":"')
+        chain = hashlib.sha256(f"{chain}{text}}}".encode()).hexdigest()
+        assert tail == f'{chain}"}}'
+    manifest = json.loads((run / "checkpoints" / "step-00000006" / "manifest.json").read_text())
+    assert (manifest["step"], manifest["chain"]) == (6, chain)
+
+
+def test_the_checkpoint_loads_with_plain_libraries(tmp_path: Path) -> None:
+    task = Masked()
+    trainer = Trainer(task, Config.from_dict({"train": {"steps": 2}}), tmp_path / "run")
+    trainer.fit()
+    weights = load_file(tmp_path / "run" / "checkpoints" / "step-00000002" / "model.safetensors")
+    fresh = task.model()
+    fresh.load_state_dict(weights)
+    for name, value in trainer.module.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("name", ["adam", "AdamW", "sgd", "rmsprop", "Adagrad", "NAdam"])
+def test_any_optimizer_of_torch_by_name(tmp_path: Path, name: str) -> None:
+    steps = lines(fit(tmp_path / name, optim={"name": name, "lr": 0.01}, train={"steps": 30}) / "steps.jsonl")
+    assert sum(step["loss"] for step in steps[-5:]) < sum(step["loss"] for step in steps[:5])
+
+
+def test_optimizers_are_fused_where_torch_has_it(tmp_path: Path) -> None:
+    def optimizer(**optim: Any) -> torch.optim.Optimizer:
+        config = Config.from_dict({"train": {"steps": 1}, "optim": optim})
+        return Trainer(Masked(), config, tmp_path / "never").optimizer
+
+    assert optimizer().defaults["fused"]
+    assert optimizer(name="sgd", momentum=0.9, options={"nesterov": True}).defaults["nesterov"]
+    assert not optimizer(name="adamw", options={"foreach": True}).defaults["fused"]
+    assert "fused" not in optimizer(name="rmsprop").defaults
+    with pytest.raises(ConfigError, match=r"optim.name: LBFGS"):
+        optimizer(name="lbfgs")
+    with pytest.raises(ConfigError, match=r"optim: SGD refuses its arguments: Nesterov"):
+        optimizer(name="sgd", options={"nesterov": True})
+
+
+def test_groups_of_a_tasks_own_optimizer_keep_their_ratio(tmp_path: Path) -> None:
+    config = Config.from_dict({"train": {"steps": 8}, "optim": {"schedule": "linear"}})
+    trainer = Trainer(Groups(), config, tmp_path / "run")
+    trainer.fit()
+    rates = [line["lr"] for line in lines(tmp_path / "run" / "steps.jsonl")]
+    assert rates == pytest.approx([0.1 * (1 - step / 8) for step in range(8)])
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([rates[-1], rates[-1] / 5])
+
+
+def test_without_an_evaluation_set(tmp_path: Path) -> None:
+    run = fit(tmp_path / "run", NoEvaluation())
+    assert not (run / "evals.jsonl").exists()
+    assert (run / "curves.png").exists()
+
+
+def test_a_run_that_did_not_end_is_not_overwritten(tmp_path: Path) -> None:
+    run = fit(tmp_path / "run")
+    (run / "summary.json").unlink()
+    with pytest.raises(RunDirError, match="did not reach its end"):
+        fit(run)
+
+
+def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunDirError, match="cannot write the run folder: Not a directory"):
+        fit(tmp_path / "file" / "run")
