@@ -139,6 +139,9 @@ class Config(_Section):
         return _flatten(values)
 
 
+_EITHER_OR = {"train.steps": "epochs", "train.epochs": "steps"}
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as people expect it: `no` and `off` are words, 1e-3 is a number, a key stands once."""
 
@@ -181,6 +184,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r}: an override is written key=value, for example optim.lr=0.01")
+    if key in _EITHER_OR:  # one choice: the override takes the place of what the file says
+        section = values.get("train")
+        if isinstance(section, dict):
+            section.pop(_EITHER_OR[key], None)
     *sections, last = key.split(".")
     for section in sections:
         inner = values.setdefault(section, {})

@@ -35,10 +35,6 @@ class RunPlan:
         else:
             assert train.epochs is not None, "the config has one of the two"
             num_steps = -(-train.epochs * num_samples // data.global_batch_size)
-        if config.optim.warmup_steps > num_steps:
-            raise ConfigError(
-                f"optim.warmup_steps: {config.optim.warmup_steps}, but the run has only {num_steps} steps"
-            )
         return cls(
             world_size=world_size,
             global_batch_size=data.global_batch_size,

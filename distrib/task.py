@@ -22,11 +22,12 @@ class Loss:
     """A sum and the number of items it sums over (samples, tokens, …), never a mean.
 
     The gradient of a step is that of `total / count` over all micro-batches of all ranks, which is exact also where
-    they count differently many items. `total`: scalar tensor; `count`: an int or a scalar tensor, 0 or more.
+    they count differently many items. `total`: scalar tensor; `count`: a number or a scalar tensor, 0 or more (a
+    float where items have weights).
     """
 
     total: Tensor
-    count: int | Tensor
+    count: float | Tensor
 
 
 class Task:

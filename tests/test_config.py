@@ -57,6 +57,12 @@ def test_a_dump_reads_back_as_it_was(
     assert Config.load(path) == config
 
 
+def test_an_override_of_the_length_replaces_the_files(tmp_path: Path) -> None:
+    assert load(tmp_path, "train: {epochs: 5}", "train.steps=3").train.epochs is None
+    assert load(tmp_path, "train: {steps: 5}", "train.epochs=3").train.steps is None
+    assert "epochs: 2 and steps: 3" in message(tmp_path, "train: {epochs: 5}", "train={epochs: 2, steps: 3}")
+
+
 def test_words_are_words_and_numbers_numbers(tmp_path: Path) -> None:
     config = load(tmp_path, "train: {steps: 1, mixed_precision: no}\ntask: {target: a:B, x: off, y: 1e-3, z: true}")
     assert config.train.mixed_precision == "no"

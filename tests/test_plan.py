@@ -48,9 +48,3 @@ def test_what_does_not_divide_is_refused_with_values_that_do(batch: int, micro: 
 def test_a_dataset_smaller_than_a_batch_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"global_batch_size: 64, but the training set has only 40 samples"):
         RunPlan.create(config(64, 16), 1, 40)
-
-
-def test_a_warmup_longer_than_the_run_is_refused() -> None:
-    values = {"train": {"steps": 5}, "optim": {"warmup_steps": 6}}
-    with pytest.raises(ConfigError, match=r"optim.warmup_steps: 6, but the run has only 5 steps"):
-        RunPlan.create(Config.from_dict(values), 1, 100)

@@ -38,13 +38,15 @@ class RunDir:
     def start(self, config: Config, world: World, strategy: str) -> dict[str, Any] | None:
         """Make the folder and write config and environment, or return the summary of the same run, finished before.
 
-        Raises RunDirError where another run, or an unfinished one, is there.
+        A folder whose run ended before its first step is used again. Raises RunDirError where another run, or one
+        that did not reach its end, is there.
         """
-        if self.config.exists():
+        never_began = self.config.exists() and not (self.steps.exists() and self.steps.stat().st_size)
+        if self.config.exists() and not never_began:
             return self._finished(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if any(self.path.iterdir()):
+            if any(self.path.iterdir()) and not never_began:
                 raise RunDirError(f"{self.path}: the folder holds other files; choose another with --run-dir")
             _write(self.environment, json.dumps(_environment(world, strategy), indent=2) + "\n")
             _write(self.config, config.dump())

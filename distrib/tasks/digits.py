@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from distrib.errors import ConfigError
 from distrib.task import Loss, Task
 
 
@@ -13,7 +14,9 @@ class Digits(Task):
     """Tell ten digits apart; every fifth image is held out. `network` is cnn or mlp."""
 
     def __init__(self, network: str = "cnn", hidden: int = 128, dropout: float = 0.0) -> None:
-        self.network = {"cnn": cnn, "mlp": mlp}[network]
+        if network not in NETWORKS:
+            raise ConfigError(f"task.network: {network!r}; give {' or '.join(NETWORKS)}")
+        self.network = NETWORKS[network]
         self.hidden, self.dropout = hidden, dropout
         images, labels = load_digits(return_X_y=True)
         self.images = torch.tensor(images / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
@@ -54,3 +57,6 @@ def mlp(hidden: int, dropout: float) -> nn.Module:
         *(nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(dropout)),
         nn.Linear(hidden, 10),
     )
+
+
+NETWORKS = {"cnn": cnn, "mlp": mlp}

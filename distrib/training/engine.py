@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import send_to_device
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distrib.data.loader import Window
@@ -29,7 +29,7 @@ class StepResult:
 
     verdict: str  # applied | skipped:<reason>
     loss: float
-    count: int
+    count: float  # whole, unless items have weights
     grad_norm: float  # before clipping
     lr: float
     digest: int  # of the samples read by all ranks, see data/order.py
@@ -76,6 +76,7 @@ class Engine:
         if self.device.type != "cpu":  # not run here: see docs/not-run-here.md
             self._generators.append(torch.get_device_module(self.device).manual_seed)
         self._window: Window | None = None
+        self._whole_count = True
         self._last = False
 
     def to_device(self, batch: Any) -> Any:
@@ -114,6 +115,8 @@ class Engine:
         assert self._window is not None, "backward belongs into engine.microbatch"
         if self.mixed_precision == "fp16" and self.scaler is None:
             self.scaler = self._first_scaler(loss, self._window)
+        count = loss.count
+        self._whole_count = not (count.is_floating_point() if isinstance(count, Tensor) else isinstance(count, float))
         shares = Totals.pack(loss, self._window.digest if self._last else 0, self.world.world_size)
         total = loss.total if self.scaler is None else self.scaler.scale(loss.total)
         with torch.autocast(self.device.type, enabled=False) if self.dtype else nullcontext():
@@ -126,7 +129,7 @@ class Engine:
         """
         assert self.optimizer is not None, "this engine only evaluates"
         assert self.totals.grad is not None, "step follows backward"
-        totals = Totals.unpack(self.totals.grad)
+        totals = Totals.unpack(self.totals.grad, self._whole_count)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         loss_scale = None
         if self.scaler is not None:

@@ -24,7 +24,7 @@ class Totals:
     """Sums over a window on all ranks."""
 
     loss: float
-    count: int
+    count: float  # whole, unless items have weights
     digest: int
 
     @staticmethod
@@ -42,11 +42,12 @@ class Totals:
         return values * world_size
 
     @classmethod
-    def unpack(cls, gradient: Tensor) -> "Totals":
-        """From the reduced gradient of the parameter."""
+    def unpack(cls, gradient: Tensor, whole_count: bool) -> "Totals":
+        """From the reduced gradient of the parameter; rounds what is known to be whole."""
         loss, high, low, *limbs = gradient.tolist()
         digest = sum(round(limb) << (_LIMB * number) for number, limb in enumerate(limbs))
-        return cls(loss, (round(high) << _LIMB) + round(low), digest % 2**64)
+        count = round(high) * 2**_LIMB + (round(low) if whole_count else low)
+        return cls(loss, count, digest % 2**64)
 
 
 class WithTotals(nn.Module):

@@ -50,6 +50,7 @@ def test_what_the_launcher_refuses(run: Run, tmp_path: Path, arguments: list[str
         ("task.target=tasks:Maskd", "module 'tasks' has no 'Maskd', did you mean tasks:Masked?"),
         ("task.target=tasks:NoLength", "has no __len__"),
         ("task.samples=0", "task.eval_dataset: it has no samples"),
+        ("task={target: 'distrib.tasks.digits:Digits', network: rnn}", "task.network: 'rnn'; give cnn or mlp"),
         ("optim.name=adamx", "optim.name: 'adamx'"),
         ("optim.momentum=0.9", "optim.momentum: AdamW has no momentum"),
         ("optim.options.alpha=1", "optim.options.alpha: not an option of AdamW"),

@@ -11,7 +11,11 @@ from safetensors.torch import load_file
 from tasks import Groups, Masked, NoEvaluation
 
 from distrib import Config, Task, Trainer
+from distrib.config import TaskConfig
+from distrib.data.sampler import DistributedSampler
 from distrib.errors import ConfigError, RunDirError
+from distrib.task import load_task
+from distrib.tasks.digits import Digits, mlp
 
 
 def fit(folder: Path, task: Task | None = None, **config: Any) -> Path:
@@ -121,6 +125,41 @@ def test_a_run_that_did_not_end_is_not_overwritten(tmp_path: Path) -> None:
     (run / "summary.json").unlink()
     with pytest.raises(RunDirError, match="did not reach its end"):
         fit(run)
+
+
+def test_a_run_that_died_before_its_first_step_may_start_again(tmp_path: Path) -> None:
+    class Mistaken(Masked):
+        def forward(self, model: Any, batch: Any) -> Any:
+            raise NameError("a mistake, soon to be mended")
+
+    with pytest.raises(NameError):
+        fit(tmp_path / "run", Mistaken())
+    run = fit(tmp_path / "run", seed=5)
+    assert [event["event"] for event in lines(run / "events.jsonl")][:3] == ["started", "failed", "started"]
+    assert Config.load(run / "config.yaml").seed == 5
+
+
+def test_items_with_weights_count_by_weight(tmp_path: Path) -> None:
+    weight = [0.3, *[1.1] * 9]
+    task = {
+        "target": "distrib.tasks.supervised:Supervised",
+        "model": {"target": "distrib.tasks.digits:mlp", "hidden": 8, "dropout": 0.0},
+        "train_dataset": {"target": "test_trainer:digits"},
+        "loss": {"name": "CrossEntropyLoss", "weight": weight},
+    }
+    steps = lines(fit(tmp_path / "run", load_task(TaskConfig.model_validate(task))) / "steps.jsonl")
+    dataset = digits()
+    torch.manual_seed(0)
+    model = mlp(8, 0.0)
+    chosen = list(DistributedSampler(dataset, global_batch_size=8, micro_batch_size=8, stop=1))
+    images, labels = (tensor[chosen] for tensor in dataset.tensors)
+    expected = torch.nn.functional.cross_entropy(model(images), labels, weight=torch.tensor(weight))
+    assert steps[0]["loss"] == pytest.approx(expected.item(), rel=1e-6)
+    assert steps[0]["count"] == pytest.approx(torch.tensor(weight)[labels].sum().item(), rel=1e-6)
+
+
+def digits() -> torch.utils.data.TensorDataset:
+    return Digits().train_dataset()
 
 
 def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
