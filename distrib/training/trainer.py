@@ -169,7 +169,6 @@ class Trainer:
         steps = self.plan.num_steps
         path = checkpoint.save(self.run.checkpoints, self.module, steps, chain)
         self.run.event("checkpoint", step=steps, path=str(path.relative_to(self.run.path)))
-        draw_curves(self.run)
         summary = {
             "name": self.config.name,
             "steps": steps,
@@ -182,6 +181,7 @@ class Trainer:
             "strategy": self.strategy,
         }
         self.run.finish(summary)
+        draw_curves(self.run)
         return summary
 
     def _say_summary(self, summary: dict[str, Any], what: str) -> None:
