@@ -61,8 +61,8 @@ def test_what_the_launcher_refuses(run: Run, tmp_path: Path, arguments: list[str
     ],
 )
 def test_what_is_refused_before_the_processes_join(tmp_path: Path, override: str, said: str) -> None:
+    config = Config.load(write(tmp_path), [override])
     with pytest.raises(ConfigError, match=re.escape(said)):
-        config = Config.load(write(tmp_path), [override])
         Trainer(load_task(config.task), config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -54,7 +54,7 @@ def test_any_byte_changed_in_the_weights_is_noticed(tmp_path: Path, place: int, 
 def test_a_missing_or_truncated_file_is_named(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, Tied(), 1, "")
     (path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="model.safetensors: damaged"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
         checkpoint.load(path, Tied())
     (path / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"cannot read the checkpoint: .*manifest.json"):

@@ -15,12 +15,15 @@ def task(loss: Any, **more: Any) -> Supervised:
     return Supervised(**{"model": MODEL, "train_dataset": DATA, "loss": loss, **more})
 
 
+GENERATOR = torch.Generator().manual_seed(0)
+
+
 def classes(*shape: int) -> torch.Tensor:
-    return torch.randint(0, 3, shape)
+    return torch.randint(0, 3, shape, generator=GENERATOR)
 
 
 def floats(*shape: int) -> torch.Tensor:
-    return torch.rand(shape)
+    return torch.rand(shape, generator=GENERATOR)
 
 
 CASES: list[tuple[Any, torch.Tensor, torch.Tensor]] = [
@@ -46,7 +49,7 @@ CASES: list[tuple[Any, torch.Tensor, torch.Tensor]] = [
 ]
 
 
-@pytest.mark.parametrize(("loss", "output", "target"), CASES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("loss", "output", "target"), CASES, ids=[f"{n}-{c[0]}" for n, c in enumerate(CASES)])
 def test_total_by_count_is_torchs_own_mean(loss: Any, output: torch.Tensor, target: torch.Tensor) -> None:
     arguments = dict(loss) if isinstance(loss, dict) else {"name": loss}
     name = arguments.pop("name")
