@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from distrib.data.order import Positions, derive_seed, digest
@@ -81,9 +82,14 @@ class _Reader(Dataset[Any]):
         self.dataset = dataset
         self.seed = seed
         self.size = len(dataset)  # type: ignore[arg-type]
-        self.fetch = _fetch_function(dataset)
+        self.fetch: Callable[[list[int]], Any] | None = getattr(dataset, "__getitems__", None)
+        plain = isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__
+        self.tensors: tuple[Tensor, ...] | None = dataset.tensors if plain else None  # type: ignore[attr-defined]
 
     def __getitems__(self, micro_batch: MicroBatch) -> Read:
+        if self.tensors is not None:
+            chosen = torch.from_numpy(micro_batch.indices.view(np.int64))
+            return Read(micro_batch, tuple(tensor[chosen] for tensor in self.tensors))
         if self.fetch is not None:
             self._seed_for(micro_batch.positions[0], micro_batch.indices[0])
             batch = self.fetch(micro_batch.indices.tolist())
@@ -100,13 +106,6 @@ class _Reader(Dataset[Any]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every device and costs 100 times as much
         random.seed(seed)
         np.random.seed(seed % 2**32)
-
-
-def _fetch_function(dataset: Dataset[Any]) -> Callable[[list[int]], Any] | None:
-    """How to read a whole micro-batch at once, or None where the dataset gives single samples."""
-    if isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__:
-        return lambda indices: tuple(tensor[indices] for tensor in dataset.tensors)
-    return getattr(dataset, "__getitems__", None)
 
 
 def _identity(read: Any) -> Any:

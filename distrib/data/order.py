@@ -18,6 +18,7 @@ Positions: TypeAlias = NDArray[np.uint64]
 _ROUNDS, _ROUNDS_IF_SMALL, _SMALL_BITS = 6, 12, 8
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_WEYL = 0xD1342543DE82EF95  # odd, so that pairs of neighbours stay far apart
 
 
 def derive_seed(*values: int) -> int:
@@ -40,7 +41,7 @@ def sample_indices(positions: Positions, size: int, seed: int, shuffle: bool = T
 
 def digest(positions: Positions, indices: Positions) -> int:
     """An order-free 64-bit digest of (position, index) pairs: digests of disjoint parts add up modulo 2^64."""
-    return int(_mix(_mix(positions + np.uint64(_GOLDEN)) ^ indices).sum(dtype=np.uint64))
+    return int(_mix(positions * np.uint64(_WEYL) + indices).sum(dtype=np.uint64))
 
 
 def _permute(offsets: Positions, size: int, epochs: Positions, seed: int) -> Positions:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 GENESIS = ""  # the chain before the first line
+_ONE_LINE = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 class Ledger:
@@ -41,8 +42,9 @@ def link(chain: str, text: str) -> str:
 
 def to_json(entry: dict[str, Any], indent: int | None = None) -> str:
     """JSON, on one line unless indented. Floats that are not finite become null: JSON has no word for them."""
-    separators = (",", ":") if indent is None else None
-    return json.dumps(_finite(entry), separators=separators, indent=indent, allow_nan=False)
+    if indent is None:
+        return _ONE_LINE(_finite(entry))
+    return json.dumps(_finite(entry), indent=indent, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

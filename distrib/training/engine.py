@@ -67,6 +67,7 @@ class Engine:
         self.model: nn.Module = with_totals
         if world.world_size > 1 and optimizer is not None:
             self.model = self.accelerator.prepare_model(with_totals)
+        self._all_parameters = list(self.model.parameters())  # Module.zero_grad walks through all modules every time
         groups = optimizer.param_groups if optimizer is not None else []
         self.parameters = [p for group in groups for p in group["params"] if p.requires_grad]
         self.base_rate = float(groups[0]["lr"]) if groups else 0.0
@@ -108,7 +109,8 @@ class Engine:
 
     def zero_grad(self) -> None:
         """Once a window, before its first backward."""
-        self.model.zero_grad()
+        for parameter in self._all_parameters:
+            parameter.grad = None
 
     def backward(self, loss: Loss) -> None:
         """Add the gradient of `loss.total`; on the window's last micro-batch, sum over the ranks."""

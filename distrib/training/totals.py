@@ -30,16 +30,15 @@ class Totals:
     @staticmethod
     def pack(loss: Loss, digest: int, world_size: int) -> Tensor:
         """One micro-batch's share, shape (_SIZE,). Times `world_size`, because the reduction is a mean over ranks."""
-        count = loss.count
-        high, low = (
-            (torch.floor_divide(count, 2**_LIMB), torch.remainder(count, 2**_LIMB))
-            if isinstance(count, Tensor)
-            else divmod(count, 2**_LIMB)
-        )
+        high, low = (0, 0) if isinstance(loss.count, Tensor) else divmod(loss.count, 2**_LIMB)
         limbs = [digest >> (_LIMB * number) & (2**_LIMB - 1) for number in range(_NUM_LIMBS)]
-        values = torch.tensor([0, 0, 0, *limbs], dtype=torch.float32, device=loss.total.device)
-        values[0], values[1], values[2] = loss.total.detach(), high, low
-        return values * world_size
+        host = [float(value * world_size) for value in (0, high, low, *limbs)]
+        values = torch.tensor(host, device=loss.total.device)
+        values[0] = loss.total.detach() * world_size
+        if isinstance(loss.count, Tensor):  # without waiting for a device to say what it is
+            values[1] = torch.floor_divide(loss.count, 2**_LIMB) * world_size
+            values[2] = torch.remainder(loss.count, 2**_LIMB) * world_size
+        return values
 
     @classmethod
     def unpack(cls, gradient: Tensor, whole_count: bool) -> "Totals":
