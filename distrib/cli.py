@@ -26,6 +26,8 @@ app = typer.Typer(
 
     A finished run's metrics again:  distrib evaluate runs/digits
 
+    Its weights for plain torch:  distrib export runs/digits --out exported
+
     Exit codes: 0 done, 1 failed, 2 the input is wrong (one line says what).""",
 )
 
@@ -102,15 +104,11 @@ def explain(
     overrides: Overrides = None,
     processes: Annotated[int, typer.Option(help="For how many processes.", min=1)] = 1,
 ) -> None:
-    """Print what a config comes to: batches, steps, learning rates. Trains nothing."""
+    """Print what a config comes to: batches, steps, learning rates, memory, DeepSpeed's JSON. Trains nothing."""
     from distrib.config import Config
-    from distrib.plan import RunPlan
-    from distrib.reporting.explain import print_plan
-    from distrib.task import load_task
+    from distrib.training.verbs import explain_run
 
-    loaded = Config.load(config, overrides or ())
-    dataset = load_task(loaded.task).train_dataset()
-    print_plan(loaded, RunPlan.create(loaded, processes, len(dataset)))  # type: ignore[arg-type]
+    explain_run(Config.load(config, overrides or ()), processes)
 
 
 @app.command()
@@ -119,9 +117,21 @@ def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/digits.")],
 ) -> None:
     """Evaluate a run's newest weights on the whole evaluation set. Changes nothing in its folder."""
-    from distrib.training.trainer import evaluate_run
+    from distrib.training.verbs import evaluate_run
 
     evaluate_run(run)
+
+
+@app.command()
+@_as_member
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/digits.")],
+    out: Annotated[Path, typer.Option(help="The folder to write model.safetensors into.")],
+) -> None:
+    """Write a run's newest weights as one file, under the module's own names, for plain torch."""
+    from distrib.training.verbs import export_run
+
+    export_run(run, out)
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from distrib.errors import ConfigError
 
 MixedPrecision: TypeAlias = Literal["no", "bf16", "fp16"]
-StrategyName: TypeAlias = Literal["auto", "single", "ddp"]
+StrategyName: TypeAlias = Literal["auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]
+Offload: TypeAlias = Literal["none", "optimizer", "all"]
 Schedule: TypeAlias = Literal["constant", "linear", "cosine"]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -77,9 +78,19 @@ class TrainConfig(_Section):
 
 
 class StrategyConfig(_Section):
-    """`auto` takes what the launcher says, else ddp (single where there is one process)."""
+    """Where parameters, gradients and optimizer state lie. Changes memory and speed, not what is computed.
+
+    `auto` takes what the launcher says, else ddp (single where there is one process).
+    """
 
     name: StrategyName = "auto"
+    offload: Offload = "none"  # what lies in CPU memory: nothing, the optimizer state, or the parameters too
+    activation_checkpointing: bool = False  # of the task's blocks: compute again what the backward needs
+    communication_dtype: Literal["fp32", "bf16"] = "fp32"  # in which gradients travel; bf16 rounds them
+    find_unused_parameters: bool = False  # ddp
+    static_graph: bool = False  # ddp
+    reshard_after_forward: bool = True  # fsdp2
+    deepspeed: dict[str, Any] | str = {}  # zero0 to zero3: further options of DeepSpeed's, or a JSON file with them
 
 
 class EvalConfig(_Section):
@@ -136,6 +147,7 @@ class Config(_Section):
         values = self.model_dump(mode="json", include={"seed", "task", "data", "optim", "train"})
         for key in ("num_workers", "prefetch_factor"):
             del values["data"][key]
+        values["strategy"] = {"communication_dtype": self.strategy.communication_dtype}
         return _flatten(values)
 
 

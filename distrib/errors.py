@@ -16,7 +16,7 @@ class LaunchError(DistribError):
 
 
 class RunDirError(DistribError):
-    """The run folder cannot be used: it is taken, missing or unreadable."""
+    """A run folder, or one to write into, cannot be used: it is taken, missing or unreadable."""
 
 
 class CheckpointError(DistribError):

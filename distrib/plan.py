@@ -8,6 +8,15 @@ from distrib.schedule import learning_rate_factor
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Bytes that the fullest rank holds between two steps, or for gradients, at the end of a window."""
+
+    parameters: int
+    gradients: int
+    optimizer_state: int  # with the fp32 copy that ZeRO's stages 1 to 3 update
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """The arithmetic of a run."""
 
@@ -19,6 +28,7 @@ class RunPlan:
     num_samples: int  # in the training set
     num_steps: int
     warmup_steps: int
+    memory: Memory | None = None  # counted where somebody wants to know, see training/memory.py
 
     @classmethod
     def create(cls, config: Config, world_size: int, num_samples: int) -> "RunPlan":

@@ -65,9 +65,29 @@ class Task:
         """An optimizer of your own, for example with parameter groups; None takes the config's.
 
         `params` are (name, parameter) pairs, which torch's optimizers take as they are. The config's schedule
-        scales the rate of each group.
+        scales the rate of each group. Called more than once, also with parameters on torch's meta device.
         """
         return None
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The repeated parts of the model, which fsdp2 gathers and activation checkpointing recomputes one by one.
+
+        By default those children of its ModuleLists, ModuleDicts and Sequentials that have parameters and share
+        their class with a sibling; the outermost, where they lie in one another.
+        """
+        return _repeated(model)
+
+
+def _repeated(module: nn.Module) -> list[nn.Module]:
+    children = [child for child in module.children() if any(True for _ in child.parameters())]
+    blocks: list[nn.Module] = []
+    for child in children:
+        of_its_class = sum(type(other) is type(child) for other in children)
+        if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential) and of_its_class > 1:
+            blocks.append(child)
+        else:
+            blocks.extend(_repeated(child))
+    return blocks
 
 
 def load_task(config: TaskConfig | None) -> Task:

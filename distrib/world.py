@@ -33,8 +33,7 @@ class World:
     world_size: int = 1
     local_world_size: int = 1
     launcher: str = "plain"  # plain | distrib | torchrun | accelerate
-    asked_strategy: str | None = None  # what the launcher was told to use: deepspeed, fsdp, …
-    asked_precision: str | None = None
+    asked: dict[str, Any] = field(default_factory=dict)  # what accelerate launch was told, by our config's keys
     use_cpu: bool = True
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     control: dist.ProcessGroup | None = None  # gloo on CPU memory, whatever carries the gradients
@@ -48,7 +47,7 @@ class World:
             _refuse_lone_process(environ, by_accelerate)
             return cls(
                 launcher="accelerate" if by_accelerate else "plain",
-                asked_precision=_accelerate_precision(environ),
+                asked=_asked(environ),
                 use_cpu=_cpu_only(environ),
             )
         if missing := [name for name in _REQUIRED if name not in environ]:
@@ -66,8 +65,7 @@ class World:
             world_size=world_size,
             local_world_size=_integer(environ, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environ else world_size,
             launcher=environ.get("DISTRIB_LAUNCHER") or ("accelerate" if by_accelerate else "torchrun"),
-            asked_strategy=_accelerate_strategy(environ),
-            asked_precision=_accelerate_precision(environ),
+            asked=_asked(environ),
             use_cpu=_cpu_only(environ),
         )
         if not world.use_cpu and world.local_rank >= torch.accelerator.device_count():
@@ -108,6 +106,13 @@ class World:
         self.device = state.device
         if self.world_size > 1:
             self.control = dist.new_group(backend="gloo")
+            atexit.register(_leave)
+
+    def require_group(self) -> None:
+        """A process group where there is none because we are alone: DeepSpeed and FSDP2 need one."""
+        if not dist.is_initialized():
+            backend = dist.get_default_backend_for_device(self.device)
+            dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
             atexit.register(_leave)
 
     def on_rank_0(self, work: Callable[[], T]) -> T:
@@ -206,17 +211,43 @@ def _refuse_lone_process(environ: Mapping[str, str], by_accelerate: bool) -> Non
             )
 
 
-def _accelerate_strategy(environ: Mapping[str, str]) -> str | None:
-    for strategy in ("deepspeed", "fsdp", "megatron_lm", "parallelism_config"):
-        if environ.get(f"ACCELERATE_USE_{strategy.upper()}", "false").lower() == "true":
-            return strategy
-    return None
-
-
-def _accelerate_precision(environ: Mapping[str, str]) -> str | None:
-    """None where accelerate says "no": that is its default, not a wish."""
-    precision = environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    return None if precision == "no" else precision
+def _asked(environ: Mapping[str, str]) -> dict[str, Any]:
+    """What accelerate launch was told, by our config's keys. What it says by default is no wish, and left out."""
+    told = {key: value.lower() for key, value in environ.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
+    asked: dict[str, Any] = {}
+    if told.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        asked["train.mixed_precision"] = told["ACCELERATE_MIXED_PRECISION"]
+    for other in ("megatron_lm", "parallelism_config"):
+        if told.get(f"ACCELERATE_USE_{other.upper()}") == "true":
+            asked["strategy.name"] = other
+    if told.get("ACCELERATE_USE_FSDP") == "true":
+        asked["strategy.name"] = f"fsdp{told.get('FSDP_VERSION', '1')}"
+        for option, variable, value, wish in (
+            ("offload", "FSDP_OFFLOAD_PARAMS", "true", "all"),
+            ("reshard_after_forward", "FSDP_RESHARD_AFTER_FORWARD", "false", False),
+            ("activation_checkpointing", "FSDP_ACTIVATION_CHECKPOINTING", "true", True),
+        ):
+            if told.get(variable) == value:
+                asked[f"strategy.{option}"] = wish
+        if wrap := environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
+            asked["fsdp_transformer_layer_cls_to_wrap"] = wrap
+        elif told.get("FSDP_AUTO_WRAP_POLICY") == "size_based_wrap":
+            asked["fsdp_auto_wrap_policy"] = "SIZE_BASED_WRAP"
+    if told.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in environ:
+            asked["strategy.name"] = "deepspeed"  # which stage, stands in the file
+            asked["strategy.deepspeed"] = environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
+        else:
+            asked["strategy.name"] = f"zero{told.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+        if told.get("ACCELERATE_GRADIENT_CLIPPING", "none") != "none":
+            asked["train.max_grad_norm"] = float(told["ACCELERATE_GRADIENT_CLIPPING"])
+        if told.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("1", "auto"):
+            asked["grad_accum_steps"] = int(told["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"])
+        for what, wish in (("OPTIMIZER", "optimizer"), ("PARAM", "all")):
+            device = told.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none")
+            if device != "none":
+                asked["strategy.offload"] = wish if device == "cpu" else device
+    return asked
 
 
 def _cpu_only(environ: Mapping[str, str]) -> bool:

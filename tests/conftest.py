@@ -1,5 +1,6 @@
 """What the tests share: starting real processes, and checking that none is left."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +81,39 @@ def run(mark: str, tmp_path: Path) -> Run:
     return starter(mark, tmp_path)
 
 
-@pytest.fixture(scope="module")
-def module_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """The same for the tests of one file together."""
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Path]]:
+    """The folder of what tests/distributed/members.py did on so many processes, started when first asked for."""
     with no_process_left() as mark:
-        yield starter(mark, tmp_path_factory.mktemp("module"))
+
+        @cache  # of a failed launch too
+        def launch(processes: int) -> "tuple[Path, subprocess.CompletedProcess[str]]":
+            folder = tmp_path_factory.mktemp(f"world-{processes}-")
+            command = ("distrib", "launch", "--processes", processes, ROOT / "tests/distributed/members.py", folder)
+            run = starter(mark, folder)
+            return folder, run(*command, timeout=800, TORCH_EXTENSIONS_DIR=str(folder / "extensions"))
+
+        def folder_of(processes: int) -> Path:
+            folder, result = launch(processes)
+            check(result)
+            return folder
+
+        yield folder_of
+
+
+def lines(run: Path, file: str = "steps.jsonl") -> list[dict[str, Any]]:
+    """A JSON-lines file of a run folder, the ledger by default."""
+    return [json.loads(line) for line in (run / file).read_text().splitlines()]
+
+
+def results(folder: Path, rank: int = 0) -> dict[str, Any]:
+    """What a rank of `world` found besides training."""
+    found: dict[str, Any] = json.loads((folder / f"rank-{rank}.json").read_text())
+    return found
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in lines(run)]
 
 
 def check(result: "subprocess.CompletedProcess[str]", code: int = 0) -> str:

@@ -18,9 +18,9 @@ LAYERS = [
     {"cli"},
 ]
 ONLY_IN = {
-    "accelerate": {"training/engine.py", "training/strategies.py", "world.py"},
+    "accelerate": {"training/engine.py", "training/placement.py", "world.py"},
+    "deepspeed": {"training/zero.py"},
     "wandb": set(),
-    "deepspeed": set(),
 }
 MODULES = sorted((ROOT / "distrib").rglob("*.py"))
 

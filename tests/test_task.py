@@ -2,6 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from distrib.config import TaskConfig
 from distrib.errors import ConfigError
@@ -50,3 +51,32 @@ def test_an_import_that_fails_inside_the_users_file_is_theirs_to_see(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
         load(target="imports_nothing:X")
+
+
+class Layer(nn.Sequential):
+    """A block that has blocks of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+
+
+def test_blocks_are_the_outermost_repeated_children() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Layer() for _ in range(3)])
+            self.heads = nn.ModuleDict({"a": nn.Linear(2, 1), "b": nn.Linear(2, 1)})
+
+    encoder = Encoder()
+    model = nn.Sequential(nn.Embedding(5, 2), encoder, nn.ReLU(), nn.ReLU())
+    assert Task().blocks(model) == [*encoder.layers, *encoder.heads.values()]
+
+
+def test_children_that_are_not_repeated_are_no_blocks() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(2, 2), nn.Linear(2, 2)  # no list: the model's own affair
+
+    assert Task().blocks(Pair()) == []
+    assert Task().blocks(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.ReLU(), nn.ReLU())) == []

@@ -27,10 +27,21 @@ def test_a_member(more: dict[str, str], launcher: str) -> None:
     assert not world.is_rank_0
 
 
-def test_what_accelerate_was_told_is_known() -> None:
-    told = {**JOINED, "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_DEEPSPEED": "true"}
-    world = World.detect(told)
-    assert (world.asked_precision, world.asked_strategy) == ("bf16", "deepspeed")
+@pytest.mark.parametrize(
+    ("told", "asked"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, {}),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_DEEPSPEED": "true"},
+            {"train.mixed_precision": "bf16", "strategy.name": "zero2"},
+        ),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {"strategy.name": "megatron_lm"}),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {"strategy.name": "fsdp1"}),
+        ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, {}),  # left from elsewhere: FSDP was not asked for
+    ],
+)
+def test_what_accelerate_was_told_is_known(told: dict[str, str], asked: dict[str, str]) -> None:
+    assert World.detect({**JOINED, **told}).asked == asked
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,8 @@ def launch(arguments: Sequence[str], processes: int, port: int | None = None) ->
         _check_free(port)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ.update(DISTRIB_LAUNCHER="distrib", DISTRIB_LAUNCHER_PID=str(os.getpid()))
+    if not devices:  # or a script with an Accelerator of its own would make each process a world of its own
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it ourselves, in one line
     config = LaunchConfig(
         min_nodes=1,

@@ -7,9 +7,9 @@ from distrib.config import Config
 from distrib.plan import RunPlan
 
 
-def print_plan(config: Config, plan: RunPlan) -> None:
+def print_plan(config: Config, strategy: str, plan: RunPlan) -> None:
     """Every derived number with the arithmetic behind it."""
-    table = Table(show_header=False, box=None, title=f"{config.name} on {plan.world_size} process(es)")
+    table = Table(show_header=False, box=None, title=f"{config.name} on {plan.world_size} process(es), {strategy}")
     table.title_justify = "left"
     rows = {
         "samples a step": f"{plan.global_batch_size} (global_batch_size)",
@@ -25,6 +25,10 @@ def print_plan(config: Config, plan: RunPlan) -> None:
         "steps": f"{plan.num_steps:,} = {plan.num_steps * plan.global_batch_size / plan.num_samples:.2f} epochs",
         "learning rate": "  ".join(f"step {step:,}: {rate:.3g}" for step, rate in plan.landmarks(config).items()),
     }
+    if plan.memory is not None:
+        rows["parameters, a rank"] = f"{plan.memory.parameters:,} bytes"
+        rows["gradients, a rank"] = f"{plan.memory.gradients:,} bytes"
+        rows["optimizer state, a rank"] = f"{plan.memory.optimizer_state:,} bytes"
     for name, value in rows.items():
         table.add_row(name, value)
     Console(highlight=False, soft_wrap=True).print(table)

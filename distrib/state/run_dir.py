@@ -18,7 +18,7 @@ from distrib.errors import RunDirError
 from distrib.state.ledger import to_json
 from distrib.world import World
 
-_PACKAGES = ("distrib", "torch", "accelerate", "numpy")
+_PACKAGES = ("distrib", "torch", "accelerate", "deepspeed", "numpy")
 
 
 class RunDir:

@@ -2,25 +2,25 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from distrib.data.loader import Window
 from distrib.data.order import derive_seed
 from distrib.task import Loss
-from distrib.training import strategies
-from distrib.training.totals import Totals, WithTotals, ride
-from distrib.world import World
+from distrib.training.placement import Placement
+from distrib.training.totals import Totals
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 APPLIED = "applied"
+_FIRST_SCALE_OF_A_MEAN = 2.0**16  # GradScaler's
+_UPDATES_TO_GROW = 2000
 
 
 @dataclass(frozen=True)
@@ -40,42 +40,55 @@ class StepResult:
         return self.verdict == APPLIED
 
 
+class LossScale:
+    """By which an fp16 loss is multiplied before its backward, as torch's GradScaler: halved where the gradient
+    overflowed, doubled after 2,000 updates in a row.
+
+    GradScaler itself unscales gradients where they lie and asks each rank alone, which fits none of the sharded
+    strategies.
+    """
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+        self._updates = 0  # since it last changed
+
+    def update(self, overflowed: bool) -> None:
+        self._updates = 0 if overflowed else self._updates + 1
+        if overflowed:
+            self.value /= 2
+        elif self._updates == _UPDATES_TO_GROW:
+            self.value, self._updates = self.value * 2, 0
+
+
 class Engine:
-    """Thin over accelerate: it places and wraps the model; what a window needs is here."""
+    """What all strategies share: precision, random numbers, normalisation, the verdict. Where things lie, and how
+    gradients meet, is the `placement`'s."""
 
     def __init__(
         self,
-        world: World,
-        module: nn.Module,
-        optimizer: Optimizer | None = None,  # none: to evaluate only
+        placement: Placement,
         *,
         mixed_precision: str = "no",
         max_grad_norm: float | None = None,
         seed: int = 0,
     ) -> None:
-        self.world = world
-        self.module = module  # the user's own
-        self.optimizer = optimizer
+        self.placement = placement
+        self.world = placement.world
+        self.module = placement.module  # the user's own
+        self.model = placement.model
+        self.device = self.world.device
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.mixed_precision = mixed_precision
-        self.dtype = _DTYPES.get(mixed_precision)
-        self.accelerator = strategies.accelerator(world)
-        self.device = world.device
-        with_totals = WithTotals(module).to(self.device)
-        self.totals = with_totals.totals
-        self.model: nn.Module = with_totals
-        if world.world_size > 1 and optimizer is not None:
-            self.model = self.accelerator.prepare_model(with_totals)
-        self._all_parameters = list(self.model.parameters())  # Module.zero_grad walks through all modules every time
-        groups = optimizer.param_groups if optimizer is not None else []
-        self.parameters = [p for group in groups for p in group["params"] if p.requires_grad]
+        self.dtype = DTYPES.get(mixed_precision)
+        groups = placement.optimizer.param_groups if placement.optimizer is not None else []
         self.base_rate = float(groups[0]["lr"]) if groups else 0.0
         self._rate_ratios = [group["lr"] / (self.base_rate or 1.0) for group in groups]
-        self.scaler: torch.amp.GradScaler | None = None  # fp16 only, made when the first count is known
+        self.loss_scale: LossScale | None = None  # fp16 only, made when the first count is known
         self._generators = [torch.default_generator.manual_seed]
         if self.device.type != "cpu":  # not run here: see docs/not-run-here.md
             self._generators.append(torch.get_device_module(self.device).manual_seed)
+        self._buffers = list(self.module.buffers())
         self._window: Window | None = None
         self._whole_count = True
         self._last = False
@@ -88,13 +101,15 @@ class Engine:
     def microbatch(self, window: Window, index: int) -> Iterator[None]:
         """Random numbers that belong to this micro-batch, autocast, and no synchronisation before the last."""
         self._window, self._last = window, index == len(window) - 1
+        if index == 0 and not self.placement.shares_buffers:
+            self.share_buffers()
         self.seed_random(derive_seed(self.seed, window.step, window.first + index))
-        with ExitStack() as contexts:
-            if not self._last:
-                contexts.enter_context(self.accelerator.no_sync(self.model))
-            if self.dtype is not None:
-                contexts.enter_context(torch.autocast(self.device.type, self.dtype))
+        with self.placement.accumulate(self._last), self.autocast():
             yield
+
+    def autocast(self) -> Any:
+        """Of forward and loss, in training and in evaluation."""
+        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
 
     def seed_random(self, seed: int) -> None:
         """torch's generators of the CPU and of this device. torch.manual_seed takes 100 times as long."""
@@ -104,69 +119,64 @@ class Engine:
     def share_buffers(self) -> None:
         """Give every rank rank 0's buffers (running statistics), as DDP does before a training forward."""
         if self.world.world_size > 1:
-            for buffer in self.module.buffers():
+            for buffer in self._buffers:
                 dist.broadcast(buffer, src=0)
 
     def zero_grad(self) -> None:
         """Once a window, before its first backward."""
-        for parameter in self._all_parameters:
-            parameter.grad = None
+        self.placement.zero_grad()
 
     def backward(self, loss: Loss) -> None:
         """Add the gradient of `loss.total`; on the window's last micro-batch, sum over the ranks."""
         assert self._window is not None, "backward belongs into engine.microbatch"
-        if self.mixed_precision == "fp16" and self.scaler is None:
-            self.scaler = self._first_scaler(loss, self._window)
+        if self.mixed_precision == "fp16" and self.loss_scale is None:
+            self.loss_scale = self._first_loss_scale(loss, self._window)
         count = loss.count
         self._whole_count = not (count.is_floating_point() if isinstance(count, Tensor) else isinstance(count, float))
-        shares = Totals.pack(loss, self._window.digest if self._last else 0, self.world.world_size)
-        total = loss.total if self.scaler is None else self.scaler.scale(loss.total)
-        with torch.autocast(self.device.type, enabled=False) if self.dtype else nullcontext():
-            ride(total, self.totals, shares).backward()  # type: ignore[no-untyped-call]
+        shares = Totals.pack(loss, self._window.digest if self._last else 0)
+        total = loss.total if self.loss_scale is None else loss.total * self.loss_scale.value
+        with nullcontext() if self.dtype is None else torch.autocast(self.device.type, enabled=False):
+            self.placement.backward(total, shares, self._last)
 
     def step(self, lr: float) -> StepResult:
         """Normalise by the window's count, clip, update. All ranks see the same numbers, so all decide alike.
 
         `lr` is the first parameter group's rate; the others keep their ratio to it.
         """
-        assert self.optimizer is not None, "this engine only evaluates"
-        assert self.totals.grad is not None, "step follows backward"
-        totals = Totals.unpack(self.totals.grad, self._whole_count)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        loss_scale = None
-        if self.scaler is not None:
-            loss_scale = self.scaler.get_scale()
-            self.scaler.unscale_(self.optimizer)
-        # DDP left the mean over the ranks of sums; what is wanted is their sum by the count.
-        factor = self.world.world_size / totals.count if totals.count else 0.0
-        grad_norm = torch.nn.utils.get_total_norm(gradients).item() * factor
-        verdict = self._verdict(totals, grad_norm)
-        if verdict == APPLIED:
-            if self.max_grad_norm is not None:
-                factor *= min(1.0, self.max_grad_norm / (grad_norm + 1e-6))  # as torch's clip_grad_norm_
-            torch._foreach_mul_(gradients, factor)
-            for group, ratio in zip(self.optimizer.param_groups, self._rate_ratios, strict=True):
-                group["lr"] = lr * ratio
-            self.optimizer.step()
-        if self.scaler is not None:
-            self.scaler.update()
-        loss = totals.loss / totals.count if totals.count else 0.0
-        return StepResult(verdict, loss, totals.count, grad_norm, lr, totals.digest, loss_scale)
-
-    def _verdict(self, totals: Totals, grad_norm: float) -> str:
+        totals = Totals.unpack(self.placement.totals.result(), self._whole_count)
+        scale = None if self.loss_scale is None else self.loss_scale.value
+        loss, grad_norm = totals.loss / totals.count if totals.count else 0.0, 0.0
         if totals.count == 0:
-            return "skipped:no_items"
-        if not math.isfinite(totals.loss):
-            return "skipped:nonfinite_loss"
-        if not math.isfinite(grad_norm):
-            return "skipped:loss_scale" if self.scaler is not None else "skipped:nonfinite_gradient"
-        return APPLIED
+            verdict = "skipped:no_items"
+        elif not math.isfinite(loss):
+            verdict, grad_norm = "skipped:nonfinite_loss", math.nan
+        else:
+            verdict, grad_norm = self._update(totals.count, lr)
+        if verdict in ("skipped:no_items", "skipped:nonfinite_loss"):
+            self.placement.discard()
+        return StepResult(verdict, loss, totals.count, grad_norm, lr, totals.digest, scale)
 
-    def _first_scaler(self, loss: Loss, window: Window) -> torch.amp.GradScaler:
+    def _update(self, count: float, lr: float) -> tuple[str, float]:
+        """The verdict and the norm of the gradient before clipping."""
+        optimizer, scale = self.placement.optimizer, self.loss_scale
+        assert optimizer is not None, "this engine only evaluates"
+        for group, ratio in zip(optimizer.param_groups, self._rate_ratios, strict=True):
+            group["lr"] = lr * ratio
+        # The ranks' gradients are averaged, and scaled in fp16; what is wanted is their sum by the count.
+        factor = self.world.world_size / count / (1.0 if scale is None else scale.value)
+        grad_norm = self.placement.update(factor, self.max_grad_norm)
+        finite = math.isfinite(grad_norm)
+        if scale is not None:
+            scale.update(overflowed=not finite)
+        if finite:
+            return APPLIED, grad_norm
+        return "skipped:nonfinite_gradient" if scale is None else "skipped:loss_scale", grad_norm
+
+    def _first_loss_scale(self, loss: Loss, window: Window) -> LossScale:
         """torch's usual first scale is meant for a mean; ours is of a sum, so divide it by the likely count.
 
         Micro-batch 0 of the step is rank 0's whatever the number of processes, so all worlds begin alike.
         """
         count = self.world.on_rank_0(lambda: max(1, int(loss.count)))
         halvings = round(math.log2(count * len(window) * self.world.world_size))
-        return torch.amp.GradScaler(self.device.type, init_scale=2.0 ** (16 - halvings))
+        return LossScale(_FIRST_SCALE_OF_A_MEAN / 2**halvings)

@@ -26,14 +26,20 @@ def evaluate(engine: Engine, task: Task, dataset: Dataset[Any], batch_size: int,
     """
     world, size = engine.world, len(dataset)  # type: ignore[arg-type]
     batches = list(_batches(size, batch_size, world))
-    module = engine.module
+    num_own = len(batches)
+    if engine.placement.forward_is_collective:  # all ranks run equally many; what is too many is dropped
+        most = math.ceil(math.ceil(size / batch_size) / world.world_size)
+        first = np.arange(min(batch_size, size), dtype=np.uint64)
+        batches += [MicroBatch(first, first)] * (most - num_own)
+    loader = data_loader(dataset, batches, seed=engine.seed, **loading)
+    model = engine.placement.evaluation_model
     engine.share_buffers()
-    was_training = module.training
-    module.eval()
+    was_training = model.training
+    model.eval()
     try:
-        rows, losses = _rows(engine, task, data_loader(dataset, batches, seed=engine.seed, **loading), module)
+        rows, losses = _rows(engine, task, model, loader, num_own)
     finally:
-        module.train(was_training)
+        model.train(was_training)
     gathered = world.gather_rows(rows)
     gathered_losses = world.gather_rows({"losses": losses} if len(losses) else {})
 
@@ -62,16 +68,17 @@ def _batches(size: int, batch_size: int, world: World) -> Iterator[MicroBatch]:
         yield MicroBatch(indices, indices)
 
 
-def _rows(engine: Engine, task: Task, loader: Any, module: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
-    """The task's rows of this rank on the CPU, and (total, count) of the loss, shape (batches, 2)."""
+def _rows(engine: Engine, task: Task, model: nn.Module, loader: Any, num_own: int) -> tuple[dict[str, Tensor], Tensor]:
+    """The task's rows of this rank's `num_own` batches on the CPU, and (total, count) of their loss, (num_own, 2)."""
     parts: dict[str, list[Tensor]] = {}
     losses: list[Tensor] = []
-    autocast = torch.autocast(engine.device.type, engine.dtype, enabled=engine.dtype is not None)
-    with torch.no_grad(), autocast:
-        for read in loader:
+    with torch.no_grad(), engine.autocast():
+        for number, read in enumerate(loader):
             batch = engine.to_device(read.batch)
             engine.seed_random(derive_seed(engine.seed, int(read.micro_batch.positions[0])))
-            output = task.forward(module, batch)
+            output = task.forward(model, batch)
+            if number >= num_own:
+                continue
             loss = task.loss(output, batch)
             losses.append(torch.tensor([float(loss.total), float(loss.count)], dtype=torch.float64))
             for key, value in task.predict(output, batch).items():

@@ -12,6 +12,7 @@ from distrib.config import OptimConfig
 from distrib.errors import ConfigError
 
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+_FUSED_FOR_SHARDS = (torch.optim.Adam, torch.optim.AdamW)  # of a DTensor; the others raise NotImplementedError
 _HYPERPARAMETERS = ("weight_decay", "betas", "momentum")
 
 
@@ -25,7 +26,9 @@ def build_optimizer(config: OptimConfig, params: list[tuple[str, nn.Parameter]])
             arguments[key] = getattr(config, key)
         elif key in config.model_fields_set and getattr(config, key) != OptimConfig.model_fields[key].default:
             raise ConfigError(f"optim.{key}: {optimizer_class.__name__} has no {key}; leave it out")
-    if all(p.is_floating_point() and p.device.type in _FUSED_DEVICES for _, p in params) and "fused" in accepted:
+    sharded = any(hasattr(p, "to_local") for _, p in params)  # a DTensor, whose import takes a second
+    fusible = "fused" in accepted and (not sharded or optimizer_class in _FUSED_FOR_SHARDS)
+    if fusible and all(p.is_floating_point() and p.device.type in _FUSED_DEVICES for _, p in params):
         arguments["fused"] = True
     for key in config.options:
         if key not in accepted or key in ("params", "lr", *_HYPERPARAMETERS):

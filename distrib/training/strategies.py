@@ -1,42 +1,124 @@
-"""The config's strategy, turned into accelerate's plugins. One way only."""
+"""The config's strategy: which one runs, whether its options fit, and the placement that it means."""
 
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+import functools
+from typing import Any, get_args
 
+from pydantic import ValidationError
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from distrib.config import Config, StrategyConfig, StrategyName
 from distrib.errors import ConfigError, LaunchError
+from distrib.plan import window_size
+from distrib.training.deepspeed_config import compile_config, stage_of
+from distrib.training.placement import MakeOptimizer, Placement, Replicated
 from distrib.world import World
 
+_ZERO = ("zero0", "zero1", "zero2", "zero3")
+# Which strategies an option is for; the others would ignore it.
+_FOR: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
+    ("offload", "optimizer", ("zero1", "zero2", "zero3")),
+    ("offload", "all", ("zero3", "fsdp2")),
+    ("find_unused_parameters", True, ("single", "ddp")),
+    ("static_graph", True, ("single", "ddp")),
+    ("reshard_after_forward", False, ("fsdp2",)),
+)
+# torch.optim's classes that look at whole matrices, of which shards would make another function, or do what a DTensor
+# does not know.
+_NOT_FOR_SHARDS = {**dict.fromkeys(_ZERO[1:], ("adafactor", "muon")), "fsdp2": ("adafactor", "muon", "rprop")}
 
-def resolve(name: str, mixed_precision: str, world: World) -> str:
-    """The strategy that runs: `auto` follows the launcher, and a contradiction is refused with both sides named."""
-    if world.asked_strategy is not None:
+
+def resolve(config: Config, world: World) -> StrategyConfig:
+    """The strategy that runs, under its own name: `auto` follows the launcher.
+
+    Raises LaunchError where launcher and config contradict each other, with both sides named, and ConfigError where
+    the options of the strategy do not fit.
+    """
+    values = config.strategy.model_dump()
+    for key, asked in world.asked.items():
+        section, _, option = key.partition(".")
+        is_set = option in config.strategy.model_fields_set and values.get(option) != "auto"
+        if section == "strategy" and not is_set:
+            values[option] = asked
+        elif (ours := _value(config, key, world)) != asked:
+            raise LaunchError(
+                f"accelerate launch was told {key}: {_text(asked)}, the config makes it {_text(ours)}; give both the "
+                "same, or leave it out of one"
+            )
+    if values["name"] == "auto":
+        values["name"] = "ddp" if world.world_size > 1 else "single"
+    elif values["name"] == "deepspeed":  # accelerate launch names a JSON file in which the stage stands
+        values["name"] = f"zero{stage_of(values['deepspeed'])}"
+    if values["name"] not in get_args(StrategyName):
         raise LaunchError(
-            f"accelerate launch was told to use {world.asked_strategy}, strategy.name is {name}; this version of "
-            "distrib runs single and ddp: take launch/ddp.yaml, or distrib launch"
+            f"accelerate launch was told to use {values['name']}, which distrib does not run; it runs "
+            f"{', '.join(get_args(StrategyName)[1:])} (for FSDP: fsdp_version: 2)"
         )
-    if world.asked_precision not in (None, mixed_precision):
+    try:
+        strategy = StrategyConfig.model_validate(values)
+    except ValidationError as error:
+        (first, *_) = error.errors()
         raise LaunchError(
-            f"accelerate launch was told to use mixed_precision {world.asked_precision}, but train.mixed_precision is "
-            f"{mixed_precision}; give the same to both"
-        )
+            f"accelerate launch: strategy.{first['loc'][0]}: {first['input']!r}: {first['msg']}"
+        ) from None
+    _check(strategy, config, world)
+    return strategy
+
+
+def place(
+    strategy: StrategyConfig,
+    config: Config,
+    world: World,
+    module: nn.Module,
+    blocks: list[nn.Module],
+    make_optimizer: MakeOptimizer | None = None,
+) -> Placement:
+    """Wrap, shard and replicate. Without `make_optimizer` only for evaluation. Collective."""
+    if strategy.activation_checkpointing and make_optimizer is not None:
+        for block in blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if strategy.name == "fsdp2":
+        from distrib.training.fsdp2 import FullySharded  # torch's FSDP takes its time to import, as DeepSpeed does
+
+        return FullySharded(world, module, make_optimizer, strategy, blocks, config.train.mixed_precision)
+    if strategy.name in _ZERO:
+        from distrib.training.zero import Zero
+
+        return Zero(world, module, make_optimizer, compile_config(config, strategy, world.world_size))
+    return Replicated(world, module, make_optimizer, strategy)
+
+
+def _check(strategy: StrategyConfig, config: Config, world: World) -> None:
+    name = strategy.name
     if name == "single" and world.world_size > 1:
         raise ConfigError(
             f"strategy.name: single, but {world.launcher} started {world.world_size} processes; use ddp or auto, "
             "or start one process"
         )
-    if name == "auto":
-        return "ddp" if world.world_size > 1 else "single"
-    return name
+    for option, value, strategies in _FOR:
+        if getattr(strategy, option) == value and name not in strategies:
+            raise ConfigError(
+                f"strategy.{option}: {_text(value)} is for {', '.join(strategies)}, and the strategy is {name}; "
+                "leave it out, or take one of those"
+            )
+    if strategy.deepspeed and name not in _ZERO:
+        raise ConfigError(f"strategy.deepspeed: is for {', '.join(_ZERO)}, and the strategy is {name}; leave it out")
+    if config.optim.name.lower() in _NOT_FOR_SHARDS.get(name, ()):
+        raise ConfigError(f"optim.name: {config.optim.name} cannot update the shards of {name}; take another, or ddp")
+    if name in _ZERO:
+        compile_config(config, strategy, world.world_size)
 
 
-def accelerator(world: World) -> Accelerator:
-    """An Accelerator that wraps and places models, and leaves the window and the precision to the engine.
+def _value(config: Config, key: str, world: World) -> Any:
+    """What the config makes of a key that a launcher speaks of."""
+    if key == "grad_accum_steps":
+        return window_size(config, world.world_size)
+    if key.startswith("fsdp_"):
+        return "what Task.blocks gives"
+    section, option = key.split(".")
+    return getattr(getattr(config, section), option)
 
-    accelerate ignores fp16 on CPU without a word, so autocast and the loss scale are the engine's on every device.
-    """
-    return Accelerator(
-        cpu=world.use_cpu,
-        mixed_precision="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
+
+def _text(value: Any) -> str:
+    """As in YAML."""
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

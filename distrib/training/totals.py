@@ -3,16 +3,19 @@
 How many items a window counts is known only when the last micro-batch of the last rank has been seen, and the
 gradient cannot be normalised before. A collective of its own for a few numbers costs a fifth of a small step (see
 benchmarks/); so the model is wrapped together with a parameter that nobody trains, whose gradient *is* those numbers:
-it accumulates over micro-batches and is reduced over ranks exactly as the gradients are.
+it accumulates over micro-batches and is reduced over ranks exactly as the gradients are. Where gradients are sharded or
+compressed on their way, that would not do: there a small all-reduce runs beside the last backward.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from distrib.task import Loss
+from distrib.world import World
 
 _LIMB = 12  # bits: small enough that sums over 4,096 ranks are exact in float32
 _NUM_LIMBS = 6  # of a 64-bit digest
@@ -28,25 +31,48 @@ class Totals:
     digest: int
 
     @staticmethod
-    def pack(loss: Loss, digest: int, world_size: int) -> Tensor:
-        """One micro-batch's share, shape (_SIZE,). Times `world_size`, because the reduction is a mean over ranks."""
+    def pack(loss: Loss, digest: int) -> Tensor:
+        """One micro-batch's shares, shape (_SIZE,), to be summed over the window."""
         high, low = (0, 0) if isinstance(loss.count, Tensor) else divmod(loss.count, 2**_LIMB)
         limbs = [digest >> (_LIMB * number) & (2**_LIMB - 1) for number in range(_NUM_LIMBS)]
-        host = [float(value * world_size) for value in (0, high, low, *limbs)]
+        host = [float(value) for value in (0, high, low, *limbs)]
         values = torch.tensor(host, device=loss.total.device)
-        values[0] = loss.total.detach() * world_size
+        values[0] = loss.total.detach()
         if isinstance(loss.count, Tensor):  # without waiting for a device to say what it is
-            values[1] = torch.floor_divide(loss.count, 2**_LIMB) * world_size
-            values[2] = torch.remainder(loss.count, 2**_LIMB) * world_size
+            values[1] = torch.floor_divide(loss.count, 2**_LIMB)
+            values[2] = torch.remainder(loss.count, 2**_LIMB)
         return values
 
     @classmethod
-    def unpack(cls, gradient: Tensor, whole_count: bool) -> "Totals":
-        """From the reduced gradient of the parameter; rounds what is known to be whole."""
-        loss, high, low, *limbs = gradient.tolist()
+    def unpack(cls, shares: Tensor, whole_count: bool) -> "Totals":
+        """From the sum of all shares; rounds what is known to be whole."""
+        loss, high, low, *limbs = shares.tolist()
         digest = sum(round(limb) << (_LIMB * number) for number, limb in enumerate(limbs))
         count = round(high) * 2**_LIMB + (round(low) if whole_count else low)
         return cls(loss, count, digest % 2**64)
+
+
+class SummedTotals:
+    """Sums shares over the window, and over the ranks while the last backward runs."""
+
+    def __init__(self, world: World) -> None:
+        self._world_size = world.world_size
+        self._sum: Tensor | None = None
+        self._work: dist.Work | None = None
+
+    def add(self, shares: Tensor, last: bool) -> None:
+        """Just before a micro-batch's backward."""
+        self._sum = shares if self._sum is None else self._sum + shares
+        if last and self._world_size > 1:
+            self._work = dist.all_reduce(self._sum, async_op=True)
+
+    def result(self) -> Tensor:
+        """The sum over window and ranks; the next window begins at 0."""
+        assert self._sum is not None, "no backward since the last step"
+        if self._work is not None:
+            self._work.wait()
+        result, self._sum, self._work = self._sum, None, None
+        return result
 
 
 class WithTotals(nn.Module):
@@ -60,20 +86,25 @@ class WithTotals(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
+    def result(self) -> Tensor:
+        """The sum over window and ranks, after the last backward."""
+        assert self.totals.grad is not None, "no backward since the last step"
+        return self.totals.grad
+
 
 class _Ride(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, total: Tensor, parameter: Tensor, totals: Tensor) -> Tensor:
-        ctx.save_for_backward(totals)
+    def forward(ctx: Any, total: Tensor, parameter: Tensor, shares: Tensor) -> Tensor:
+        ctx.save_for_backward(shares)
         return total.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        (totals,) = ctx.saved_tensors
-        return gradient, totals, None
+        (shares,) = ctx.saved_tensors
+        return gradient, shares, None
 
 
-def ride(total: Tensor, parameter: Tensor, totals: Tensor) -> Tensor:
-    """`total` as it is; its backward also gives `parameter` the gradient `totals`."""
-    result: Tensor = _Ride.apply(total, parameter, totals)  # type: ignore[no-untyped-call]
+def ride(total: Tensor, parameter: Tensor, shares: Tensor) -> Tensor:
+    """`total` as it is; its backward also gives `parameter` the gradient `shares`."""
+    result: Tensor = _Ride.apply(total, parameter, shares)  # type: ignore[no-untyped-call]
     return result

@@ -6,26 +6,23 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from torch.utils.data import Dataset
+from torch import Tensor, nn
 
 from distrib.config import Config
 from distrib.data.loader import Window, train_windows
 from distrib.data.sampler import DistributedSampler
 from distrib.errors import ConfigError, TrainingError
 from distrib.plan import RunPlan
-from distrib.reporting.progress import ProgressDisplay
+from distrib.reporting.progress import ProgressDisplay, format_metrics
 from distrib.schedule import learning_rate_factor
 from distrib.state import checkpoint
 from distrib.state.ledger import Ledger
 from distrib.state.run_dir import RunDir
-from distrib.task import Task, load_task
-from distrib.training import strategies
+from distrib.task import Task
+from distrib.training import assembly, strategies
 from distrib.training.engine import Engine, StepResult
-from distrib.training.evaluation import evaluate
 from distrib.training.loop import train_step
-from distrib.training.optimizers import build_optimizer
+from distrib.training.placement import trainable
 from distrib.world import World
 
 
@@ -40,15 +37,17 @@ class Trainer:
         self.task, self.config = task, config
         self.run = RunDir(Path(run_dir) if run_dir is not None else Path("runs") / config.name)
         self.world = World.detect()
-        self.strategy = strategies.resolve(config.strategy.name, config.train.mixed_precision, self.world)
-        self.train_dataset = _sized(task.train_dataset(), "train_dataset")
-        self.eval_dataset = _eval_dataset(task)
+        self.strategy = strategies.resolve(config, self.world)
+        self.train_dataset = assembly.train_dataset(task)
+        self.eval_dataset = assembly.eval_dataset(task)
         self.plan = RunPlan.create(config, self.world.world_size, len(self.train_dataset))  # type: ignore[arg-type]
-        self.module = _build_model(task, config.seed)
-        params = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        self.module = assembly.model(task, config.seed)
+        self.blocks = assembly.blocks(task, self.module, self.strategy)
+        params = trainable(self.module)
         if not params:
             raise ConfigError(f"task.model: {type(self.module).__name__} has no parameter to train")
-        self.optimizer = task.optimizer(params) or build_optimizer(config.optim, params)
+        self.make_optimizer = assembly.optimizer_maker(task, config)
+        self.make_optimizer(params)  # to refuse what it refuses now; the one that trains is made over the shards
         self.progress = ProgressDisplay(config.name, self.plan.num_steps, shown=self.world.is_rank_0)
         self.applied = 0  # updates made: the schedule's clock
         self.train_seconds = 0.0
@@ -60,7 +59,7 @@ class Trainer:
         Where the run folder holds the finished run of this very config, its summary is returned at once.
         """
         self.world.connect()
-        summary = self.world.on_rank_0(lambda: self.run.start(self.config, self.world, self.strategy))
+        summary = self.world.on_rank_0(lambda: self.run.start(self.config, self.world, self.strategy.name))
         if summary is None:
             with self._failures_recorded():
                 summary = self._train()
@@ -73,9 +72,7 @@ class Trainer:
     def _train(self) -> dict[str, Any]:
         started = time.perf_counter()
         engine = Engine(
-            self.world,
-            self.module,
-            self.optimizer,
+            strategies.place(self.strategy, self.config, self.world, self.module, self.blocks, self.make_optimizer),
             mixed_precision=self.config.train.mixed_precision,
             max_grad_norm=self.config.train.max_grad_norm,
             seed=self.config.seed,
@@ -99,7 +96,8 @@ class Trainer:
                     self._evaluate(engine, window.step + 1)
                 before = time.perf_counter()
             chain = ledger.chain if ledger is not None else ""
-        return self.world.on_rank_0(lambda: self._finish(chain, time.perf_counter() - started))
+        state = engine.placement.state()
+        return self.world.on_rank_0(lambda: self._finish(state, chain, time.perf_counter() - started))
 
     def _windows(self) -> Iterator[Window]:
         sampler = DistributedSampler(
@@ -111,7 +109,7 @@ class Trainer:
             seed=self.config.seed,
             stop=self.plan.num_steps,
         )
-        return train_windows(sampler, **_loading(self.config, self.world))
+        return train_windows(sampler, **assembly.loading(self.config, self.world))
 
     def _learning_rate(self, engine: Engine) -> float:
         optim = self.config.optim
@@ -134,7 +132,7 @@ class Trainer:
                 "samples": f"{result.digest:016x}",
                 "seconds": round(seconds, 6),
                 "world_size": self.world.world_size,
-                "strategy": self.strategy,
+                "strategy": self.strategy.name,
                 **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
             }
         )
@@ -156,18 +154,19 @@ class Trainer:
 
     def _evaluate(self, engine: Engine, steps_done: int) -> None:
         assert self.eval_dataset is not None, "evaluation was due"
-        metrics = _evaluate(engine, self.task, self.eval_dataset, self.config)
+        metrics = assembly.evaluate(engine, self.task, self.eval_dataset, self.config)
         self.metrics.update(metrics)
         if self.world.is_rank_0:
             count = len(self.eval_dataset)  # type: ignore[arg-type]
             self.run.evaluation(steps_done, count, metrics)
             self.progress.say(f"step {steps_done}/{self.plan.num_steps}  {format_metrics(metrics)}  ({count} samples)")
 
-    def _finish(self, chain: str, seconds: float) -> dict[str, Any]:
+    def _finish(self, state: dict[str, Tensor] | None, chain: str, seconds: float) -> dict[str, Any]:
+        assert state is not None, "this is rank 0"
         from distrib.reporting.curves import draw_curves  # matplotlib takes its time, so only now
 
         steps = self.plan.num_steps
-        path = checkpoint.save(self.run.checkpoints, self.module, steps, chain)
+        path = checkpoint.save(self.run.checkpoints, state, steps, chain)
         self.run.event("checkpoint", step=steps, path=str(path.relative_to(self.run.path)))
         summary = {
             "name": self.config.name,
@@ -178,7 +177,7 @@ class Trainer:
             "wall_seconds": round(seconds, 3),
             "restarts": 0,
             "world_size": self.world.world_size,
-            "strategy": self.strategy,
+            "strategy": self.strategy.name,
         }
         self.run.finish(summary)
         draw_curves(self.run)
@@ -206,66 +205,3 @@ class Trainer:
             reason = f"{', '.join(sorted(kinds))}: running statistics depend on the number of processes"
             self.run.event("warning", reason=reason)
             self.progress.say(f"warning: {reason}; GroupNorm or LayerNorm do not")
-
-
-def evaluate_run(run_dir: str | Path) -> dict[str, float]:
-    """Evaluate a run's newest checkpoint, and say the metrics; changes nothing in its folder.
-
-    Raises RunDirError, ConfigError and CheckpointError.
-    """
-    run = RunDir(Path(run_dir))
-    config = run.read_config()
-    if config.task is None:
-        raise ConfigError(f"{run.path}: the run's task was given in Python, so its config does not name it")
-    world = World.detect()
-    strategies.resolve("auto", config.train.mixed_precision, world)
-    task = load_task(config.task)
-    dataset = _eval_dataset(task)
-    if dataset is None:
-        raise ConfigError(f"task.target: {config.task.target} has no eval_dataset, so there is nothing to evaluate on")
-    module = _build_model(task, config.seed)
-    path = checkpoint.newest(run.checkpoints)
-    checkpoint.load(path, module)
-    world.connect()
-    engine = Engine(world, module, mixed_precision=config.train.mixed_precision, seed=config.seed)
-    metrics = _evaluate(engine, task, dataset, config)
-    if world.is_rank_0:
-        print(f"{path}: {format_metrics(metrics)}  ({len(dataset)} samples)", flush=True)  # type: ignore[arg-type]
-    world.wait_for_all()
-    return metrics
-
-
-def format_metrics(metrics: dict[str, float]) -> str:
-    """`eval/accuracy 0.9861  eval/loss 0.0532`"""
-    return "  ".join(f"{key} {value:.4f}" for key, value in sorted(metrics.items()))
-
-
-def _evaluate(engine: Engine, task: Task, dataset: Dataset[Any], config: Config) -> dict[str, float]:
-    metrics = evaluate(engine, task, dataset, config.data.micro_batch_size, **_loading(config, engine.world))
-    return {f"eval/{key}": value for key, value in metrics.items()}
-
-
-def _loading(config: Config, world: World) -> dict[str, Any]:
-    return {
-        "num_workers": config.data.num_workers,
-        "prefetch_factor": config.data.prefetch_factor,
-        "pin_memory": not world.use_cpu,
-    }
-
-
-def _build_model(task: Task, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return task.model()
-
-
-def _sized(dataset: Dataset[Any], name: str) -> Dataset[Any]:
-    if not hasattr(dataset, "__len__"):
-        raise ConfigError(f"task.{name}: {type(dataset).__name__} has no __len__; its order could not be repeated")
-    return dataset
-
-
-def _eval_dataset(task: Task) -> Dataset[Any] | None:
-    dataset = task.eval_dataset()
-    if dataset is not None and len(_sized(dataset, "eval_dataset")) == 0:  # type: ignore[arg-type]
-        raise ConfigError("task.eval_dataset: it has no samples; return None for no evaluation")
-    return dataset

@@ -1,16 +1,121 @@
-"""Run as a member by `distrib launch`: trains all cases of a JSON file, one after the other, in the same processes.
+"""What is trained in one launch of so many processes; test_parity, test_verdicts and test_strategies look at it.
 
 Starting processes is what costs time in these tests, so that one launch serves many cases.
 """
 
-import json
-import sys
-from pathlib import Path
+from typing import Any
 
-from distrib import Config, Trainer
-from distrib.task import load_task
+WORLDS = (1, 2, 3, 4)
+SHARDED_WORLDS = (1, 2, 4)
+SHARDED = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
+MASKED = {"target": "tasks:Masked"}
 
-folder = Path(sys.argv[1])
-for case in json.loads((folder / "cases.json").read_text()):
-    config = Config.from_dict(case["config"])
-    Trainer(load_task(config.task), config, folder / case["run"]).fit()
+# test_parity
+PARITY_STEPS, MICRO = 100, 4
+WINDOWS = {"sgd": (1, 2, 3, 6), "adamw": (3,)}  # micro-batches a step, on each rank
+SHARDED_WINDOWS = {"sgd": (1,), "adamw": (2,)}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"name": "sgd", "lr": 0.5},  # Adam would hide a wrong scale of the gradient
+    "adamw": {"name": "adamw", "lr": 0.01, "weight_decay": 0.1, "schedule": "cosine", "warmup_steps": 10},
+}
+CLIP = {"sgd": None, "adamw": 0.5}
+
+# test_verdicts and test_strategies
+STEPS = 40
+FEW = 12
+PRECISIONS = ("no", "bf16", "fp16")
+MISHAPS = ("nan", "inf", "fp16-inf", "nan-first", "nothing")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "zero1-offload": {"name": "zero1", "offload": "optimizer"},
+    "zero3-offload": {"name": "zero3", "offload": "all"},
+    "fsdp2-offload": {"name": "fsdp2", "offload": "all"},
+    "fsdp2-kept": {"name": "fsdp2", "reshard_after_forward": False},
+    "ddp-checkpointing": {"name": "ddp", "activation_checkpointing": True},
+    "zero2-checkpointing": {"name": "zero2", "activation_checkpointing": True},
+    "zero3-checkpointing": {"name": "zero3", "activation_checkpointing": True},
+    "fsdp2-checkpointing": {"name": "fsdp2", "activation_checkpointing": True},
+    "ddp-static": {"name": "ddp", "static_graph": True},
+    "zero3-json": {
+        "name": "zero3",
+        "deepspeed": {
+            "zero_optimization": {"reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 0},
+            "train_batch_size": "auto",
+        },
+    },
+}
+COMPRESSED = ("ddp", "zero0", "zero2", "zero3", "fsdp2")
+
+
+def cases(world: int) -> dict[str, dict[str, Any]]:
+    """Name and config of each run."""
+    found = _parity_cases(world)
+    if world in (1, 2):
+        found.update({f"precision-{name}": _config(STEPS, mixed_precision=name) for name in PRECISIONS})
+    if world == 2:
+        found.update(_strategy_cases())
+    return found
+
+
+def _parity_cases(world: int) -> dict[str, dict[str, Any]]:
+    strategies = ("auto", *SHARDED) if world in SHARDED_WORLDS else ("auto",)
+    found = {
+        f"{strategy}-{optimizer}-{window}": parity_config(optimizer, world * window * MICRO, strategy)
+        for strategy in strategies
+        for optimizer in OPTIMIZERS
+        for window in (WINDOWS if strategy == "auto" else SHARDED_WINDOWS)[optimizer]
+    }
+    if world in SHARDED_WORLDS:
+        found["dropout"] = parity_config("sgd", 16, dropout=0.3)
+    return found
+
+
+def parity_config(optimizer: str, batch: int, strategy: str = "auto", **task: float) -> dict[str, Any]:
+    return {
+        "seed": 7,
+        "task": {**MASKED, **task},
+        "data": {"global_batch_size": batch, "micro_batch_size": MICRO},
+        "optim": OPTIMIZERS[optimizer],
+        "train": {"steps": PARITY_STEPS, "max_grad_norm": CLIP[optimizer]},
+        "strategy": {"name": strategy},
+    }
+
+
+def _strategy_cases() -> dict[str, dict[str, Any]]:
+    found = {"batchnorm": _config(4, task={"target": "tasks:WithBatchNorm"})}
+    for name in ("ddp", *SHARDED):
+        strategy = {"name": name}
+        for precision in PRECISIONS:
+            found[f"{name}-{precision}"] = _config(FEW, strategy=strategy, mixed_precision=precision)
+        for mishap in MISHAPS:
+            found[f"{name}-{mishap}"] = _mishap(mishap, strategy)
+        found[f"{name}-groups"] = _config(FEW, task={"target": "tasks:Groups"}, strategy=strategy)
+    found.update({name: _config(FEW, strategy=strategy) for name, strategy in OPTIONS.items()})
+    found["ddp-unused"] = _config(FEW, task={"target": "tasks:Unused"}, strategy={"find_unused_parameters": True})
+    for name in COMPRESSED:
+        strategy = {"name": name, "communication_dtype": "bf16"}
+        found[f"{name}-compressed"] = _config(FEW, strategy=strategy)
+    found["fsdp2-compressed-bf16"] = _config(FEW, strategy=strategy, mixed_precision="bf16")
+    return found
+
+
+def _mishap(how: str, strategy: dict[str, Any]) -> dict[str, Any]:
+    """On rank 1, in the second micro-batch of step 4, or of step 0 for -first."""
+    if how == "nothing":
+        return _config(3, task={"target": "tasks:Empty"}, strategy=strategy)
+    task = {"target": "tasks:Misbehaving", "how": how.split("-")[1 if how.startswith("fp16") else 0], "on_rank": 1}
+    precision = "fp16" if how.startswith("fp16") else "no"
+    at = 2 if how.endswith("-first") else 10
+    return _config(FEW, task={**task, "at": at}, strategy=strategy, mixed_precision=precision)
+
+
+def _config(
+    steps: int, task: dict[str, Any] | None = None, strategy: dict[str, Any] | None = None, **train: Any
+) -> dict[str, Any]:
+    return {
+        "seed": 3,
+        "task": task or {**MASKED, "dropout": 0.1},
+        "data": {"global_batch_size": 16, "micro_batch_size": 4},
+        "optim": {"name": "adamw", "lr": 0.01, "schedule": "linear", "warmup_steps": 3},
+        "train": {"steps": steps, "max_grad_norm": 1.0, **train},
+        "strategy": strategy or {},
+    }

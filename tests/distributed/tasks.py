@@ -137,10 +137,15 @@ class BrokenData(Masked):
 class Groups(Masked):
     """Brings an optimizer with two groups at different rates."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[torch.optim.Optimizer] = []
+
     def optimizer(self, params: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         biases = [item for item in params if item[0].endswith("bias")]
         others = [item for item in params if not item[0].endswith("bias")]
-        return torch.optim.SGD([{"params": others}, {"params": biases, "lr": 0.02}], lr=0.1)
+        self.made.append(torch.optim.SGD([{"params": others}, {"params": biases, "lr": 0.02}], lr=0.1))
+        return self.made[-1]
 
 
 class WithBatchNorm(Masked):
@@ -164,3 +169,41 @@ class Empty(Masked):
     def loss(self, output: Tensor, batch: Any) -> Loss:
         loss = super().loss(output, batch)
         return Loss(loss.total * 0, loss.count * 0)
+
+
+class Either(nn.Module):
+    """Uses two models for its first micro-batch; then one of them, which one depends on the batch."""
+
+    def __init__(self, left: nn.Module, right: nn.Module) -> None:
+        super().__init__()
+        self.left, self.right = left, right
+        self.first = True
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.first:
+            self.first = False
+            both: Tensor = self.left(tokens) + self.right(tokens)
+            return both
+        output: Tensor = (self.left if tokens.sum() % 2 else self.right)(tokens)
+        return output
+
+
+class Unused(Masked):
+    def model(self) -> nn.Module:
+        return Either(super().model(), super().model())
+
+
+class Large(Task):
+    """21 million parameters."""
+
+    def train_dataset(self) -> TensorDataset:
+        return TensorDataset(torch.randn(8, 512))
+
+    def model(self) -> nn.Module:
+        blocks = [
+            nn.Sequential(nn.LayerNorm(512), nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512)) for _ in range(10)
+        ]
+        return nn.Sequential(*blocks, nn.Linear(512, 3))
+
+    def loss(self, output: Tensor, batch: Any) -> Loss:
+        return Loss((output**2).sum(), len(output))

@@ -1,30 +1,39 @@
-"""Every sample exactly once, and the same bits from any number of processes."""
+"""Every sample exactly once, and the same bits from any number of processes and any strategy."""
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Run, check
+from cases import FEW
+from conftest import BIN, Run, check, lines, results
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("worlds")]
 
 
-@pytest.fixture(scope="module")
-def alone(module_run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    return evaluations(module_run, tmp_path_factory.mktemp("alone"), 1)
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_metrics_are_the_same_bits(world: Callable[[int], Path], processes: int) -> None:
+    """The task itself asserts that all samples are there, in order."""
+    alone = results(world(1))["evaluations"]
+    found = results(world(processes))["evaluations"]
+    assert len(found) == 39 * (3 + 2)
+    for key, metrics in found.items():
+        _, case = key.split(": ")
+        assert metrics == alone[f"auto: {case}"], key
 
 
-def evaluations(run: Run, folder: Path, world: int) -> dict[str, dict[str, str]]:
-    """The metrics, as hexadecimal floats: the task itself asserts that all indices are there, in order."""
-    script = ROOT / "tests/distributed/evaluations.py"
-    check(run("distrib", "launch", "--processes", world, script, folder / "found.json"))
-    found: dict[str, dict[str, str]] = json.loads((folder / "found.json").read_text())
-    return found
+def test_every_rank_is_told(world: Callable[[int], Path]) -> None:
+    assert results(world(2), 1)["evaluations"] == results(world(2), 0)["evaluations"]
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_metrics_equal_those_of_one_process_bit_for_bit(
-    run: Run, tmp_path: Path, world: int, alone: dict[str, dict[str, str]]
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_a_sharded_run_is_evaluated_by_any_number_of_processes(
+    world: Callable[[int], Path], run: Run, strategy: str
 ) -> None:
-    assert len(alone) == 39 * 3
-    for name, metrics in alone.items():
-        assert float.fromhex(metrics["samples"]) == int(name.split()[0])
-    assert evaluations(run, tmp_path, world) == alone
+    """Three, which divide neither the batch nor its micro-batches; and one."""
+    trained = world(2) / f"{strategy}-no"
+    (during,) = lines(trained, "evals.jsonl")
+    expected = "eval/loss {eval/loss:.4f}  eval/right {eval/right:.4f}".format_map(during["metrics"])
+    assert during["step"] == FEW
+    three = [BIN / "torchrun", "--standalone", "--nproc_per_node", 3, "-m", "distrib"]
+    for command in (three, ["distrib"]):
+        assert check(run(*command, "evaluate", trained)).count(expected) == 1

@@ -2,19 +2,20 @@
 
 import json
 import socket
+import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from conftest import BIN, ROOT, Run, check, refused
+from conftest import BIN, ROOT, Run, check, environment, lines, no_process_left, refused
 
 CONFIG = {
     "task": {"target": "tasks:Masked", "dropout": 0.2},
     "data": {"global_batch_size": 16, "micro_batch_size": 4},
     "train": {"steps": 5},
 }
-DDP = ROOT / "launch" / "ddp.yaml"
+LAUNCH = ROOT / "launch"
+DDP = LAUNCH / "ddp.yaml"
 
 
 @pytest.fixture
@@ -29,10 +30,6 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def ledger(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "steps.jsonl").read_text().splitlines()]
 
 
 def commands(config: Path) -> dict[str, list[object]]:
@@ -51,7 +48,7 @@ def test_two_processes_join(run: Run, config: Path, tmp_path: Path, launcher: st
     run_dir = tmp_path / "runs" / "small"
     (start,) = json.loads((run_dir / "environment.json").read_text())["starts"]
     assert (start["launcher"], start["world_size"], start["strategy"]) == (launcher, 2, "ddp")
-    assert {line["world_size"] for line in ledger(run_dir)} == {2}
+    assert {line["world_size"] for line in lines(run_dir)} == {2}
 
 
 @pytest.mark.parametrize(
@@ -77,10 +74,10 @@ def test_accelerate_starting_one_process_instead_of_two_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--use_fsdp"], "accelerate launch was told to use fsdp, strategy.name is auto"),
-        (["--mixed_precision", "bf16"], "told to use mixed_precision bf16, but train.mixed_precision is no"),
+        (["--use_fsdp"], "accelerate launch was told to use fsdp1, which distrib does not run"),
+        (["--mixed_precision", "bf16"], "told train.mixed_precision: bf16, the config makes it no"),
     ],
-    ids=["fsdp", "bf16"],
+    ids=["fsdp1", "bf16"],
 )
 def test_another_strategy_or_precision_than_the_launchers_is_refused(
     run: Run, config: Path, tmp_path: Path, arguments: list[str], said: str
@@ -90,6 +87,44 @@ def test_another_strategy_or_precision_than_the_launchers_is_refused(
     assert result.returncode != 0
     assert result.stderr.count(said) == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp2"])
+def test_auto_follows_accelerates_config_file(run: Run, config: Path, tmp_path: Path, strategy: str) -> None:
+    file = LAUNCH / f"{strategy}.yaml"
+    command = [BIN / "accelerate", "launch", "--config_file", file, "--main_process_port", free_port()]
+    check(run(*command, "-m", "distrib", "train", config))
+    assert {(line["world_size"], line["strategy"]) for line in lines(tmp_path / "runs" / "small")} == {(2, strategy)}
+
+
+def test_a_config_that_contradicts_accelerates_file_is_refused(run: Run, config: Path, tmp_path: Path) -> None:
+    command = [BIN / "accelerate", "launch", "--config_file", LAUNCH / "zero2.yaml", "--main_process_port", free_port()]
+    result = run(*command, "-m", "distrib", "train", config, "strategy.name=fsdp2")
+    assert result.returncode != 0
+    assert result.stderr.count("told strategy.name: zero2, the config makes it fsdp2") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_two_machines(config: Path, tmp_path: Path) -> None:
+    """launch/multi-node.yaml, both machines being this one."""
+    here = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()), "--num_processes", "2"]
+    command = [BIN / "accelerate", "launch", "--config_file", LAUNCH / "multi-node.yaml", *here]
+    with no_process_left() as mark:
+        machines = []
+        for rank in ("0", "1"):
+            machine = [*command, "--machine_rank", rank, "-m", "distrib", "train", config]
+            machines.append(subprocess.Popen(machine, cwd=tmp_path, env=environment(mark)))
+        assert [machine.wait(timeout=120) for machine in machines] == [0, 0]
+    run_dir = tmp_path / "runs" / "small"
+    assert {(line["world_size"], line["strategy"]) for line in lines(run_dir)} == {(2, "ddp")}
+    assert len(lines(run_dir)) == 5
+
+
+@pytest.mark.parametrize("script", ["test_script", "test_sync"])
+def test_accelerates_own_scripts_find_what_they_expect(run: Run, script: str) -> None:
+    module = f"accelerate.test_utils.scripts.{script}"
+    output = check(run("distrib", "launch", "--processes", 2, "-m", module))
+    assert "Num processes: 2" in output if script == "test_script" else "Test `accumulate`" in output
 
 
 def test_a_strategy_for_one_process_is_refused_for_two(run: Run, config: Path) -> None:
@@ -132,7 +167,7 @@ def test_a_module_of_the_users_and_its_exit_code(run: Run, tmp_path: Path) -> No
 def test_evaluate_and_a_second_start_of_a_finished_run(run: Run, config: Path, tmp_path: Path) -> None:
     check(run("distrib", "launch", config))  # one process, where there is no accelerator
     run_dir = tmp_path / "runs" / "small"
-    assert {(line["world_size"], line["strategy"]) for line in ledger(run_dir)} == {(1, "single")}
+    assert {(line["world_size"], line["strategy"]) for line in lines(run_dir)} == {(1, "single")}
     (evaluation,) = map(json.loads, (run_dir / "evals.jsonl").read_text().splitlines())
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     expected = "eval/loss {eval/loss:.4f}  eval/right {eval/right:.4f}".format_map(evaluation["metrics"])

@@ -93,7 +93,8 @@ def test_any_optimizer_of_torch_by_name(tmp_path: Path, name: str) -> None:
 def test_optimizers_are_fused_where_torch_has_it(tmp_path: Path) -> None:
     def optimizer(**optim: Any) -> torch.optim.Optimizer:
         config = Config.from_dict({"train": {"steps": 1}, "optim": optim})
-        return Trainer(Masked(), config, tmp_path / "never").optimizer
+        trainer = Trainer(Masked(), config, tmp_path / "never")
+        return trainer.make_optimizer(list(trainer.module.named_parameters()))
 
     assert optimizer().defaults["fused"]
     assert optimizer(name="sgd", momentum=0.9, options={"nesterov": True}).defaults["nesterov"]
@@ -107,11 +108,11 @@ def test_optimizers_are_fused_where_torch_has_it(tmp_path: Path) -> None:
 
 def test_groups_of_a_tasks_own_optimizer_keep_their_ratio(tmp_path: Path) -> None:
     config = Config.from_dict({"train": {"steps": 8}, "optim": {"schedule": "linear"}})
-    trainer = Trainer(Groups(), config, tmp_path / "run")
-    trainer.fit()
+    task = Groups()
+    Trainer(task, config, tmp_path / "run").fit()
     rates = [line["lr"] for line in lines(tmp_path / "run" / "steps.jsonl")]
     assert rates == pytest.approx([0.1 * (1 - step / 8) for step in range(8)])
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([rates[-1], rates[-1] / 5])
+    assert [group["lr"] for group in task.made[-1].param_groups] == pytest.approx([rates[-1], rates[-1] / 5])
 
 
 def test_without_an_evaluation_set(tmp_path: Path) -> None:
@@ -166,3 +167,28 @@ def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunDirError, match="cannot write the run folder: Not a directory"):
         fit(tmp_path / "file" / "run")
+
+
+def test_activation_checkpointing_runs_blocks_again_in_the_backward(tmp_path: Path) -> None:
+    class Counted(torch.nn.Linear):
+        forwards = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            Counted.forwards += 1
+            return super().forward(x)
+
+    class Blocks(Masked):
+        def model(self) -> torch.nn.Module:
+            embedding, *_, head = super().model()
+            return torch.nn.Sequential(embedding, torch.nn.Sequential(Counted(16, 16), Counted(16, 32)), head)
+
+    def forwards(name: str, **strategy: Any) -> int:
+        Counted.forwards = 0
+        fit(tmp_path / name, Blocks(), strategy=strategy, eval={"every_steps": 0}, train={"steps": 3})
+        return Counted.forwards
+
+    micro_batches, evaluations = 3 * 2, -(-97 // 4)
+    assert forwards("kept") == 2 * (micro_batches + evaluations)
+    assert forwards("again", activation_checkpointing=True) == 2 * (2 * micro_batches + evaluations)
+    kept, again = (lines(tmp_path / name / "steps.jsonl") for name in ("kept", "again"))
+    assert [step["loss"] for step in kept] == [step["loss"] for step in again]

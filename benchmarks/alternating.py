@@ -1,0 +1,170 @@
+"""What the benchmarks share: distrib's loop and another take turns in the same processes, block by block.
+
+So a slow moment of the machine meets both; what counts is the median of the ratios of neighbouring blocks.
+"""
+
+import copy
+import cProfile
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import date
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distrib import Trainer
+from distrib.data.loader import Window
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+_LEARNED = math.log(10) / 10  # a tenth of the loss of guessing one of ten digits
+
+
+class Loop(Protocol):
+    """The loop that distrib's is compared with, over a copy of the same model."""
+
+    loss: torch.Tensor  # of the last step on this rank
+
+    def run_block(self, block: int) -> None:
+        """Make as many steps as distrib makes in a block."""
+
+
+class AlternatingTrainer(Trainer):
+    """A Trainer which, between blocks of its steps, lets the other loop run: what is timed is Trainer's own loop."""
+
+    blocks_timed: int  # of each loop; one of each goes before and is not counted
+    steps_a_block: int
+    profile: cProfile.Profile | None = None
+
+    def other_loop(self, twin: nn.Module) -> Loop:
+        raise NotImplementedError
+
+    def _windows(self) -> Iterator[Window]:
+        self.milliseconds: dict[str, list[float]] = {"plain": [], "distrib": []}  # a step, a block
+        self.losses: dict[str, list[float]] = {"plain": [], "distrib": []}  # of the last step of each block
+        plain = self.other_loop(self.twin)
+        windows = super()._windows()
+        for block in range(1 + self.blocks_timed):
+            with self._timed("plain"):
+                plain.run_block(block)
+            with self.profile or nullcontext(), self._timed("distrib"):
+                yield from islice(windows, self.steps_a_block)
+            self.losses["plain"].append(plain.loss.item())
+            self.losses["distrib"].append(self.metrics.get("train/loss", 0.0))  # known to rank 0
+        yield from windows  # one more step: what Trainer does after the last belongs to no block
+
+    def _train(self) -> dict[str, Any]:
+        self.twin = copy.deepcopy(self.module)  # before it is wrapped and sharded
+        return super()._train()
+
+    @contextmanager
+    def _timed(self, loop: str) -> Iterator[None]:
+        if self.world.world_size > 1:
+            dist.barrier()
+        started = time.perf_counter()
+        yield
+        self.milliseconds[loop].append((time.perf_counter() - started) * 1000 / self.steps_a_block)
+
+    def finish_member(self, folder: Path) -> None:
+        """After `fit`: check that both learned, and leave folder/result.json on rank 0."""
+        for loop, losses in self.losses.items():
+            if not (all(map(math.isfinite, losses)) and losses[-1] < _LEARNED):
+                raise RuntimeError(f"{loop} does not learn, so its time says nothing: losses {losses}")
+        if self.world.is_rank_0:
+            environment = json.loads(self.run.environment.read_text())
+            result = {
+                "threads": environment["machine"]["threads"],
+                "versions": environment["versions"],
+                "milliseconds": {loop: times[1:] for loop, times in self.milliseconds.items()},
+                "losses": self.losses,
+            }
+            (folder / "result.json").write_text(json.dumps(result))
+
+
+def measure(script: str, processes: int, target: float, *arguments: str) -> dict[str, Any]:
+    """Start one case, `script --member FOLDER *arguments`, wait for it, and work out its ratios."""
+    command = [sys.executable, "-m", "distrib", "launch", "--processes", str(processes), str(Path(script).resolve())]
+    with tempfile.TemporaryDirectory() as folder:
+        command += ["--member", folder, *arguments]
+        # Its output is not passed on, or the progress display would draw its bar where ours is a terminal.
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"{done.stdout}{' '.join(command)} ended with exit code {done.returncode}")
+        if "--profile" in arguments:
+            print(f"{processes} process(es)\n{done.stdout}")
+        case: dict[str, Any] = json.loads((Path(folder) / "result.json").read_text())
+    times = case["milliseconds"]
+    ratios = [ours / plain for ours, plain in zip(times["distrib"], times["plain"], strict=True)]
+    case["medians"] = {loop: statistics.median(values) for loop, values in times.items()}
+    case["ratios"] = ratios
+    case["ratio"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    case["target"] = target
+    return case
+
+
+def write_results(name: str, title: str, what: str, column: str, plain: str, cases: dict[Any, dict[str, Any]]) -> None:
+    """benchmarks/results/DATE-name.json and .md; `cases` by what stands in the first column, called `column`."""
+    result: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "machine": _describe_machine(),
+        "git_commit": _describe_commit(),
+        "versions": [case.pop("versions") for case in cases.values()].pop(),
+        "cases": cases,
+    }
+    rows = [
+        f"| {column} | {plain}, ms a step | distrib, ms a step | distrib / {plain} (min to max) | target |",
+        "|---|---|---|---|---|",
+    ]
+    for key, case in cases.items():
+        medians, ratio = case["medians"], case["ratio"]
+        verdict = "met" if ratio["median"] <= case["target"] else "missed"
+        rows.append(
+            f"| {key} | {medians['plain']:.3f} | {medians['distrib']:.3f} "
+            f"| {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f}) | {case['target']:.2f} {verdict} |"
+        )
+    machine = result["machine"]
+    versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
+    text = "\n".join(
+        [
+            f"# {title}, {result['date']}\n",
+            f"{what}\n",
+            *rows,
+            f"\nMachine: {machine['cores']} cores, {machine['cpu']}, load {_LOAD_BEFORE} before. {versions}.",
+            f"Commit {result['git_commit']}.\n",
+        ]
+    )
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{result['date']}-{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    path.with_suffix(".md").write_text(text)
+    print(f"{text}\n{path.relative_to(ROOT)}")
+
+
+_LOAD_BEFORE = round(os.getloadavg()[0], 2)
+
+
+def _describe_machine() -> dict[str, Any]:
+    """Cores, CPU, and how busy it was before we began."""
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {"cores": os.cpu_count(), "cpu": models[0] if models else platform.processor(), "load_before": _LOAD_BEFORE}
+
+
+def _describe_commit() -> str:
+    """The commit that was measured; '-dirty' where tracked files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"

@@ -1,0 +1,72 @@
+"""The parts of a run, made from its task and its config: what training, evaluating and explaining have in common."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from distrib.config import Config, StrategyConfig
+from distrib.errors import ConfigError
+from distrib.task import Task
+from distrib.training import evaluation
+from distrib.training.engine import Engine
+from distrib.training.optimizers import build_optimizer
+from distrib.training.placement import MakeOptimizer
+from distrib.world import World
+
+
+def model(task: Task, seed: int) -> nn.Module:
+    """With the initial weights that belong to `seed`."""
+    torch.manual_seed(seed)
+    return task.model()
+
+
+def blocks(task: Task, module: nn.Module, strategy: StrategyConfig) -> list[nn.Module]:
+    """The task's blocks. Raises ConfigError where the strategy needs some and there are none."""
+    found = task.blocks(module)
+    if strategy.activation_checkpointing and not found:
+        raise ConfigError(
+            f"strategy.activation_checkpointing: {type(module).__name__} has no repeated blocks that distrib finds; "
+            "name them in Task.blocks(model)"
+        )
+    return found
+
+
+def train_dataset(task: Task) -> Dataset[Any]:
+    """Raises ConfigError where it has no length."""
+    return _sized(task.train_dataset(), "train_dataset")
+
+
+def eval_dataset(task: Task) -> Dataset[Any] | None:
+    """Raises ConfigError where it has no length, or no samples."""
+    dataset = task.eval_dataset()
+    if dataset is not None and len(_sized(dataset, "eval_dataset")) == 0:  # type: ignore[arg-type]
+        raise ConfigError("task.eval_dataset: it has no samples; return None for no evaluation")
+    return dataset
+
+
+def optimizer_maker(task: Task, config: Config) -> MakeOptimizer:
+    """Makes the task's own optimizer, or the config's, over the parameters that it is given."""
+    return lambda params: task.optimizer(params) or build_optimizer(config.optim, params)
+
+
+def loading(config: Config, world: World) -> dict[str, Any]:
+    """How a DataLoader reads."""
+    return {
+        "num_workers": config.data.num_workers,
+        "prefetch_factor": config.data.prefetch_factor,
+        "pin_memory": not world.use_cpu,
+    }
+
+
+def evaluate(engine: Engine, task: Task, dataset: Dataset[Any], config: Config) -> dict[str, float]:
+    """The metrics under the names that the run folder has for them."""
+    metrics = evaluation.evaluate(engine, task, dataset, config.data.micro_batch_size, **loading(config, engine.world))
+    return {f"eval/{key}": value for key, value in metrics.items()}
+
+
+def _sized(dataset: Dataset[Any], name: str) -> Dataset[Any]:
+    if not hasattr(dataset, "__len__"):
+        raise ConfigError(f"task.{name}: {type(dataset).__name__} has no __len__; its order could not be repeated")
+    return dataset

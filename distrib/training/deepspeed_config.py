@@ -1,0 +1,126 @@
+"""DeepSpeed's JSON, compiled from our config. One way only: where we decide, an option of the user's may not differ."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distrib.config import Config, StrategyConfig
+from distrib.errors import ConfigError
+from distrib.plan import window_size
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+_PERSISTENCE = "stage3_param_persistence_threshold"
+_OTHERS_DECIDE = {"optimizer": "optim", "scheduler": "optim.schedule", "data_types": "train.mixed_precision"}
+
+
+def compile_config(config: Config, strategy: StrategyConfig, world_size: int) -> dict[str, Any]:
+    """The JSON for zero0 to zero3. Bucket sizes and the like are DeepSpeed's own defaults unless given.
+
+    Raises ConfigError where `strategy.deepspeed` contradicts another key, with both values named.
+    """
+    given = _read(strategy.deepspeed)
+    for key, decided_by in _OTHERS_DECIDE.items():
+        if key in given:
+            raise ConfigError(f"strategy.deepspeed: {key} is decided by {decided_by}; leave it out")
+    result, keys = _ours(config, strategy, world_size)
+    _merge(result, given, keys)
+    return result
+
+
+def stage_of(options: dict[str, Any] | str) -> int:
+    """The stage that a DeepSpeed JSON asks for; 0 is DeepSpeed's default. Raises ConfigError."""
+    stage = _read(options).get("zero_optimization", {}).get("stage", 0)
+    if stage not in range(4):
+        raise ConfigError(f"strategy.deepspeed: zero_optimization.stage is {stage!r}; give 0, 1, 2 or 3")
+    return int(stage)
+
+
+def persistence_threshold(strategy: StrategyConfig) -> int:
+    """Up to how many elements a parameter stays whole on every rank at stage 3. Raises ConfigError."""
+    return int(_read(strategy.deepspeed).get("zero_optimization", {}).get(_PERSISTENCE, 100_000))
+
+
+def _read(options: dict[str, Any] | str) -> dict[str, Any]:
+    """As a dictionary, from its JSON file where it names one."""
+    if not isinstance(options, str):
+        return options
+    try:
+        loaded = json.loads(Path(options).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"strategy.deepspeed: {options}: cannot read it as JSON: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"strategy.deepspeed: {options}: holds a {type(loaded).__name__}, not an object")
+    return loaded
+
+
+def _ours(config: Config, strategy: StrategyConfig, world_size: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """What we decide, and for each option (dotted) the key of our config that decided it."""
+    data, train, stage = config.data, config.train, int(strategy.name[-1])
+    if stage and (strategy.communication_dtype, train.mixed_precision) == ("bf16", "fp16"):
+        raise ConfigError(
+            f"strategy.communication_dtype: bf16, but with train.mixed_precision fp16 {strategy.name} would send "
+            "gradients in fp16; give fp32, or train in bf16"
+        )
+    autocast: dict[str, Any] = {"enabled": train.mixed_precision != "no"}
+    if autocast["enabled"]:
+        autocast["dtype"] = _DTYPES[train.mixed_precision]
+        if strategy.communication_dtype == "fp32":
+            autocast["lower_precision_safe_modules"] = []  # else theirs travel in the lower precision
+    zero: dict[str, Any] = {"stage": stage}
+    if stage:
+        zero["offload_optimizer"] = {"device": "none" if strategy.offload == "none" else "cpu"}
+    if stage == 3:
+        zero["memory_efficient_linear"] = False  # it would round otherwise in bf16, and replace torch's for good
+        zero["offload_param"] = {"device": "cpu" if strategy.offload == "all" else "none"}
+    ours = {
+        "train_batch_size": data.global_batch_size,
+        "train_micro_batch_size_per_gpu": data.micro_batch_size,
+        "gradient_accumulation_steps": window_size(config, world_size),
+        "gradient_clipping": train.max_grad_norm or 0.0,
+        "torch_autocast": autocast,
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": False},
+        "communication_data_type": strategy.communication_dtype,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    keys = {
+        "train_batch_size": "data.global_batch_size",
+        "train_micro_batch_size_per_gpu": "data.micro_batch_size",
+        "gradient_accumulation_steps": "grad_accum_steps",
+        "gradient_clipping": "train.max_grad_norm",
+        "torch_autocast": "train.mixed_precision",
+        "fp16": "train.mixed_precision",
+        "bf16": "train.mixed_precision",
+        "communication_data_type": "strategy.communication_dtype",
+        "zero_optimization.stage": "strategy.name",
+        "zero_optimization.offload_optimizer": "strategy.offload",
+        "zero_optimization.offload_param": "strategy.offload",
+        "zero_optimization.memory_efficient_linear": "equality with other strategies",
+        "zero_allow_untested_optimizer": "optim",
+        "zero_force_ds_cpu_optimizer": "optim",
+    }
+    return ours, keys
+
+
+def _merge(ours: dict[str, Any], given: dict[str, Any], keys: dict[str, str], prefix: str = "") -> None:
+    """Add the options of `given` to `ours`. Raises ConfigError for one that differs, or "auto" without an answer."""
+    for name, value in given.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, dict) and isinstance(ours.setdefault(name, {}), dict):
+            _merge(ours[name], value, keys, f"{path}.")
+        elif name not in ours:
+            if value == "auto":
+                raise ConfigError(f'strategy.deepspeed: {path} is "auto", and no key of ours decides it; give a value')
+            ours[name] = value
+        elif value not in ("auto", ours[name]):
+            decided_by = next(
+                key
+                for option, key in keys.items()
+                if f"{path}.".startswith(f"{option}.") or option.startswith(f"{path}.")
+            )
+            raise ConfigError(
+                f"strategy.deepspeed: {path} is {json.dumps(value)}, but {decided_by} makes it "
+                f'{json.dumps(ours[name])}; leave it out, or write "auto"'
+            )

@@ -1,0 +1,187 @@
+"""Where parameters, gradients and optimizer state lie, and how gradients of the ranks meet.
+
+Whatever the placement, a step computes the same: the engine decides what is summed, by what it is divided and whether
+it is applied. `strategies.place` chooses among `Replicated` (here), `FullySharded` and the ZeRO stages.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from distrib.config import StrategyConfig
+from distrib.errors import TrainingError
+from distrib.training.totals import SummedTotals, WithTotals, ride
+from distrib.world import World
+
+MakeOptimizer = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
+
+
+class Placement:
+    """What every strategy has in common: gradients in `p.grad`, normalised, clipped and applied here."""
+
+    forward_is_collective = False  # then every rank must run as many forwards as the others, in evaluation too
+    shares_buffers = False  # gives all ranks rank 0's buffers before a window
+    model: nn.Module  # what the task's forward calls in training
+    evaluation_model: nn.Module
+    totals: SummedTotals | WithTotals
+
+    def __init__(self, world: World, module: nn.Module) -> None:
+        self.world = world
+        self.module = module  # the user's own
+        self.optimizer: Optimizer | None = None  # none: only evaluates
+        self._parameters: list[nn.Parameter] = []
+        self._watched: list[str] = []
+        self._used: set[str] = set()  # by the micro-batch at hand
+
+    def use_optimizer(self, make_optimizer: MakeOptimizer | None) -> None:
+        """Build the optimizer over the module's parameters as they are now."""
+        if make_optimizer is None:
+            return
+        self.optimizer = make_optimizer(trainable(self.module))
+        groups = self.optimizer.param_groups
+        self._parameters = [p for group in groups for p in group["params"] if p.requires_grad]
+
+    def accumulate(self, last: bool) -> AbstractContextManager[object]:
+        """Around forward and backward of a micro-batch; gradients meet the other ranks' at the latest on the last."""
+        return nullcontext()
+
+    def zero_grad(self) -> None:
+        """Once a window, before its first backward."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def backward(self, total: Tensor, shares: Tensor, last: bool) -> None:
+        """Add the gradient of `total`, and this micro-batch's `shares` of the window's totals."""
+        assert isinstance(self.totals, SummedTotals), "WithTotals rides"
+        self.totals.add(shares, last)
+        total.backward()  # type: ignore[no-untyped-call]
+
+    def update(self, factor: float, max_grad_norm: float | None) -> float:
+        """Multiply the mean gradient over the ranks by `factor`, clip, update; returns the norm before clipping.
+
+        Where the norm is not finite, on any rank, nothing is updated on any.
+        """
+        assert self.optimizer is not None, "this engine only evaluates"
+        gradients = self._gradients()
+        grad_norm = self._norm(gradients) * factor
+        if math.isfinite(grad_norm):
+            if max_grad_norm is not None:
+                factor *= min(1.0, max_grad_norm / (grad_norm + 1e-6))  # as torch's clip_grad_norm_
+            torch._foreach_mul_(gradients, factor)
+            self.optimizer.step()
+        return grad_norm
+
+    def discard(self) -> None:
+        """End the window without an update."""
+
+    def state(self) -> dict[str, Tensor] | None:
+        """The module's state by its own names, whole tensors, on rank 0; None on the others. Collective."""
+        return dict(self.module.state_dict()) if self.world.is_rank_0 else None
+
+    def _watch_use(self) -> None:
+        """Note which parameters get a gradient, once they are the optimizer's."""
+        for name, parameter in trainable(self.module):
+            used: Callable[..., None] = lambda _, name=name: self._used.add(name)  # noqa: E731
+            parameter.register_post_accumulate_grad_hook(used)  # type: ignore[no-untyped-call]
+            self._watched.append(name)
+
+    def _require_use(self) -> None:
+        """After a micro-batch's backward. Of a parameter without a gradient a sharded reduction would go on with what
+        other ranks have of other parameters, and say nothing. (DDP refuses it by itself.)"""
+        if len(self._used) < len(self._watched):
+            unused = [name for name in self._watched if name not in self._used]
+            raise TrainingError(
+                f"rank {self.world.rank}: {len(unused)} parameter(s) got no gradient from a micro-batch, first "
+                f"{unused[0]}, which this strategy cannot reduce; freeze them, or take strategy.name ddp with "
+                "strategy.find_unused_parameters"
+            )
+        self._used.clear()
+
+    def _gradients(self) -> list[Tensor]:
+        """What this rank holds of the gradient."""
+        return [p.grad for p in self._parameters if p.grad is not None]
+
+    def _norm(self, gradients: list[Tensor]) -> float:
+        return torch.nn.utils.get_total_norm(gradients).item()
+
+
+class Replicated(Placement):
+    """single and ddp: everything whole on every rank, over accelerate."""
+
+    shares_buffers = True
+
+    def __init__(
+        self, world: World, module: nn.Module, make_optimizer: MakeOptimizer | None, config: StrategyConfig
+    ) -> None:
+        super().__init__(world, module)
+        self.evaluation_model = module.to(world.device)
+        compressed = config.communication_dtype == "bf16" and world.world_size > 1
+        if compressed or config.find_unused_parameters:  # the carrier would be rounded, or taken for unused
+            self.totals = SummedTotals(world)
+            self.model = module
+        else:
+            with_totals = WithTotals(module).to(world.device)
+            self.totals = with_totals
+            self.model = with_totals
+        self._accelerator = Accelerator(
+            cpu=world.use_cpu,
+            mixed_precision="no",  # accelerate ignores fp16 on CPU without a word; precision is the engine's
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # so is the window
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True,
+                    find_unused_parameters=config.find_unused_parameters,
+                    static_graph=config.static_graph,
+                )
+            ],
+        )
+        self.use_optimizer(make_optimizer)
+        if world.world_size > 1 and make_optimizer is not None:
+            self.model = self._accelerator.prepare_model(self.model)
+            if compressed:
+                self.model.register_comm_hook(None, _mean_in_bf16)  # type: ignore[operator]
+        # DDP learns a static graph from its first backward, which may not go without a reduction. One more does no
+        # harm: the mean over ranks of what is the same on all of them is what it was.
+        self._graph_is_unknown = config.static_graph
+        self._all_parameters = list(self.model.parameters())  # Module.zero_grad walks through all modules every time
+
+    def accumulate(self, last: bool) -> AbstractContextManager[object]:
+        if last or self._graph_is_unknown:
+            self._graph_is_unknown = False
+            return nullcontext()
+        context: AbstractContextManager[object] = self._accelerator.no_sync(self.model)
+        return context
+
+    def zero_grad(self) -> None:
+        for parameter in self._all_parameters:
+            parameter.grad = None
+
+    def backward(self, total: Tensor, shares: Tensor, last: bool) -> None:
+        if isinstance(self.totals, WithTotals):
+            shares = shares * self.world.world_size  # DDP leaves the mean over the ranks
+            ride(total, self.totals.totals, shares).backward()  # type: ignore[no-untyped-call]
+        else:
+            super().backward(total, shares, last)
+
+
+def _mean_in_bf16(
+    _: object,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
+    """A bucket's mean over the ranks. DDP lets torch's own bf16_compress_hook run over nccl and xccl only."""
+    gradient = bucket.buffer()
+    compressed = gradient.bfloat16() / dist.get_world_size()
+    future = dist.all_reduce(compressed, async_op=True).get_future()
+    mean: torch.futures.Future[Tensor] = future.then(lambda done: gradient.copy_(done.value()[0]))
+    return mean
+
+
+def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]

@@ -1,0 +1,75 @@
+"""What can be done with a config or a run besides training it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from distrib.config import Config, StrategyConfig
+from distrib.errors import ConfigError
+from distrib.plan import RunPlan
+from distrib.reporting.explain import print_plan
+from distrib.reporting.progress import format_metrics
+from distrib.state import checkpoint
+from distrib.state.run_dir import RunDir
+from distrib.task import load_task
+from distrib.training import assembly, strategies
+from distrib.training.deepspeed_config import compile_config
+from distrib.training.engine import Engine
+from distrib.training.memory import plan_memory
+from distrib.world import World
+
+
+def explain_run(config: Config, processes: int) -> None:
+    """Print the plan for so many processes, and for ZeRO DeepSpeed's JSON. Raises ConfigError where a run would."""
+    task = load_task(config.task)
+    strategy = strategies.resolve(config, World(world_size=processes, launcher="distrib"))
+    num_samples = len(assembly.train_dataset(task))  # type: ignore[arg-type]
+    plan = RunPlan.create(config, processes, num_samples)
+    memory = plan_memory(task, strategy, processes, assembly.optimizer_maker(task, config))
+    print_plan(config, strategy.name, replace(plan, memory=memory))
+    if strategy.name.startswith("zero"):
+        print("DeepSpeed's JSON:")
+        print(json.dumps(compile_config(config, strategy, processes), indent=2))
+
+
+def evaluate_run(run_dir: str | Path) -> dict[str, float]:
+    """Evaluate a run's newest checkpoint, and say the metrics; changes nothing in its folder.
+
+    Raises RunDirError, ConfigError and CheckpointError.
+    """
+    run = RunDir(Path(run_dir))
+    config = run.read_config()
+    if config.task is None:
+        raise ConfigError(f"{run.path}: the run's task was given in Python, so its config does not name it")
+    task = load_task(config.task)
+    dataset = assembly.eval_dataset(task)
+    if dataset is None:
+        raise ConfigError(f"task.target: {config.task.target} has no eval_dataset, so there is nothing to evaluate on")
+    world = World.detect()
+    config = _for_evaluation(config, world)
+    strategy = strategies.resolve(config, world)
+    module = assembly.model(task, config.seed)
+    path = checkpoint.newest(run.checkpoints)
+    checkpoint.load(path, module)
+    world.connect()
+    placement = strategies.place(strategy, config, world, module, task.blocks(module))
+    engine = Engine(placement, mixed_precision=config.train.mixed_precision, seed=config.seed)
+    metrics = assembly.evaluate(engine, task, dataset, config)
+    if world.is_rank_0:
+        print(f"{path}: {format_metrics(metrics)}  ({len(dataset)} samples)", flush=True)  # type: ignore[arg-type]
+    world.wait_for_all()
+    return metrics
+
+
+def _for_evaluation(config: Config, world: World) -> Config:
+    """Any number of processes may evaluate; only zero3 and fsdp2 cut what a forward needs."""
+    strategy = config.strategy if config.strategy.name in ("zero3", "fsdp2") else StrategyConfig()
+    data = config.data.model_copy(update={"global_batch_size": config.data.micro_batch_size * world.world_size})
+    return config.model_copy(update={"data": data, "strategy": strategy})
+
+
+def export_run(run_dir: str | Path, out: Path) -> None:
+    """Copy a run's newest weights to `out/model.safetensors`, and say so. RunDirError, CheckpointError."""
+    run = RunDir(Path(run_dir))
+    run.read_config()  # or it is no run folder
+    print(checkpoint.export(checkpoint.newest(run.checkpoints), out))

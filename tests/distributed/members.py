@@ -1,0 +1,135 @@
+"""Run as a member by `distrib launch`: all that the tests want of so many processes, one thing after the other."""
+
+import gc
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from cases import SHARDED_WORLDS, cases
+from tasks import Large, Numbered
+from torch import Tensor
+
+from distrib import Config, Task, Trainer, World
+from distrib.data.loader import train_windows
+from distrib.data.sampler import DistributedSampler
+from distrib.task import load_task
+from distrib.training import assembly, strategies
+from distrib.training.engine import Engine
+from distrib.training.evaluation import evaluate
+from distrib.training.loop import train_step
+from distrib.training.memory import plan_memory
+
+
+def train_cases(folder: Path, world: World) -> None:
+    for name, values in cases(world.world_size).items():
+        config = Config.from_dict(values)
+        Trainer(load_task(config.task), config, folder / name).fit()
+
+
+def engine(task: Task, config: Config, world: World, *, training: bool) -> Engine:
+    strategy = strategies.resolve(config, world)
+    module = assembly.model(task, 0)
+    make_optimizer = assembly.optimizer_maker(task, config) if training else None
+    return Engine(strategies.place(strategy, config, world, module, task.blocks(module), make_optimizer))
+
+
+def evaluations(world: World) -> dict[str, dict[str, str]]:
+    """Of sets of 1 to 39 samples, some of which leave ranks without a batch; metrics as hexadecimal floats."""
+    found = {}
+    for strategy, batch_sizes in {"auto": (1, 4, 7), "zero3": (4,), "fsdp2": (4,)}.items():
+        config = Config.from_dict({"train": {"steps": 1}, "strategy": {"name": strategy}, "data": _data(world)})
+        evaluator = engine(Numbered(), config, world, training=False)
+        for samples in range(1, 40):
+            for batch_size in batch_sizes:
+                task = Numbered(samples)
+                metrics = evaluate(evaluator, task, task.eval_dataset(), batch_size)
+                named = {key: value.hex() for key, value in metrics.items()}
+                found[f"{strategy}: {samples} in batches of {batch_size}"] = named
+    return found
+
+
+def memory(world: World) -> dict[str, dict[str, int]]:
+    """Bytes planned, and bytes that this rank holds between two steps."""
+    found = {}
+    for name in ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"):
+        strategy: dict[str, Any] = {"name": name}
+        if name in ("zero1", "zero2", "zero3"):  # or 2 GB of DeepSpeed's default bucket would outweigh the rest
+            strategy["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 100_000}}
+        config = Config.from_dict({"train": {"steps": 2}, "strategy": strategy, "data": _data(world)})
+        task = Large()
+        dataset = task.train_dataset()
+        before = live_bytes()
+        trained = engine(task, config, world, training=True)
+        sampler = DistributedSampler(
+            dataset,
+            global_batch_size=world.world_size,
+            micro_batch_size=1,
+            num_replicas=world.world_size,
+            rank=world.rank,
+            stop=2,
+        )
+        for window in train_windows(sampler):
+            train_step(trained, task, window, 0.001)
+        del window
+        trained.placement.zero_grad()
+        plan = plan_memory(
+            task, strategies.resolve(config, world), world.world_size, assembly.optimizer_maker(task, config)
+        )
+        found[name] = {
+            "planned_parameters": plan.parameters,
+            "planned_gradients": plan.gradients,
+            "planned_optimizer_state": plan.optimizer_state,
+            "parameters": parameter_bytes(trained),
+            "all": live_bytes() - before,
+        }
+        del trained
+        gc.collect()
+    return found
+
+
+def parameter_bytes(trained: Engine) -> int:
+    """Of the module's own parameters: whole, or this rank's shard, or both."""
+    parameters = list(trained.module.parameters())
+    shards = [parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor")]
+    return storage_bytes([local(parameter) for parameter in parameters] + shards)
+
+
+def local(tensor: Tensor) -> Tensor:
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def live_bytes() -> int:
+    """Of all tensors that the garbage collector knows of."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the collector meets deprecated objects
+        tensors = [o for o in gc.get_objects() if isinstance(o, Tensor)]
+    return storage_bytes([local(tensor) for tensor in tensors])
+
+
+def storage_bytes(tensors: list[Tensor]) -> int:
+    """Each piece of memory once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
+    return sum(storages.values())
+
+
+def _data(world: World) -> dict[str, Any]:
+    return {"global_batch_size": world.world_size, "micro_batch_size": 1}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    world = World.detect()
+    world.connect()
+    train_cases(folder, world)
+    results = {"evaluations": evaluations(world)}
+    if world.world_size in SHARDED_WORLDS[1:]:
+        results["memory"] = memory(world)
+    (folder / f"rank-{world.rank}.json").write_text(json.dumps(results))
+    world.wait_for_all()
+
+
+if __name__ == "__main__":
+    main()

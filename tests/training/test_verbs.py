@@ -1,0 +1,85 @@
+"""`distrib explain` and `distrib export`."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run, check, refused
+from safetensors.torch import load_file
+from tasks import Masked
+
+from distrib import Config, Trainer
+from distrib.training.verbs import explain_run
+
+SMALL = {"task": {"target": "tasks:Masked"}, "train": {"steps": 1}}
+LARGE = {  # 21,008,899 parameters
+    "task": {"target": "tasks:Large"},
+    "data": {"global_batch_size": 8, "micro_batch_size": 1},
+    "train": {"steps": 1},
+}
+
+
+Explain = Callable[..., str]
+
+
+@pytest.fixture
+def explain(capsys: pytest.CaptureFixture[str]) -> Explain:
+    def said(processes: int, **config: Any) -> str:
+        explain_run(Config.from_dict(config), processes)
+        return capsys.readouterr().out
+
+    return said
+
+
+@pytest.mark.parametrize(
+    ("strategy", "parameters", "gradients", "optimizer_state"),
+    [  # by hand: Ψ = 21,008,899 fp32 parameters, Adam's two moments of each, ZeRO's own copy in fp32 of what it updates
+        ("ddp", 1, 1, 2),
+        ("zero0", 1, 1, 2),
+        ("zero1", 1, 1, 3 / 4),
+        ("zero2", 1, 1 / 4, 3 / 4),
+        ("zero3", 1 / 4, 1 / 4, 3 / 4),
+        ("fsdp2", 1 / 4, 1 / 4, 2 / 4),
+    ],
+)
+def test_explain_says_what_a_rank_holds(
+    explain: Explain, strategy: str, parameters: float, gradients: float, optimizer_state: float
+) -> None:
+    output = explain(4, **LARGE, strategy={"name": strategy})
+    assert f"on 4 process(es), {strategy}" in output
+    rows = re.findall(r"^\s*(.+), a rank +([\d,]+) bytes", output, re.MULTILINE)
+    held = {name: int(figure.replace(",", "")) for name, figure in rows}
+    expected = {"parameters": parameters, "gradients": gradients, "optimizer state": optimizer_state}
+    # Padding, and the small parameters that zero3 keeps whole, come to less than a hundredth.
+    assert held == {name: pytest.approx(part * 21_008_899 * 4, rel=0.01) for name, part in expected.items()}
+
+
+def test_explain_shows_deepspeeds_json(explain: Explain) -> None:
+    strategy = {"name": "zero2", "offload": "optimizer", "deepspeed": {"wall_clock_breakdown": True}}
+    train = {"steps": 1, "max_grad_norm": 0.5, "mixed_precision": "bf16"}
+    data = {"global_batch_size": 64, "micro_batch_size": 8}
+    output = explain(2, task=SMALL["task"], strategy=strategy, train=train, data=data)
+    shown = json.loads(output.partition("DeepSpeed's JSON:\n")[2])
+    assert shown["train_batch_size"] == 64
+    assert shown["train_micro_batch_size_per_gpu"] == 8
+    assert shown["gradient_accumulation_steps"] == 4
+    assert shown["gradient_clipping"] == 0.5
+    assert shown["torch_autocast"]["dtype"] == "bfloat16"
+    assert shown["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert shown["wall_clock_breakdown"] is True
+    assert "DeepSpeed" not in explain(2, **SMALL, strategy={"name": "ddp"})
+
+
+def test_export_writes_the_newest_weights(run: Run, tmp_path: Path) -> None:
+    Trainer(Masked(), Config.from_dict({"train": {"steps": 2}}), tmp_path / "run").fit()
+    assert check(run("distrib", "export", "run", "--out", "out")) == "out/model.safetensors\n"
+    model = Masked().model()
+    model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_export_refuses_what_is_no_run(run: Run, tmp_path: Path) -> None:
+    assert "nowhere" in refused(run("distrib", "export", "nowhere", "--out", "out"))
+    assert not (tmp_path / "out").exists()
