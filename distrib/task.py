@@ -5,7 +5,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,14 +72,14 @@ class Task:
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """The repeated parts of the model, which fsdp2 gathers and activation checkpointing recomputes one by one.
 
-        By default those children of its ModuleLists, ModuleDicts and Sequentials that have parameters and share
-        their class with a sibling; the outermost, where they lie in one another.
+        By default those children of its ModuleLists, ModuleDicts and Sequentials that are made of modules themselves,
+        have parameters and share their class with a sibling; the outermost, where they lie in one another.
         """
         return _repeated(model)
 
 
 def _repeated(module: nn.Module) -> list[nn.Module]:
-    children = [child for child in module.children() if any(True for _ in child.parameters())]
+    children = [child for child in module.children() if _has(child.children()) and _has(child.parameters())]
     blocks: list[nn.Module] = []
     for child in children:
         of_its_class = sum(type(other) is type(child) for other in children)
@@ -88,6 +88,10 @@ def _repeated(module: nn.Module) -> list[nn.Module]:
         else:
             blocks.extend(_repeated(child))
     return blocks
+
+
+def _has(items: Iterator[object]) -> bool:
+    return next(items, None) is not None
 
 
 def load_task(config: TaskConfig | None) -> Task:

@@ -65,7 +65,7 @@ def test_blocks_are_the_outermost_repeated_children() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.layers = nn.ModuleList([Layer() for _ in range(3)])
-            self.heads = nn.ModuleDict({"a": nn.Linear(2, 1), "b": nn.Linear(2, 1)})
+            self.heads = nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, 1)), "b": nn.Sequential(nn.Linear(2, 1))})
 
     encoder = Encoder()
     model = nn.Sequential(nn.Embedding(5, 2), encoder, nn.ReLU(), nn.ReLU())
@@ -76,7 +76,7 @@ def test_children_that_are_not_repeated_are_no_blocks() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.left, self.right = nn.Linear(2, 2), nn.Linear(2, 2)  # no list: the model's own affair
+            self.left, self.right = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))  # in no list
 
     assert Task().blocks(Pair()) == []
-    assert Task().blocks(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.ReLU(), nn.ReLU())) == []
+    assert Task().blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU())) == []

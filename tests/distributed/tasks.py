@@ -40,11 +40,8 @@ class Masked(Task):
     def model(self) -> nn.Module:
         return nn.Sequential(
             nn.Embedding(VOCABULARY, 16),
-            nn.Linear(16, 32),
-            nn.GELU(),
-            nn.Dropout(self.dropout),
-            nn.LayerNorm(32),
-            nn.Linear(32, VOCABULARY),
+            nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Dropout(self.dropout)),
+            nn.Sequential(nn.LayerNorm(32), nn.Linear(32, VOCABULARY)),
         )
 
     def loss(self, output: Tensor, batch: Any) -> Loss:

@@ -179,8 +179,9 @@ def test_activation_checkpointing_runs_blocks_again_in_the_backward(tmp_path: Pa
 
     class Blocks(Masked):
         def model(self) -> torch.nn.Module:
-            embedding, *_, head = super().model()
-            return torch.nn.Sequential(embedding, torch.nn.Sequential(Counted(16, 16), Counted(16, 32)), head)
+            embedding, first, second = super().model()
+            first[0], second[1] = Counted(16, 32), Counted(32, 11)
+            return torch.nn.Sequential(embedding, first, second)
 
     def forwards(name: str, **strategy: Any) -> int:
         Counted.forwards = 0
