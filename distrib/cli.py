@@ -4,11 +4,11 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional
 
 import typer
 
-from distrib.launching.member import run_as_member
+from distrib.launching.member import run_and_end, run_as_member
 
 app = typer.Typer(
     name="distrib",
@@ -26,11 +26,14 @@ app = typer.Typer(
 
     A finished run's metrics again:  distrib evaluate runs/digits
 
+    Whether it is the run that its config means:  distrib verify runs/digits
+
     Its weights for plain torch:  distrib export runs/digits --out exported
 
     Exit codes: 0 done, 1 failed, 2 the input is wrong (one line says what).""",
 )
 
+Resume = Literal["auto", "never"]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
 Overrides = Annotated[
     Optional[list[str]],
@@ -56,6 +59,9 @@ def train(
     run_dir: Annotated[
         Optional[Path], typer.Option(help="The run folder.  [default: runs/NAME]", show_default=False)
     ] = None,
+    resume: Annotated[
+        Resume, typer.Option(help="auto: go on where a run in this folder was interrupted. never: refuse to.")
+    ] = "auto",
 ) -> None:
     """Train in this process, or as a member where a launcher (torchrun, accelerate, distrib) started it."""
     from distrib.config import Config
@@ -63,7 +69,7 @@ def train(
     from distrib.training.trainer import Trainer
 
     loaded = Config.load(config, overrides or ())
-    Trainer(load_task(loaded.task), loaded, run_dir).fit()
+    Trainer(load_task(loaded.task), loaded, run_dir, resume=resume).fit()
 
 
 @app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
@@ -124,6 +130,17 @@ def evaluate(
 
 @app.command()
 @_as_member
+def verify(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/digits.")],
+) -> None:
+    """Check a run's ledger against the order that its config means, and its checkpoints against the ledger."""
+    from distrib.training.verbs import verify_run
+
+    verify_run(run)
+
+
+@app.command()
+@_as_member
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/digits.")],
     out: Annotated[Path, typer.Option(help="The folder to write model.safetensors into.")],
@@ -136,4 +153,4 @@ def export(
 
 def main() -> None:
     """The entry point of `distrib` and of `python -m distrib`."""
-    app(prog_name="distrib")
+    run_and_end(lambda: app(prog_name="distrib"))

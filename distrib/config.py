@@ -99,6 +99,12 @@ class EvalConfig(_Section):
     every_steps: NonNegativeInt = 0
 
 
+class CheckpointConfig(_Section):
+    every_steps: NonNegativeInt = 1000  # 0: at the end only
+    keep: PositiveInt = 3  # the newest
+    keep_every: NonNegativeInt = 0  # and those at its multiples, for ever; 0: none
+
+
 class Config(_Section):
     """A whole run. See DESIGN in docs/config.md for each key."""
 
@@ -110,6 +116,7 @@ class Config(_Section):
     train: TrainConfig
     strategy: StrategyConfig = StrategyConfig()
     eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Config":

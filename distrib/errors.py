@@ -25,6 +25,12 @@ class CheckpointError(DistribError):
     exit_code = 1
 
 
+class LedgerError(DistribError):
+    """What a run folder holds is not what its config means."""
+
+    exit_code = 1
+
+
 class TrainingError(DistribError):
     """Training cannot go on, for example because `train.on_nonfinite: stop` was asked for."""
 

@@ -37,6 +37,7 @@ class World:
     use_cpu: bool = True
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     control: dist.ProcessGroup | None = None  # gloo on CPU memory, whatever carries the gradients
+    background: dist.ProcessGroup | None = None  # another one, for the thread that saves
 
     @classmethod
     def detect(cls, environ: Mapping[str, str] = os.environ) -> "World":
@@ -106,6 +107,7 @@ class World:
         self.device = state.device
         if self.world_size > 1:
             self.control = dist.new_group(backend="gloo")
+            self.background = dist.new_group(backend="gloo")
             atexit.register(_leave)
 
     def require_group(self) -> None:
@@ -115,8 +117,11 @@ class World:
             dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
             atexit.register(_leave)
 
-    def on_rank_0(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0 alone and give its result to every rank. A DistribError is raised on all of them."""
+    def on_rank_0(self, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+        """Run `work` on rank 0 alone and give its result to every rank. A DistribError is raised on all of them.
+
+        Over the control group, unless another is given.
+        """
         if self.control is None:
             return work()
         outcome: list[Any] = [None]
@@ -125,10 +130,18 @@ class World:
                 outcome = [work()]
             except DistribError as error:
                 outcome = [error]
-        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        dist.broadcast_object_list(outcome, src=0, group=group or self.control)
         if isinstance(outcome[0], DistribError):
             raise outcome[0]
         return outcome[0]  # type: ignore[no-any-return]
+
+    def from_all(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def gather_rows(self, rows: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """Concatenate the ranks' rows, in rank order, on rank 0; None on the others.

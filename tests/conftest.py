@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,8 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+from safetensors.numpy import load_file
+
+from distrib.state.verification import verify_run
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "distributed"))  # the tests' own tasks
@@ -40,7 +45,12 @@ def processes_of(mark: str) -> list[psutil.Process]:
 def environment(mark: str, **more: str) -> dict[str, str]:
     """Ours, without what an outer launcher may have left in it; tests/ is importable."""
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    path = os.pathsep.join([str(ROOT / "tests" / "distributed"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join(
+        [
+            *(str(ROOT / folder) for folder in ("tests/distributed", "tests")),
+            *filter(None, [os.environ.get("PYTHONPATH")]),
+        ]
+    )
     return {**clean, "PYTHONPATH": path, "PATH": f"{BIN}:{os.environ['PATH']}", "TEST_MARK": mark, **more}
 
 
@@ -110,6 +120,39 @@ def results(folder: Path, rank: int = 0) -> dict[str, Any]:
     """What a rank of `world` found besides training."""
     found: dict[str, Any] = json.loads((folder / f"rank-{rank}.json").read_text())
     return found
+
+
+def tensors(run: Path, step: int | None = None) -> dict[str, np.ndarray[Any, Any]]:
+    """What the newest checkpoint of a run, or that of `step`, holds: as docs/run-folder.md says, without our code."""
+    folders = sorted((run / "checkpoints").glob("step-*" if step is None else f"step-{step:08d}"))
+    manifest = json.loads((folders[-1] / "manifest.json").read_text())
+    files = {name: load_file(folders[-1] / name) for name in manifest["files"]}
+    return {
+        name: np.concatenate([files[file][name] for file, *_ in entry["stretches"]]).reshape(entry["shape"])
+        for name, entry in manifest["tensors"].items()
+    }
+
+
+def interrupted(run: Path, to: Path, after: int) -> Path:
+    """A copy of a finished run, as it is where it is killed some time after the checkpoint of step `after`."""
+    shutil.copytree(run, to)
+    (to / "summary.json").unlink()
+    for path in (to / "checkpoints").iterdir():
+        if path.name > f"step-{after:08d}":
+            shutil.rmtree(path)
+    return to
+
+
+def check_same(run: Path, undisturbed: Path) -> None:
+    """The same run bit for bit, with each step once."""
+    for key in ("step", "loss", "grad_norm", "lr", "samples", "verdict"):
+        assert [line[key] for line in lines(run)] == [line[key] for line in lines(undisturbed)], key
+    assert lines(run, "evals.jsonl") == lines(undisturbed, "evals.jsonl")
+    found, expected = tensors(run), tensors(undisturbed)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    assert verify_run(run).steps == verify_run(undisturbed).steps
 
 
 def losses(run: Path) -> list[float]:

@@ -1,110 +1,284 @@
-"""Weights on disk: model.safetensors and a manifest with sizes and SHA-256, complete or absent."""
+"""Checkpoints on disk: one canonical form that every strategy writes and every strategy reads.
+
+What is kept are logical tensors, flattened, under names that no strategy has a part in: `model.<name>` for the module's
+parameters and buffers, `optimizer.<key>.<name>` for the optimizer's state of a parameter. Each rank writes the
+stretches of them that it holds into a safetensors file of its own; the manifest says which stretch lies where, with
+size and SHA-256 of each file. A checkpoint is complete when its manifest is there, and whole when the digests fit.
+
+Why not torch.distributed.checkpoint: docs/decisions/0007-checkpoints-are-stretches.md.
+"""
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from distrib.errors import CheckpointError, RunDirError
 
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _WEIGHTS = "model.safetensors"
+_SMALL = 1 << 14  # elements: what one rank writes alone
 
 
-def save(folder: Path, state: dict[str, Tensor], step: int, chain: str) -> Path:
-    """Write `folder/step-00000200`. The final name appears only when all of it is on disk.
+@dataclass(frozen=True)
+class Shard:
+    """What this rank holds of a logical tensor of `shape`: the elements from `offset` on, in C order."""
 
-    `state` holds whole tensors by the module's own names; `chain` is the ledger's at this step. Raises CheckpointError
-    where the disk refuses.
-    """
-    final = folder / f"step-{step:08d}"
-    partial = folder / f".{final.name}.partial"
+    tensor: Tensor
+    shape: tuple[int, ...]
+    offset: int = 0
+    replicated: bool = False  # whole, and the same on every rank
+
+
+@dataclass(frozen=True)
+class Part:
+    """The stretches that one rank writes."""
+
+    rank: int
+    tensors: dict[str, Tensor]  # one-dimensional
+    places: dict[str, tuple[tuple[int, ...], int]]  # shape of the whole, offset
+
+    @property
+    def file(self) -> str:
+        return f"shard-{self.rank:05d}.safetensors"
+
+
+def replicated(tensor: Tensor) -> Shard:
+    """Of a tensor that is whole on every rank."""
+    return Shard(tensor, tuple(tensor.shape), replicated=True)
+
+
+def part_of(shards: dict[str, Shard], rank: int, world_size: int) -> Part:
+    """What `rank` writes. Replicated tensors are cut evenly, the small ones dealt out by name."""
+    part = Part(rank, {}, {})
+    for name, shard in shards.items():
+        flat, offset = shard.tensor.detach().reshape(-1), shard.offset
+        if shard.replicated:
+            size = flat.numel()
+            if size < _SMALL:
+                if zlib.crc32(name.encode()) % world_size != rank:
+                    continue
+            else:
+                offset, end = size * rank // world_size, size * (rank + 1) // world_size
+                flat = flat[offset:end]
+        elif not flat.numel() and 0 not in shard.shape:
+            continue
+        part.tensors[name] = flat
+        part.places[name] = (shard.shape, offset)
+    return part
+
+
+def partial_path(folder: Path, step: int) -> Path:
+    """Where the files of a checkpoint are written, before it has its name."""
+    return folder / f".step-{step:08d}.partial"
+
+
+def prepare(folder: Path, step: int) -> Path:
+    """An empty folder to write into, with what earlier saves left behind removed. Raises CheckpointError."""
+    partial = partial_path(folder, step)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in folder.glob(".step-*"):
+            shutil.rmtree(left)
         partial.mkdir(parents=True)
-        save_file(_unshared(state), partial / _WEIGHTS)
-        files = {_WEIGHTS: {"bytes": (partial / _WEIGHTS).stat().st_size, "sha256": _sha256(partial / _WEIGHTS)}}
-        manifest = {"step": step, "chain": chain, "files": files}
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        for path in (*partial.iterdir(), partial):
-            _fsync(path)
-        partial.rename(final)
-        _fsync(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot save a checkpoint: {error.strerror}") from None
+    return partial
+
+
+def write_part(partial: Path, part: Part) -> dict[str, Any]:
+    """Write one rank's file; returns what the manifest says of it. Raises CheckpointError where the disk refuses."""
+    path = partial / part.file
+    try:
+        _save_file(part.tensors, path)
+        return {"file": part.file, "bytes": path.stat().st_size, "sha256": _sha256(path)}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{final}: cannot save the checkpoint: {error}; earlier ones are untouched") from None
-    return final
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"{path}: cannot save the checkpoint: {reason}; earlier ones are untouched") from None
 
 
-def newest(folder: Path) -> Path:
-    """The newest checkpoint in `folder`. Raises CheckpointError where there is none."""
-    found = sorted(folder.glob("step-*"), key=lambda path: path.name)
-    if not found:
-        raise CheckpointError(f"{folder}: no checkpoint there; the run has not reached its end")
-    return found[-1]
-
-
-def load(path: Path, module: nn.Module) -> dict[str, Any]:
-    """Read the weights into `module` and return the manifest. Runs no code from the files.
-
-    Raises CheckpointError where a file is missing, damaged or of another model.
-    """
-    manifest = _verify(path)
+def commit(partial: Path, manifest: dict[str, Any], files: list[dict[str, Any]]) -> Path:
+    """Give the checkpoint its name, when all of it is on disk. Raises CheckpointError, and then it has not got it."""
+    folder, final = partial.parent, partial.parent / partial.name.removeprefix(".").removesuffix(".partial")
     try:
-        module.load_state_dict(load_file(path / _WEIGHTS))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: the weights are not those of this model: {reason}") from None
-    return manifest
-
-
-def export(path: Path, folder: Path) -> Path:
-    """Copy the weights of the checkpoint at `path` to `folder/model.safetensors`, whole or not at all.
-
-    Raises RunDirError where there is such a file, CheckpointError where the checkpoint is damaged or the disk refuses.
-    """
-    _verify(path)
-    final = folder / _WEIGHTS
-    partial = folder / f".{_WEIGHTS}.partial"
-    if final.exists():
-        raise RunDirError(f"{final}: is there already; choose another folder with --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path / _WEIGHTS, partial)
+        for file in files:
+            if (partial / file["file"]).stat().st_size != file["bytes"]:
+                raise CheckpointError(f"{partial / file['file']}: not of the size that its rank wrote")
+        described = {file["file"]: {"bytes": file["bytes"], "sha256": file["sha256"]} for file in files}
+        (partial / MANIFEST).write_text(_sealed({**manifest, "files": described}))
+        _fsync(partial / MANIFEST)
         _fsync(partial)
+        if final.exists():  # damaged, or of a course that was given up: the step was made again
+            final.rename(folder / f".{final.name}.replaced")
         partial.rename(final)
         _fsync(folder)
     except OSError as error:
-        raise CheckpointError(f"{final}: cannot export the weights: {error.strerror}") from None
+        raise CheckpointError(
+            f"{final}: cannot save the checkpoint: {error.strerror}; earlier ones are untouched"
+        ) from None
     return final
 
 
-def _verify(path: Path) -> dict[str, Any]:
-    """The manifest, after comparing all files with it."""
+def describe(part: Part) -> dict[str, Any]:
+    """What the manifest says of the tensors in a part."""
+    return {
+        name: {
+            "dtype": str(part.tensors[name].dtype).removeprefix("torch."),
+            "shape": list(shape),
+            "stretches": [[part.file, offset, part.tensors[name].numel()]],
+        }
+        for name, (shape, offset) in part.places.items()
+    }
+
+
+def merge(described: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest's `tensors`, from what each rank describes: stretches of all ranks, in order, without a gap."""
+    tensors: dict[str, Any] = {}
+    for part in described:
+        for name, entry in part.items():
+            tensors.setdefault(name, {**entry, "stretches": []})["stretches"].extend(entry["stretches"])
+    for name, entry in tensors.items():
+        entry["stretches"].sort(key=lambda stretch: stretch[1])
+        end = 0
+        for _, offset, length in entry["stretches"]:
+            assert offset == end, f"{name} has a gap or an overlap at {end}: {entry}"
+            end += length
+        assert end == math.prod(entry["shape"]), f"{name} is not whole: {entry}"
+    return tensors
+
+
+def prune(folder: Path, keep: int, keep_every: int) -> None:
+    """Delete all but the `keep` newest checkpoints and those at multiples of `keep_every` steps (0: none)."""
+    for path in list(steps_of(folder))[keep:]:
+        if not keep_every or step_of(path) % keep_every:
+            gone = folder / f".{path.name}.deleted"
+            try:
+                path.rename(gone)  # first absent, then gone: never incomplete
+                shutil.rmtree(gone)
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot delete an old checkpoint: {error.strerror}") from None
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def sync(paths: list[Path]) -> None:
+    """Have what was written to these files on disk."""
+    for path in paths:
+        if path.exists():
+            _fsync(path)
+
+
+def steps_of(folder: Path) -> Iterator[Path]:
+    """All checkpoints in `folder`, the newest first, whole or not."""
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    yield from sorted(found, key=step_of, reverse=True)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Raises CheckpointError where it is missing, or not as it was written."""
     try:
-        manifest: dict[str, Any] = json.loads((path / _MANIFEST).read_text())
-        for name, expected in manifest["files"].items():
-            if (path / name).stat().st_size != expected["bytes"] or _sha256(path / name) != expected["sha256"]:
-                raise CheckpointError(f"{path / name}: damaged: its content is not what the manifest says")
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: cannot read the checkpoint: {error}") from None
+        raw = (path / MANIFEST).read_text()
+        manifest: dict[str, Any] = json.loads(raw)
+        digest = manifest.pop("sha256")
+        if raw != _sealed(manifest) or not digest:
+            raise CheckpointError(f"{path / MANIFEST}: damaged: its content is not what was written")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        reason = f"{MANIFEST} is missing" if isinstance(error, FileNotFoundError) else f"{MANIFEST}: {error}"
+        raise CheckpointError(f"{path}: damaged: {reason}") from None
     return manifest
 
 
-def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each name with memory of its own, which the format asks for: tied weights stand there under all their names."""
-    seen: set[int] = set()
-    result: dict[str, Tensor] = {}
-    for name, value in state.items():
-        address = value.untyped_storage().data_ptr()
-        result[name] = value.clone() if address in seen else value.contiguous()
-        seen.add(address)
-    return result
+def verify(path: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+    """The manifest, after comparing every `world_size`-th file with it. Raises CheckpointError."""
+    manifest = read_manifest(path)
+    for name, expected in list(manifest["files"].items())[rank::world_size]:
+        try:
+            if (path / name).stat().st_size != expected["bytes"] or _sha256(path / name) != expected["sha256"]:
+                raise CheckpointError(f"{path / name}: damaged: its content is not what the manifest says")
+        except OSError as error:
+            raise CheckpointError(f"{path / name}: damaged: {error.strerror}") from None
+    return manifest
+
+
+def load(path: Path, manifest: dict[str, Any], shards: dict[str, Shard]) -> None:
+    """Read into `shards`, in place, whatever strategy and number of processes wrote. Runs no code from the files.
+
+    Raises CheckpointError where the checkpoint is of another model.
+    """
+    with ExitStack() as stack:
+        opened: dict[str, Any] = {}
+        for name, shard in shards.items():
+            entry = manifest["tensors"].get(name)
+            if entry is None or tuple(entry["shape"]) != shard.shape:
+                found = "is not there" if entry is None else f"has the shape {entry['shape']}"
+                raise CheckpointError(
+                    f"{path}: of another model: {name} {found}, here it has the shape {list(shard.shape)}"
+                )
+            values, start = torch.empty(shard.tensor.numel(), dtype=shard.tensor.dtype), shard.offset
+            for file, offset, length in entry["stretches"]:
+                first, last = max(start, offset), min(start + len(values), offset + length)
+                if first < last:
+                    if file not in opened:
+                        opened[file] = stack.enter_context(safe_open(path / file, framework="pt"))
+                    stretch = opened[file].get_slice(name)[first - offset : last - offset]
+                    values[first - start : last - start] = stretch
+            with torch.no_grad():
+                shard.tensor.copy_(values.view(shard.tensor.shape))
+
+
+def export(path: Path, folder: Path) -> Path:
+    """Write the weights of the checkpoint at `path` to `folder/model.safetensors`, whole or not at all.
+
+    Raises RunDirError where there is such a file, CheckpointError where the checkpoint is damaged or the disk refuses.
+    """
+    manifest = verify(path)
+    final, partial = folder / _WEIGHTS, folder / f".{_WEIGHTS}.partial"
+    if final.exists():
+        raise RunDirError(f"{final}: is there already; choose another folder with --out")
+    weights: dict[str, Tensor] = {}
+    for name, entry in manifest["tensors"].items():
+        if name.startswith("model."):
+            dtype = getattr(torch, entry["dtype"])
+            weights[name.removeprefix("model.")] = torch.empty(entry["shape"], dtype=dtype)
+    load(path, manifest, {f"model.{name}": replicated(tensor) for name, tensor in weights.items()})
+    weights.update({name: weights[other].clone() for name, other in manifest["tied"].items()})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _save_file(weights, partial)
+        partial.rename(final)
+        _fsync(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"{final}: cannot export the weights: {reason}") from None
+    return final
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    """On disk when it returns, and readable by whom the process's umask says, which safetensors leaves out."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path)
+    path.chmod(mode)
+    _fsync(path)
+
+
+def _sealed(manifest: dict[str, Any]) -> str:
+    """As JSON, whose last key is the SHA-256 of the text without it."""
+    text = json.dumps(manifest, separators=(",", ":"))
+    return f'{text[:-1]},"sha256":"{hashlib.sha256(text.encode()).hexdigest()}"}}\n'
 
 
 def _sha256(path: Path) -> str:

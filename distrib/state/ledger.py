@@ -7,6 +7,8 @@ changed, dropped or repeated afterwards breaks every later one.
 import hashlib
 import json
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,8 +20,9 @@ _ONE_LINE = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 class Ledger:
     """Appends to a JSON-lines file; each line is handed to the operating system at once."""
 
-    def __init__(self, path: Path) -> None:
-        self.chain = GENESIS
+    def __init__(self, path: Path, chain: str = GENESIS) -> None:
+        """Go on after the line with this chain."""
+        self.chain = chain
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, entry: dict[str, Any]) -> None:
@@ -33,6 +36,58 @@ class Ledger:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._file.close()
+
+
+def chain_after(path: Path, steps: int) -> str | None:
+    """The chain of the line after which so many steps are made; None where there is no such line."""
+    return GENESIS if steps == 0 else _line_of(path, steps - 1)[1]
+
+
+def cut(path: Path, steps: int) -> bool:
+    """Leave the lines of the first `steps` steps. Were there more?"""
+    if not path.exists():
+        return False
+    end = _line_of(path, steps - 1)[0] if steps else 0
+    more = end < path.stat().st_size
+    os.truncate(path, end)
+    return more
+
+
+def last_line(path: Path) -> dict[str, Any] | None:
+    """The last entry of a JSON-lines file."""
+    for line in _lines_from_the_end(path) if path.exists() else ():
+        if line.strip():
+            entry: dict[str, Any] = json.loads(line)
+            return entry
+    return None
+
+
+def _line_of(path: Path, step: int) -> tuple[int, str | None]:
+    """Where the line of `step` ends, and its chain: looked for from the end of the file, where a resume finds it."""
+    end = path.stat().st_size if path.exists() else 0
+    for line in _lines_from_the_end(path) if end else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # torn
+            entry = {}
+        if entry.get("step") == step:
+            return end, entry.get("chain")
+        end -= len(line)
+    return 0, None
+
+
+def _lines_from_the_end(path: Path) -> Iterator[bytes]:
+    """With their line ends; the first may have none."""
+    rest = b""
+    with path.open("rb") as file:
+        place = file.seek(0, os.SEEK_END)
+        while place:
+            size = min(place, 1 << 16)
+            place = file.seek(place - size)
+            lines = (file.read(size) + rest).splitlines(keepends=True)
+            rest = lines[0]
+            yield from reversed(lines[1:])
+    yield rest
 
 
 def link(chain: str, text: str) -> str:

@@ -1,6 +1,7 @@
 """The run folder: everything a run leaves, in files that other software can read."""
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -15,6 +16,7 @@ import torch
 
 from distrib.config import Config
 from distrib.errors import RunDirError
+from distrib.state import ledger
 from distrib.state.ledger import to_json
 from distrib.world import World
 
@@ -35,38 +37,75 @@ class RunDir:
         self.summary = path / "summary.json"
         self.curves = path / "curves.png"
 
-    def start(self, config: Config, world: World, strategy: str) -> dict[str, Any] | None:
+    def start(
+        self, config: Config, world: World, strategy: str, num_samples: int, resume: bool = True
+    ) -> dict[str, Any] | None:
         """Make the folder and write config and environment, or return the summary of the same run, finished before.
 
-        A folder whose run ended before its first step is used again. Raises RunDirError where another run, or one
-        that did not reach its end, is there.
+        A folder in which this run did not reach its end is gone on with, if it may be (`resume`) or has not yet made a
+        step. Raises RunDirError where another run is there.
         """
-        never_began = self.config.exists() and not (self.steps.exists() and self.steps.stat().st_size)
-        if self.config.exists() and not never_began:
-            return self._finished(config)
+        began = self.steps.exists() and self.steps.stat().st_size
+        if self.config.exists() and began:
+            self._refuse_another(config)
+            if self.summary.exists():
+                summary: dict[str, Any] = json.loads(self.summary.read_text())
+                return summary
+            if not resume:
+                raise RunDirError(
+                    f"{self.path}: holds a run that did not reach its end; go on with it by --resume auto, remove it, "
+                    "or choose another with --run-dir"
+                )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if any(self.path.iterdir()) and not never_began:
+            if not self.config.exists() and any(self.path.iterdir()):
                 raise RunDirError(f"{self.path}: the folder holds other files; choose another with --run-dir")
-            _write(self.environment, json.dumps(_environment(world, strategy), indent=2) + "\n")
+            starts = json.loads(self.environment.read_text())["starts"] if began and self.environment.exists() else []
+            _write(self.environment, json.dumps(_environment(world, strategy, num_samples, starts), indent=2) + "\n")
             _write(self.config, config.dump())
         except OSError as error:
             raise RunDirError(f"{self.path}: cannot write the run folder: {error.strerror}") from None
         self.event("started", world_size=world.world_size, strategy=strategy, launcher=world.launcher)
         return None
 
-    def _finished(self, config: Config) -> dict[str, Any]:
+    def rewind(self, steps: int) -> bool:
+        """Forget what came after the first `steps` steps, and that the run had ended. Was there any?"""
+        lost = ledger.cut(self.steps, steps)
+        if self.evals.exists():
+            kept = [line for line in self.evals.read_text().splitlines(keepends=True) if _evaluated_at(line) <= steps]
+            _write(self.evals, "".join(kept))
+        self.summary.unlink(missing_ok=True)
+        return lost
+
+    def latest_metrics(self) -> dict[str, float]:
+        """The last training loss and the last evaluation's metrics."""
+        metrics: dict[str, float] = {}
+        if (step := ledger.last_line(self.steps)) is not None:
+            metrics["train/loss"] = step["loss"]
+        if (evaluation := ledger.last_line(self.evals)) is not None:
+            metrics.update(evaluation["metrics"])
+        return metrics
+
+    def num_starts(self) -> int:
+        return len(self._read_environment()["starts"])
+
+    def num_samples(self) -> int:
+        """In the training set."""
+        return int(self._read_environment()["training_samples"])
+
+    def _read_environment(self) -> dict[str, Any]:
+        try:
+            environment: dict[str, Any] = json.loads(self.environment.read_text())
+        except (OSError, ValueError) as error:
+            raise RunDirError(f"{self.environment}: cannot be read: {error}") from None
+        return environment
+
+    def _refuse_another(self, config: Config) -> None:
         before, now = self.read_config().function(), config.function()
         differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if differing:
             changes = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in differing)
             raise RunDirError(f"{self.path}: holds a run of another config ({changes}); choose another with --run-dir")
-        if not self.summary.exists():
-            raise RunDirError(
-                f"{self.path}: holds a run that did not reach its end; remove it, or choose another with --run-dir"
-            )
-        summary: dict[str, Any] = json.loads(self.summary.read_text())
-        return summary
 
     def read_config(self) -> Config:
         """The resolved config of the run. Raises RunDirError or ConfigError."""
@@ -93,7 +132,14 @@ class RunDir:
             file.write(to_json(entry) + "\n")
 
 
-def _environment(world: World, strategy: str) -> dict[str, Any]:
+def _evaluated_at(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:  # torn
+        return math.inf
+
+
+def _environment(world: World, strategy: str, num_samples: int, starts: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "machine": {
@@ -104,14 +150,16 @@ def _environment(world: World, strategy: str) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
         "git_commit": _git_commit(),
+        "training_samples": num_samples,
         "starts": [
+            *starts,
             {
                 "time": _now(),
                 "launcher": world.launcher,
                 "world_size": world.world_size,
                 "strategy": strategy,
                 "python": sys.executable,
-            }
+            },
         ],
     }
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from distrib.data.loader import Window
 from distrib.data.order import derive_seed
-from distrib.task import Loss
-from distrib.training.placement import Placement
+from distrib.task import Loss, Task
+from distrib.training.placement import Placement, named_state
 from distrib.training.totals import Totals
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,16 +49,16 @@ class LossScale:
     strategies.
     """
 
-    def __init__(self, value: float) -> None:
+    def __init__(self, value: float, updates: int = 0) -> None:
         self.value = value
-        self._updates = 0  # since it last changed
+        self.updates = updates  # since it last changed
 
     def update(self, overflowed: bool) -> None:
-        self._updates = 0 if overflowed else self._updates + 1
+        self.updates = 0 if overflowed else self.updates + 1
         if overflowed:
             self.value /= 2
-        elif self._updates == _UPDATES_TO_GROW:
-            self.value, self._updates = self.value * 2, 0
+        elif self.updates == _UPDATES_TO_GROW:
+            self.value, self.updates = self.value * 2, 0
 
 
 class Engine:
@@ -155,6 +156,41 @@ class Engine:
         if verdict in ("skipped:no_items", "skipped:nonfinite_loss"):
             self.placement.discard()
         return StepResult(verdict, loss, totals.count, grad_norm, lr, totals.digest, scale)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint's manifest keeps besides the shards."""
+        scale = self.loss_scale
+        _, tied = named_state(self.module)
+        return {
+            "loss_scale": None if scale is None else {"value": scale.value, "updates": scale.updates},
+            "numbers": self.placement.numbers(),
+            "tied": tied,
+        }
+
+    def load(self, path: Path, manifest: dict[str, Any]) -> None:
+        """Go on from a checkpoint. Raises CheckpointError where it is of another model."""
+        self.placement.load(path, manifest)
+        if (scale := manifest["loss_scale"]) is not None and self.mixed_precision == "fp16":
+            self.loss_scale = LossScale(scale["value"], scale["updates"])
+
+    def rehearse(self, task: Task, window: Window) -> None:
+        """Where a run goes on: one forward and backward that leave no trace but in DDP, before the first window.
+
+        DDP lays out its buckets anew after its first backward. Without this the first step of a resumed run would be
+        reduced in the layout of a fresh one, and rounded otherwise than in a run that was never interrupted (seen on
+        4 processes).
+        """
+        if not self.placement.learns_from_its_first_backward:
+            return
+        buffers = [buffer.clone() for buffer in self._buffers]
+        self._window, self._last = window, True
+        with self.placement.accumulate(last=True), self.autocast():
+            batch = self.to_device(next(iter(window)))
+            self.backward(task.loss(task.forward(self.model, batch), batch))
+        self.placement.totals.result()
+        self.placement.zero_grad()
+        for buffer, before in zip(self._buffers, buffers, strict=True):
+            buffer.copy_(before)
 
     def _update(self, count: float, lr: float) -> tuple[str, float]:
         """The verdict and the norm of the gradient before clipping."""

@@ -1,16 +1,17 @@
 """fsdp2: torch's fully_shard. Parameters, gradients and optimizer state are cut along their first dimension."""
 
-from typing import Any
+import math
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from distrib.config import StrategyConfig
+from distrib.state.checkpoint import Shard
 from distrib.training.engine import DTYPES
 from distrib.training.placement import MakeOptimizer, Placement
 from distrib.training.totals import SummedTotals
@@ -60,10 +61,13 @@ class FullySharded(Placement):
         super().backward(total, shares, last)
         self._require_use()
 
-    def state(self) -> dict[str, Tensor] | None:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state: dict[str, Any] = get_model_state_dict(self.module, options=options)
-        return state if self.world.is_rank_0 else None
+    def _shard(self, tensor: Tensor) -> Shard:
+        if not isinstance(tensor, DTensor):
+            return super()._shard(tensor)
+        rows, *others = tensor.shape
+        first = min(rows, self.world.rank * math.ceil(rows / self.world.world_size))
+        local = cast(DTensor, tensor.detach()).to_local()
+        return Shard(local, tuple(tensor.shape), offset=first * math.prod(others))
 
     def _gradients(self) -> list[Tensor]:
         return [g.to_local() if isinstance(g, DTensor) else g for g in super()._gradients()]

@@ -5,8 +5,10 @@ it is applied. `strategies.place` chooses among `Replicated` (here), `FullyShard
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distrib.config import StrategyConfig
-from distrib.errors import TrainingError
+from distrib.errors import ConfigError, TrainingError
+from distrib.state import checkpoint
+from distrib.state.checkpoint import Shard, replicated
 from distrib.training.totals import SummedTotals, WithTotals, ride
 from distrib.world import World
 
@@ -28,6 +32,7 @@ class Placement:
 
     forward_is_collective = False  # then every rank must run as many forwards as the others, in evaluation too
     shares_buffers = False  # gives all ranks rank 0's buffers before a window
+    learns_from_its_first_backward = False
     model: nn.Module  # what the task's forward calls in training
     evaluation_model: nn.Module
     totals: SummedTotals | WithTotals
@@ -81,9 +86,72 @@ class Placement:
     def discard(self) -> None:
         """End the window without an update."""
 
-    def state(self) -> dict[str, Tensor] | None:
-        """The module's state by its own names, whole tensors, on rank 0; None on the others. Collective."""
-        return dict(self.module.state_dict()) if self.world.is_rank_0 else None
+    def shards(self) -> dict[str, Shard]:
+        """What this rank holds of parameters, buffers and optimizer state, under the checkpoint's names. Views: what
+        is read into them is there."""
+        named, _ = named_state(self.module)
+        result = {f"model.{name}": self._shard(tensor) for name, tensor in named.items()}
+        for name, state, shard in self._states():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and (own := shard(value)) is not None:
+                    result[f"optimizer.{key}.{name}"] = own
+        return result
+
+    def numbers(self) -> dict[str, float]:
+        """What optimizers keep as numbers; torch's own keep tensors."""
+        return {
+            f"optimizer.{key}.{name}": value
+            for name, state, _ in self._states()
+            for key, value in state.items()
+            if isinstance(value, int | float)
+        }
+
+    def load(self, path: Path, manifest: dict[str, Any]) -> None:
+        """Take over a checkpoint, by whatever strategy it was written; without an optimizer only the weights.
+
+        Raises CheckpointError where it is of another model.
+        """
+        kept = {*manifest["tensors"], *manifest["numbers"]}
+        if self.optimizer is not None and any(name.startswith("optimizer.") for name in kept):
+            rates = [group["lr"] for group in self.optimizer.param_groups]
+            for group in self.optimizer.param_groups:
+                group["lr"] = 0.0
+            self._make_states()
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            for name, state, _ in self._states():
+                for key in list(state):
+                    entry = f"optimizer.{key}.{name}"
+                    if entry in manifest["numbers"]:
+                        state[key] = manifest["numbers"][entry]
+                    elif entry not in kept and state[key] is not None:
+                        del state[key]  # it had not got a gradient yet
+        checkpoint.load(path, manifest, self.shards())
+
+    def _shard(self, tensor: Tensor) -> Shard:
+        """Of a parameter, a buffer, or a tensor that the optimizer keeps for a parameter."""
+        return replicated(tensor)
+
+    def _states(self) -> Iterator[tuple[str, dict[str, Any], Callable[[Tensor], Shard | None]]]:
+        """For each parameter its name, the optimizer's state that holds for it, and what of a tensor there is its."""
+        if self.optimizer is not None:
+            for name, parameter in trainable(self.module):
+                if parameter in self.optimizer.state:
+                    yield name, self.optimizer.state[parameter], self._shard
+
+    def _make_states(self) -> None:
+        """Have the optimizer make its state, by a step over gradients of 0; what it changes is read over."""
+        assert self.optimizer is not None, "this engine only evaluates"
+        self._step_over_zeros([p for group in self.optimizer.param_groups for p in group["params"]])
+
+    def _step_over_zeros(self, parameters: list[Tensor]) -> None:
+        assert self.optimizer is not None, "this engine only evaluates"
+        before = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
 
     def _watch_use(self) -> None:
         """Note which parameters get a gradient, once they are the optimizer's."""
@@ -145,6 +213,7 @@ class Replicated(Placement):
         self.use_optimizer(make_optimizer)
         if world.world_size > 1 and make_optimizer is not None:
             self.model = self._accelerator.prepare_model(self.model)
+            self.learns_from_its_first_backward = True
             if compressed:
                 self.model.register_comm_hook(None, _mean_in_bf16)  # type: ignore[operator]
         # DDP learns a static graph from its first backward, which may not go without a reduction. One more does no
@@ -181,6 +250,22 @@ def _mean_in_bf16(
     future = dist.all_reduce(compressed, async_op=True).get_future()
     mean: torch.futures.Future[Tensor] = future.then(lambda done: gradient.copy_(done.value()[0]))
     return mean
+
+
+def named_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Parameters and persistent buffers, each under its first name; and further names of tied ones, by theirs."""
+    named: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(f"task.model: {name} in its state_dict is no tensor, and would not be saved")
+        if id(value) in first:
+            tied[name] = first[id(value)]
+        else:
+            named[name] = value
+            first[id(value)] = name
+    return named, tied
 
 
 def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

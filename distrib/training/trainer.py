@@ -4,9 +4,9 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 
 from distrib.config import Config
 from distrib.data.loader import Window, train_windows
@@ -15,15 +15,18 @@ from distrib.errors import ConfigError, TrainingError
 from distrib.plan import RunPlan
 from distrib.reporting.progress import ProgressDisplay, format_metrics
 from distrib.schedule import learning_rate_factor
-from distrib.state import checkpoint
-from distrib.state.ledger import Ledger
+from distrib.state.ledger import GENESIS, Ledger
+from distrib.state.resume import Found, newest_whole
 from distrib.state.run_dir import RunDir
+from distrib.state.saver import Saver
 from distrib.task import Task
 from distrib.training import assembly, strategies
 from distrib.training.engine import Engine, StepResult
 from distrib.training.loop import train_step
 from distrib.training.placement import trainable
 from distrib.world import World
+
+Resume: TypeAlias = Literal["auto", "never"]
 
 
 class Trainer:
@@ -33,8 +36,10 @@ class Trainer:
     ConfigError, LaunchError. The run folder is `run_dir`, or runs/NAME.
     """
 
-    def __init__(self, task: Task, config: Config, run_dir: str | Path | None = None) -> None:
-        self.task, self.config = task, config
+    def __init__(
+        self, task: Task, config: Config, run_dir: str | Path | None = None, *, resume: Resume = "auto"
+    ) -> None:
+        self.task, self.config, self.resume = task, config, resume
         self.run = RunDir(Path(run_dir) if run_dir is not None else Path("runs") / config.name)
         self.world = World.detect()
         self.strategy = strategies.resolve(config, self.world)
@@ -49,6 +54,7 @@ class Trainer:
         self.make_optimizer = assembly.optimizer_maker(task, config)
         self.make_optimizer(params)  # to refuse what it refuses now; the one that trains is made over the shards
         self.progress = ProgressDisplay(config.name, self.plan.num_steps, shown=self.world.is_rank_0)
+        self.first_step = 0  # of this process
         self.applied = 0  # updates made: the schedule's clock
         self.train_seconds = 0.0
         self.metrics: dict[str, float] = {}  # the latest of each
@@ -56,10 +62,15 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train, evaluate, save; returns the summary, the same on every rank.
 
-        Where the run folder holds the finished run of this very config, its summary is returned at once.
+        Where the run folder holds the finished run of this very config, its summary is returned at once; where it
+        holds one that did not reach its end, training goes on from the newest checkpoint that is whole.
         """
         self.world.connect()
-        summary = self.world.on_rank_0(lambda: self.run.start(self.config, self.world, self.strategy.name))
+        summary = self.world.on_rank_0(
+            lambda: self.run.start(
+                self.config, self.world, self.strategy.name, self.plan.num_samples, self.resume == "auto"
+            )
+        )
         if summary is None:
             with self._failures_recorded():
                 summary = self._train()
@@ -78,10 +89,15 @@ class Trainer:
             seed=self.config.seed,
         )
         self._warn_of_batch_norm()
+        chain = self._go_on(engine)
         self.module.train()
+        if 0 < self.first_step < self.plan.num_steps:
+            engine.rehearse(self.task, next(train_windows(self._sampler())))
+        keep, keep_every = self.config.checkpoint.keep, self.config.checkpoint.keep_every
+        saver = Saver(self.run.checkpoints, self.world, keep, keep_every, [self.run.steps, self.run.evals])
         with ExitStack() as stack:
             stack.enter_context(self.progress)
-            ledger = stack.enter_context(Ledger(self.run.steps)) if self.world.is_rank_0 else None
+            ledger = stack.enter_context(Ledger(self.run.steps, chain)) if self.world.is_rank_0 else None
             before = time.perf_counter()
             for window in self._windows():
                 result = train_step(engine, self.task, window, self._learning_rate(engine))
@@ -94,22 +110,68 @@ class Trainer:
                     self._skipped(window.step, result)
                 if self._evaluation_is_due(window.step + 1):
                     self._evaluate(engine, window.step + 1)
+                if self._save_is_due(window.step + 1):
+                    self._save(engine, saver, window.step + 1, ledger)
+                self._report_saves(saver)
                 before = time.perf_counter()
-            chain = ledger.chain if ledger is not None else ""
-        state = engine.placement.state()
-        return self.world.on_rank_0(lambda: self._finish(state, chain, time.perf_counter() - started))
+            saver.wait()
+            self._report_saves(saver)
+        return self.world.on_rank_0(lambda: self._finish(time.perf_counter() - started))
+
+    def _go_on(self, engine: Engine) -> str:
+        """Take over where this run was interrupted, if it was; returns the ledger's chain there. Collective."""
+        found = newest_whole(self.run, self.world)
+        if found is not None:
+            engine.load(found.path, found.manifest)
+            self.first_step, self.applied = found.manifest["step"], found.manifest["applied"]
+        self.world.on_rank_0(lambda: self._rewind(found))
+        return GENESIS if found is None else str(found.manifest["chain"])
+
+    def _rewind(self, found: Found | None) -> None:
+        """The run folder, to where we go on."""
+        lost = self.run.rewind(self.first_step)
+        if found is not None or lost:
+            passed_over = [] if found is None else found.passed_over
+            for problem in passed_over:
+                self.progress.say(f"passed over: {problem}")
+            self.run.event("resumed", step=self.first_step, passed_over=passed_over)
+            self.progress.say(f"going on after step {self.first_step}")
+            self.metrics = self.run.latest_metrics()
+
+    def _save_is_due(self, steps_done: int) -> bool:
+        every = self.config.checkpoint.every_steps
+        return steps_done == self.plan.num_steps or (every > 0 and steps_done % every == 0)
+
+    def _save(self, engine: Engine, saver: Saver, steps_done: int, ledger: Ledger | None) -> None:
+        engine.share_buffers()
+        manifest = {
+            "chain": "" if ledger is None else ledger.chain,
+            "applied": self.applied,
+            "world_size": self.world.world_size,
+            "strategy": self.strategy.name,
+            **engine.state(),
+        }
+        saver.save(steps_done, engine.placement.shards(), manifest)
+
+    def _report_saves(self, saver: Saver) -> None:
+        for saved in saver.completed():
+            if self.world.is_rank_0:
+                self.run.event("checkpoint", **saved)
 
     def _windows(self) -> Iterator[Window]:
-        sampler = DistributedSampler(
+        return train_windows(self._sampler(), **assembly.loading(self.config, self.world))
+
+    def _sampler(self) -> DistributedSampler:
+        return DistributedSampler(
             self.train_dataset,
             global_batch_size=self.plan.global_batch_size,
             micro_batch_size=self.plan.micro_batch_size,
             num_replicas=self.world.world_size,
             rank=self.world.rank,
             seed=self.config.seed,
+            start=self.first_step,
             stop=self.plan.num_steps,
         )
-        return train_windows(sampler, **assembly.loading(self.config, self.world))
 
     def _learning_rate(self, engine: Engine) -> float:
         optim = self.config.optim
@@ -161,21 +223,20 @@ class Trainer:
             self.run.evaluation(steps_done, count, metrics)
             self.progress.say(f"step {steps_done}/{self.plan.num_steps}  {format_metrics(metrics)}  ({count} samples)")
 
-    def _finish(self, state: dict[str, Tensor] | None, chain: str, seconds: float) -> dict[str, Any]:
-        assert state is not None, "this is rank 0"
+    def _finish(self, seconds: float) -> dict[str, Any]:
         from distrib.reporting.curves import draw_curves  # matplotlib takes its time, so only now
 
         steps = self.plan.num_steps
-        path = checkpoint.save(self.run.checkpoints, state, steps, chain)
-        self.run.event("checkpoint", step=steps, path=str(path.relative_to(self.run.path)))
         summary = {
             "name": self.config.name,
             "steps": steps,
             "skipped": steps - self.applied,
             "metrics": self.metrics,
-            "samples_per_second": round(steps * self.plan.global_batch_size / self.train_seconds, 1),
+            "samples_per_second": round(
+                (steps - self.first_step) * self.plan.global_batch_size / max(self.train_seconds, 1e-9), 1
+            ),
             "wall_seconds": round(seconds, 3),
-            "restarts": 0,
+            "restarts": self.run.num_starts() - 1,
             "world_size": self.world.world_size,
             "strategy": self.strategy.name,
         }

@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from distrib.config import Config, StrategyConfig
-from distrib.errors import ConfigError
+from distrib.errors import CheckpointError, ConfigError
 from distrib.plan import RunPlan
 from distrib.reporting.explain import print_plan
 from distrib.reporting.progress import format_metrics
-from distrib.state import checkpoint
+from distrib.state import checkpoint, verification
+from distrib.state.resume import Found, newest_whole
 from distrib.state.run_dir import RunDir
 from distrib.task import load_task
 from distrib.training import assembly, strategies
@@ -49,14 +50,14 @@ def evaluate_run(run_dir: str | Path) -> dict[str, float]:
     config = _for_evaluation(config, world)
     strategy = strategies.resolve(config, world)
     module = assembly.model(task, config.seed)
-    path = checkpoint.newest(run.checkpoints)
-    checkpoint.load(path, module)
     world.connect()
     placement = strategies.place(strategy, config, world, module, task.blocks(module))
     engine = Engine(placement, mixed_precision=config.train.mixed_precision, seed=config.seed)
+    found = _newest(run, world)
+    engine.load(found.path, found.manifest)
     metrics = assembly.evaluate(engine, task, dataset, config)
     if world.is_rank_0:
-        print(f"{path}: {format_metrics(metrics)}  ({len(dataset)} samples)", flush=True)  # type: ignore[arg-type]
+        print(f"{found.path}: {format_metrics(metrics)}  ({len(dataset)} samples)", flush=True)  # type: ignore[arg-type]
     world.wait_for_all()
     return metrics
 
@@ -68,8 +69,28 @@ def _for_evaluation(config: Config, world: World) -> Config:
     return config.model_copy(update={"data": data, "strategy": strategy})
 
 
+def verify_run(run_dir: str | Path) -> None:
+    """Check a run's ledger and checkpoints, and say so. Raises LedgerError, CheckpointError."""
+    found = verification.verify_run(Path(run_dir))
+    ended = "all" if found.steps == found.of_steps else "so far"
+    print(
+        f"{run_dir}: {found.steps} of {found.of_steps} steps, {ended} in order, {found.samples:,} samples where they "
+        f"belong, chain intact, {found.checkpoints} checkpoint(s) whole"
+    )
+
+
 def export_run(run_dir: str | Path, out: Path) -> None:
     """Copy a run's newest weights to `out/model.safetensors`, and say so. RunDirError, CheckpointError."""
     run = RunDir(Path(run_dir))
     run.read_config()  # or it is no run folder
-    print(checkpoint.export(checkpoint.newest(run.checkpoints), out))
+    print(checkpoint.export(_newest(run, World()).path, out))
+
+
+def _newest(run: RunDir, world: World) -> Found:
+    """Of a run that has one. Raises CheckpointError. Collective."""
+    found = newest_whole(run, world)
+    if found is None:
+        raise CheckpointError(f"{run.checkpoints}: no checkpoint there; the run has not saved one yet")
+    for problem in found.passed_over if world.is_rank_0 else ():
+        print(f"passed over: {problem}", flush=True)
+    return found

@@ -1,16 +1,19 @@
 """zero0 to zero3: DeepSpeed's ZeRO stages. DeepSpeed shards and updates; what a step means stays the engine's."""
 
+import functools
 import logging
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from distrib.training.placement import MakeOptimizer, Placement
+from distrib.state.checkpoint import Shard, replicated
+from distrib.training.placement import MakeOptimizer, Placement, trainable
 from distrib.training.totals import SummedTotals
 from distrib.world import World
 
@@ -31,6 +34,7 @@ class Zero(Placement):
         self.totals = SummedTotals(world)
         if make_optimizer is None and self.stage < 3:  # nothing is sharded that a forward needs
             self.model = self.evaluation_model = module.to(world.device)
+            self._sharded_optimizer: Any = None
             return
         world.require_group()
         self.use_optimizer(make_optimizer)
@@ -41,7 +45,7 @@ class Zero(Placement):
         self._engine: Any = engine
         # For fp16 DeepSpeed would bring a scaler of its own, which finds another scale under each stage.
         engine.torch_autocast_z0_gradscaler = None
-        self._sharded_optimizer: Any = engine.optimizer if self.stage else None
+        self._sharded_optimizer = engine.optimizer if self.stage and make_optimizer is not None else None
         self._discarding = False
         self._watch_use()
         if self.optimizer is not None and self.stage:
@@ -78,18 +82,86 @@ class Zero(Placement):
             self._engine.step()
             self._discarding = False
 
-    def state(self) -> dict[str, Tensor] | None:
-        if self.stage < 3:
-            return super().state()
-        import deepspeed
+    def load(self, path: Path, manifest: dict[str, Any]) -> None:
+        super().load(path, manifest)
+        if self.stage == 3:
+            parameters: list[Any] = list(self.module.parameters())
+            for parameter in parameters:
+                if self._sharded_optimizer is not None and parameter.requires_grad:
+                    flat, start, size = self._place_at_stage_3(parameter)
+                    flat.narrow(0, start, size).data.copy_(parameter.ds_tensor)
+            if whole := [parameter for parameter in parameters if parameter.ds_persist]:  # as it was before
+                whole[0].partition(whole)
+        elif self.stage and self.optimizer is not None:
+            for _, parameter in trainable(self.module):
+                if (mapping := vars(parameter)["_hp_mapping"]) is not None:
+                    mapping.update_hp()
 
-        gathered = deepspeed.zero.GatheredParameters
-        state: dict[str, Tensor] = {}
-        for name, value in self.module.state_dict(keep_vars=True).items():
-            with gathered([value]) if hasattr(value, "ds_id") else nullcontext():
-                if self.world.is_rank_0:
-                    state[name] = value.detach().cpu().clone()
-        return state if self.world.is_rank_0 else None
+    def _shard(self, tensor: Tensor) -> Shard:
+        if not hasattr(tensor, "ds_tensor"):
+            return super()._shard(tensor)
+        return self._cut_at_stage_3(tensor, tensor.ds_tensor.data)
+
+    def _states(self) -> Iterator[tuple[str, dict[str, Any], Callable[[Tensor], Shard | None]]]:
+        if self._sharded_optimizer is None or self.optimizer is None:
+            yield from super()._states()
+            return
+        names = {id(parameter): name for name, parameter in trainable(self.module)}
+        for number, group in enumerate(self._groups()):
+            for parameter in group:
+                flat = self._flat()[number]
+                if flat in self.optimizer.state:
+                    cut = functools.partial(self._cut, parameter, flat)
+                    yield names[id(parameter)], self.optimizer.state[flat], cut
+
+    def _make_states(self) -> None:
+        if self._sharded_optimizer is None:
+            super()._make_states()
+        elif self.stage < 3:
+            self._step_over_zeros(self._flat())
+        else:
+            self._sharded_optimizer._set_fp32_optimizer_param_groups()
+            self._step_over_zeros(self._flat())
+            self._sharded_optimizer._clear_fp32_optimizer_param_groups()
+
+    def _groups(self) -> list[list[nn.Parameter]]:
+        """The parameters of each flat tensor that the optimizer updates."""
+        optimizer = self._sharded_optimizer
+        return optimizer.fp16_groups if self.stage == 3 else optimizer.bit16_groups  # type: ignore[no-any-return]
+
+    def _flat(self) -> list[Tensor]:
+        optimizer = self._sharded_optimizer
+        flat: list[Tensor] = (
+            optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
+        )
+        return flat
+
+    def _cut(self, parameter: Any, flat: Tensor, value: Tensor) -> Shard | None:
+        """What of the flat `value` belongs to `parameter`; None where nothing does."""
+        if value.shape != flat.shape:
+            return replicated(value)  # a count of steps, one for the group
+        if self.stage == 3:
+            _, start, size = self._place_at_stage_3(parameter)
+            return self._cut_at_stage_3(parameter, value.narrow(0, start, size))
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        place = mapping.get_hp_fragment_address()
+        return Shard(
+            value.narrow(0, place.start, place.numel), tuple(parameter.shape), mapping.lp_fragment_address.start
+        )
+
+    def _cut_at_stage_3(self, parameter: Any, stretch: Tensor) -> Shard:
+        """Without the padding at the end of the last rank's."""
+        size, whole = stretch.numel(), parameter.ds_numel
+        first = min(whole, self.world.rank * size)
+        return Shard(stretch[: min(size, whole - first)], tuple(parameter.ds_shape), first)
+
+    def _place_at_stage_3(self, parameter: Any) -> tuple[Tensor, int, int]:
+        """The flat tensor that holds what this rank updates of `parameter`, and where."""
+        optimizer = self._sharded_optimizer
+        group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        return self._flat()[group], start, size
 
     def _unless_discarding(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """DeepSpeed offers no way to end a window without an update; its sharded optimizer calls this one's step."""

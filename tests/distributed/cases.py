@@ -22,7 +22,7 @@ CLIP = {"sgd": None, "adamw": 0.5}
 
 # test_verdicts and test_strategies
 STEPS = 40
-FEW = 12
+FEW, EVERY = 12, 5
 PRECISIONS = ("no", "bf16", "fp16")
 MISHAPS = ("nan", "inf", "fp16-inf", "nan-first", "nothing")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -53,7 +53,16 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         found.update({f"precision-{name}": _config(STEPS, mixed_precision=name) for name in PRECISIONS})
     if world == 2:
         found.update(_strategy_cases())
+    if world == 4:
+        found.update({f"{name}-no": _config(FEW, strategy={"name": name}) for name in ("ddp", *SHARDED)})
     return found
+
+
+def resumed(world: int) -> list[str]:
+    """The runs that are also interrupted, and gone on with."""
+    if world == 2:
+        return [f"{name}-{precision}" for name in ("ddp", *SHARDED) for precision in PRECISIONS] + ["ddp-static"]
+    return [f"{name}-no" for name in ("ddp", *SHARDED)] if world == 4 else []
 
 
 def _parity_cases(world: int) -> dict[str, dict[str, Any]]:
@@ -118,4 +127,5 @@ def _config(
         "optim": {"name": "adamw", "lr": 0.01, "schedule": "linear", "warmup_steps": 3},
         "train": {"steps": steps, "max_grad_norm": 1.0, **train},
         "strategy": strategy or {},
+        "checkpoint": {"every_steps": EVERY, "keep": 9},
     }

@@ -7,7 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from cases import SHARDED_WORLDS, cases
+from cases import EVERY, SHARDED_WORLDS, cases, resumed
+from conftest import interrupted
 from tasks import Large, Numbered
 from torch import Tensor
 
@@ -26,6 +27,15 @@ def train_cases(folder: Path, world: World) -> None:
     for name, values in cases(world.world_size).items():
         config = Config.from_dict(values)
         Trainer(load_task(config.task), config, folder / name).fit()
+
+
+def go_on_with_cases(folder: Path, world: World) -> None:
+    for name in resumed(world.world_size):
+        config, copy = Config.from_dict(cases(world.world_size)[name]), folder / f"{name}-resumed"
+        if world.is_rank_0:
+            interrupted(folder / name, copy, after=EVERY)
+        world.wait_for_all()
+        Trainer(load_task(config.task), config, copy).fit()
 
 
 def engine(task: Task, config: Config, world: World, *, training: bool) -> Engine:
@@ -124,6 +134,7 @@ def main() -> None:
     world = World.detect()
     world.connect()
     train_cases(folder, world)
+    go_on_with_cases(folder, world)
     results = {"evaluations": evaluations(world)}
     if world.world_size in SHARDED_WORLDS[1:]:
         results["memory"] = memory(world)

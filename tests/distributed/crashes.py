@@ -1,0 +1,104 @@
+"""Run by test_resume: a run on two ranks is killed at random moments and started again, for many seeds.
+
+Ranks are forked from a process that has imported everything, so that a start takes a tenth of a second.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import accelerate  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
+import torch
+from conftest import lines, tensors
+from tasks import Masked
+
+from distrib import Config, Trainer
+from distrib.errors import DistribError
+from distrib.state.verification import verify_run
+
+RANKS, STEPS = 2, 40
+CONFIG: dict[str, Any] = {
+    "seed": 1,
+    "data": {"global_batch_size": 16, "micro_batch_size": 4},
+    "train": {"steps": STEPS, "max_grad_norm": 1.0},
+    "eval": {"every_steps": 5},
+    "checkpoint": {"every_steps": 3, "keep": 2},
+}
+
+
+def start(folder: Path) -> list[int]:
+    """Fork the ranks; returns their process ids."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pids = []
+    for rank in range(RANKS):
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            silent = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silent, 1)
+            os.dup2(silent, 2)
+            try:
+                Trainer(Masked(dropout=0.1), Config.from_dict(CONFIG), folder).fit()
+            except (DistribError, RuntimeError):  # it lost the other rank
+                os._exit(1)
+            os._exit(0)
+        pids.append(pid)
+    return pids
+
+
+def wait(pids: list[int]) -> list[int]:
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def killed(folder: Path, steps: int, moment: float, ranks: list[int]) -> None:
+    """Start, and kill these ranks `moment` seconds after so many steps; the launcher's part is to kill the others."""
+    pids, ledger = start(folder), folder / "steps.jsonl"
+    deadline = time.monotonic() + 60
+    while not ledger.exists() or ledger.read_bytes().count(b"\n") < steps:
+        assert time.monotonic() < deadline, f"it does not reach step {steps}"
+        time.sleep(0.001)
+    time.sleep(moment)
+    for rank in ranks:
+        os.kill(pids[rank], signal.SIGKILL)
+    time.sleep(0.05)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    wait(pids)
+
+
+def main() -> None:
+    base, seeds = Path(sys.argv[1]), int(sys.argv[2])
+    torch.set_num_threads(1)
+    assert wait(start(base / "undisturbed")) == [0] * RANKS
+    expected = tensors(base / "undisturbed")
+    places = []
+    for seed in range(seeds):
+        chance, folder = random.Random(seed), base / "killed"
+        steps = 0
+        for _ in range(chance.choice([1, 1, 2])):
+            steps = chance.randint(steps, STEPS - 1)
+            killed(folder, steps, chance.uniform(0, 0.02), chance.choice([[0], [1], [0, 1]]))
+        assert wait(start(folder)) == [0] * RANKS, f"seed {seed}: it did not go on"
+        verify_run(folder)
+        assert len(lines(folder)) == STEPS
+        found = tensors(folder)
+        for name, value in expected.items():
+            assert (found[name] == value).all(), f"seed {seed}: {name} is another"
+        places += [event["step"] for event in lines(folder, "events.jsonl") if event["event"] == "resumed"]
+        shutil.rmtree(folder)
+    print(json.dumps(places))
+
+
+if __name__ == "__main__":
+    main()

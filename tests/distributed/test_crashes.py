@@ -1,0 +1,20 @@
+"""Killed at random moments, and started again."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, check, environment, no_process_left
+
+
+@pytest.mark.timeout(900)
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """SIGKILL of one rank or of both, in training, evaluation and saving, for 20 seeds; see crashes.py."""
+    with no_process_left() as mark:
+        script = ROOT / "tests" / "distributed" / "crashes.py"
+        command = [sys.executable, str(script), str(tmp_path), "20"]
+        result = subprocess.run(command, env=environment(mark), capture_output=True, text=True, timeout=800)
+        places = json.loads(check(result).splitlines()[-1])
+    assert len(set(places)) > 5  # gone on from many places

@@ -1,0 +1,46 @@
+"""Interrupted under every strategy, gone on with on as many processes, on others, under another strategy; killed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import EVERY, FEW, resumed
+from conftest import Run, check, check_same, interrupted, lines, losses, tensors
+
+from distrib.state.verification import verify_run
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("worlds")]
+
+
+@pytest.mark.parametrize(("processes", "name"), [(world, name) for world in (2, 4) for name in resumed(world)])
+def test_on_as_many_processes_it_is_the_same_bits(world: Callable[[int], Path], processes: int, name: str) -> None:
+    run = world(processes) / f"{name}-resumed"
+    check_same(run, world(processes) / name)
+    assert [event["step"] for event in lines(run, "events.jsonl") if event["event"] == "resumed"] == [EVERY]
+
+
+def test_one_run_under_four_strategies_on_four_two_and_one_processes(
+    world: Callable[[int], Path], run: Run, tmp_path: Path
+) -> None:
+    undisturbed = world(4) / "ddp-no"
+    ways = [(2, "zero3", EVERY), (2, "fsdp2", 2 * EVERY), (1, "single", 2 * EVERY)]
+    before = undisturbed
+    for number, (processes, strategy, after) in enumerate(ways):
+        folder = interrupted(before, tmp_path / f"run-{number}", after)
+        config = folder / "config.yaml"
+        override = f"strategy.name={strategy}"
+        check(run("distrib", "launch", "--processes", processes, config, override, "--run-dir", folder))
+        resumption = [event for event in lines(folder, "events.jsonl") if event["event"] == "resumed"][-1]
+        assert resumption["step"] == after
+        found = [(line["world_size"], line["strategy"]) for line in lines(folder)[after:]]
+        assert set(found) == {(processes, strategy)}
+        np.testing.assert_allclose(losses(folder), losses(undisturbed), rtol=1e-5)  # see test_parity
+        for key in ("samples", "lr", "count"):
+            assert [line[key] for line in lines(folder)] == [line[key] for line in lines(undisturbed)]
+        assert verify_run(folder).steps == FEW
+        before = folder
+    # Adam divides by the root of the second moment: where that is near 0, rounding of the gradient shows.
+    expected = tensors(undisturbed)
+    for name, value in tensors(before).items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-3, atol=1e-5, err_msg=name)

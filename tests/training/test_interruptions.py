@@ -1,0 +1,175 @@
+"""A run that was interrupted goes on as if it had not been. In this process; tests/distributed has many."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import check_same, interrupted, lines, losses, tensors
+from tasks import Masked
+
+from distrib import Config, Trainer
+from distrib.errors import CheckpointError, RunDirError
+
+STEPS, EVERY = 12, 5
+
+
+def fit(folder: Path, task: Masked | None = None, resume: Any = "auto", **config: Any) -> Path:
+    values = {
+        "seed": 2,
+        "data": {"global_batch_size": 8, "micro_batch_size": 4},
+        "train": {"steps": STEPS, "max_grad_norm": 1.0},
+        "eval": {"every_steps": 4},
+        "checkpoint": {"every_steps": EVERY, "keep": 9},
+        **config,
+    }
+    Trainer(task or Masked(dropout=0.2), Config.from_dict(values), folder, resume=resume).fit()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit(tmp_path_factory.mktemp("whole") / "run")
+
+
+def test_a_run_goes_on_where_it_was_interrupted(whole: Path, tmp_path: Path) -> None:
+    run = interrupted(whole, tmp_path / "run", after=EVERY)
+    with (run / "steps.jsonl").open("a") as file:
+        file.write('{"step":12,"lo')  # torn
+    with (run / "evals.jsonl").open("a") as file:
+        file.write('{"st')
+    fit(run)
+    check_same(run, whole)
+    (resumed,) = [event for event in lines(run, "events.jsonl") if event["event"] == "resumed"]
+    assert (resumed["step"], resumed["passed_over"]) == (EVERY, [])
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["restarts"] == 1
+    assert summary["metrics"] == json.loads((whole / "summary.json").read_text())["metrics"]
+
+
+def test_a_run_that_lacks_only_its_summary(whole: Path, tmp_path: Path) -> None:
+    run = interrupted(whole, tmp_path / "run", after=STEPS)
+    fit(run)
+    check_same(run, whole)
+    metrics = [json.loads((folder / "summary.json").read_text())["metrics"] for folder in (run, whole)]
+    assert metrics[0] == metrics[1]
+
+
+def test_a_run_without_a_checkpoint_begins_again(whole: Path, tmp_path: Path) -> None:
+    run = interrupted(whole, tmp_path / "run", after=0)
+    fit(run)
+    check_same(run, whole)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(whole: Path, tmp_path: Path) -> None:
+    run = interrupted(whole, tmp_path / "run", after=10)
+    damaged = run / "checkpoints" / "step-00000010" / "shard-00000.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    fit(run)
+    check_same(run, whole)
+    (resumed,) = [event for event in lines(run, "events.jsonl") if event["event"] == "resumed"]
+    assert resumed["step"] == EVERY
+    assert "step-00000010/shard-00000.safetensors: damaged" in resumed["passed_over"][0]
+
+
+def test_a_checkpoint_that_the_ledger_does_not_lead_to_is_not_taken(whole: Path, tmp_path: Path) -> None:
+    run = interrupted(whole, tmp_path / "run", after=10)
+    kept = (run / "steps.jsonl").read_text().splitlines(keepends=True)[:7]
+    (run / "steps.jsonl").write_text("".join(kept))
+    fit(run)
+    check_same(run, whole)
+
+
+def test_where_all_are_damaged_nothing_is_begun_from_scratch(whole: Path, tmp_path: Path) -> None:
+    run = interrupted(whole, tmp_path / "run", after=10)
+    for manifest in run.rglob("manifest.json"):
+        manifest.unlink()
+    before = (run / "steps.jsonl").read_bytes()
+    with pytest.raises(
+        CheckpointError, match=r"none of its checkpoints can be used: .*step-00000010: damaged"
+    ) as error:
+        fit(run)
+    assert "\n" not in str(error.value)
+    assert (run / "steps.jsonl").read_bytes() == before
+
+
+def test_never_refuses_to_go_on(whole: Path, tmp_path: Path) -> None:
+    run = interrupted(whole, tmp_path / "run", after=10)
+    with pytest.raises(RunDirError, match="did not reach its end; go on with it by --resume auto"):
+        fit(run, resume="never")
+
+
+def test_what_changes_the_function_is_refused_and_what_does_not_is_allowed(whole: Path, tmp_path: Path) -> None:
+    run = interrupted(whole, tmp_path / "run", after=10)
+    with pytest.raises(RunDirError, match=r"another config \(optim.lr was 0.001, is 0.5; seed was 2, is 3\)"):
+        fit(run, seed=3, optim={"lr": 0.5})
+    fit(run, checkpoint={"every_steps": 3}, strategy={"activation_checkpointing": True})
+    check_same(run, whole)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_in_lower_precision(tmp_path: Path, precision: str) -> None:
+    train = {"steps": STEPS, "mixed_precision": precision}
+    undisturbed = fit(tmp_path / "undisturbed", train=train)
+    run = fit(interrupted(undisturbed, tmp_path / "run", after=EVERY), train=train)
+    check_same(run, undisturbed)
+    assert [line.get("loss_scale") for line in lines(run)] == [line.get("loss_scale") for line in lines(undisturbed)]
+
+
+def test_with_workers(whole: Path, tmp_path: Path) -> None:
+    run = interrupted(whole, tmp_path / "run", after=EVERY)
+    fit(run, data={"global_batch_size": 8, "micro_batch_size": 4, "num_workers": 2})
+    check_same(run, whole)
+
+
+OPTIMIZERS = ["sgd", "momentum", "rmsprop", "adagrad", "nadam", "radam", "adadelta", "adamax", "asgd", "rprop"]
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "adafactor"])
+def test_whatever_the_optimizer_keeps(tmp_path: Path, name: str) -> None:
+    optim: dict[str, Any] = {"name": name, "lr": 0.01}
+    if name == "momentum":
+        optim = {"name": "sgd", "lr": 0.01, "momentum": 0.9}
+    undisturbed = fit(tmp_path / "undisturbed", optim=optim)
+    check_same(fit(interrupted(undisturbed, tmp_path / "run", after=EVERY), optim=optim), undisturbed)
+
+
+class Counting(torch.optim.Optimizer):
+    """Keeps a number that is no tensor, as some do."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    state["count"] = state.get("count", 0) + 1
+                    parameter.sub_(parameter.grad * (group["lr"] / state["count"]))
+
+
+class Counted(Masked):
+    def optimizer(self, params: Any) -> torch.optim.Optimizer:
+        return Counting([parameter for _, parameter in params], lr=0.1)
+
+
+def test_numbers_that_are_no_tensors(tmp_path: Path) -> None:
+    undisturbed = fit(tmp_path / "undisturbed", Counted())
+    run = fit(interrupted(undisturbed, tmp_path / "run", after=EVERY), Counted())
+    check_same(run, undisturbed)
+    assert losses(run)[-1] != losses(run)[0]
+
+
+class Normalised(Masked):
+    def model(self) -> torch.nn.Module:
+        embedding, *others = super().model()
+        return torch.nn.Sequential(embedding, torch.nn.BatchNorm1d(6), *others)
+
+
+def test_running_statistics(tmp_path: Path) -> None:
+    undisturbed = fit(tmp_path / "undisturbed", Normalised())
+    assert "model.1.running_mean" in tensors(undisturbed)
+    check_same(fit(interrupted(undisturbed, tmp_path / "run", after=EVERY), Normalised()), undisturbed)
