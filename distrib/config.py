@@ -68,6 +68,7 @@ class TrainConfig(_Section):
     mixed_precision: MixedPrecision = "no"
     max_grad_norm: NonNegativeFloat | None = None  # none: no clipping
     on_nonfinite: Literal["skip", "stop"] = "skip"
+    determinism: Literal["fast", "bitwise"] = "fast"  # bitwise: the same bits from any number of processes
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":

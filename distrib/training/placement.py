@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,13 @@ from distrib.world import World
 MakeOptimizer = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
 
 
+class WindowTotals(Protocol):
+    """Where a window's totals are summed, see totals.py."""
+
+    def result(self) -> Tensor:
+        """The sum of all shares over window and ranks, after the last backward."""
+
+
 class Placement:
     """What every strategy has in common: gradients in `p.grad`, normalised, clipped and applied here."""
 
@@ -35,7 +42,7 @@ class Placement:
     learns_from_its_first_backward = False
     model: nn.Module  # what the task's forward calls in training
     evaluation_model: nn.Module
-    totals: SummedTotals | WithTotals
+    totals: WindowTotals
 
     def __init__(self, world: World, module: nn.Module) -> None:
         self.world = world

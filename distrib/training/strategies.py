@@ -12,6 +12,7 @@ from distrib.errors import ConfigError, LaunchError
 from distrib.plan import window_size
 from distrib.training.deepspeed_config import compile_config, stage_of
 from distrib.training.placement import MakeOptimizer, Placement, Replicated
+from distrib.training.reproducible import Reproducible
 from distrib.world import World
 
 _ZERO = ("zero0", "zero1", "zero2", "zero3")
@@ -85,7 +86,20 @@ def place(
         from distrib.training.zero import Zero
 
         return Zero(world, module, make_optimizer, compile_config(config, strategy, world.world_size))
+    if config.train.determinism == "bitwise":
+        return Reproducible(world, module, make_optimizer)
     return Replicated(world, module, make_optimizer, strategy)
+
+
+def check_module(module: nn.Module, config: Config) -> None:
+    """Raises ConfigError where the model keeps what no fixed order of sums makes the same."""
+    if config.train.determinism == "bitwise":
+        for name, part in module.named_modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.track_running_stats:
+                raise ConfigError(
+                    f"train.determinism: bitwise, but {name} of the model is a {type(part).__name__}, whose running "
+                    "statistics depend on the number of processes; take GroupNorm or LayerNorm, or fast"
+                )
 
 
 def _check(strategy: StrategyConfig, config: Config, world: World) -> None:
@@ -105,8 +119,30 @@ def _check(strategy: StrategyConfig, config: Config, world: World) -> None:
         raise ConfigError(f"strategy.deepspeed: is for {', '.join(_ZERO)}, and the strategy is {name}; leave it out")
     if config.optim.name.lower() in _NOT_FOR_SHARDS.get(name, ()):
         raise ConfigError(f"optim.name: {config.optim.name} cannot update the shards of {name}; take another, or ddp")
+    if config.train.determinism == "bitwise":
+        _check_bitwise(strategy, config)
     if name in _ZERO:
         compile_config(config, strategy, world.world_size)
+
+
+def _check_bitwise(strategy: StrategyConfig, config: Config) -> None:
+    if strategy.name not in ("single", "ddp"):
+        raise ConfigError(
+            f"train.determinism: bitwise is for single and ddp, and the strategy is {strategy.name}, whose library "
+            "sums in an order of its own; take one of those, or fast"
+        )
+    for option in ("communication_dtype", "find_unused_parameters", "static_graph"):
+        if getattr(strategy, option) != StrategyConfig.model_fields[option].default:
+            raise ConfigError(
+                f"strategy.{option}: {_text(getattr(strategy, option))} is not for train.determinism: bitwise, which "
+                "reduces gradients itself; leave it out"
+            )
+    micro_batches = window_size(config, 1)
+    if micro_batches & (micro_batches - 1):
+        raise ConfigError(
+            f"train.determinism: bitwise sums in a binary tree, and a step has {micro_batches} micro-batches "
+            f"({config.data.global_batch_size} / {config.data.micro_batch_size}); make it a power of two"
+        )
 
 
 def _value(config: Config, key: str, world: World) -> Any:

@@ -19,7 +19,7 @@ from distrib.world import World
 
 _LIMB = 12  # bits: small enough that sums over 4,096 ranks are exact in float32
 _NUM_LIMBS = 6  # of a 64-bit digest
-_SIZE = 3 + _NUM_LIMBS
+SIZE = 3 + _NUM_LIMBS
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Totals:
 
     @staticmethod
     def pack(loss: Loss, digest: int) -> Tensor:
-        """One micro-batch's shares, shape (_SIZE,), to be summed over the window."""
+        """One micro-batch's shares, shape (SIZE,), to be summed over the window."""
         high, low = (0, 0) if isinstance(loss.count, Tensor) else divmod(loss.count, 2**_LIMB)
         limbs = [digest >> (_LIMB * number) & (2**_LIMB - 1) for number in range(_NUM_LIMBS)]
         host = [float(value) for value in (0, high, low, *limbs)]
@@ -81,7 +81,7 @@ class WithTotals(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self.totals = nn.Parameter(torch.zeros(_SIZE))
+        self.totals = nn.Parameter(torch.zeros(SIZE))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)

@@ -47,6 +47,7 @@ class Trainer:
         self.eval_dataset = assembly.eval_dataset(task)
         self.plan = RunPlan.create(config, self.world.world_size, len(self.train_dataset))  # type: ignore[arg-type]
         self.module = assembly.model(task, config.seed)
+        strategies.check_module(self.module, config)
         self.blocks = assembly.blocks(task, self.module, self.strategy)
         params = trainable(self.module)
         if not params:

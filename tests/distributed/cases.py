@@ -53,6 +53,8 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         found.update({f"precision-{name}": _config(STEPS, mixed_precision=name) for name in PRECISIONS})
     if world == 2:
         found.update(_strategy_cases())
+    if world in SHARDED_WORLDS:
+        found.update({f"bitwise-{precision}": config for precision, config in BITWISE.items()})
     if world == 4:
         found.update({f"{name}-no": _config(FEW, strategy={"name": name}) for name in ("ddp", *SHARDED)})
     return found
@@ -129,3 +131,13 @@ def _config(
         "strategy": strategy or {},
         "checkpoint": {"every_steps": EVERY, "keep": 9},
     }
+
+
+# test_bitwise: eight micro-batches a step, by precision
+BITWISE = {
+    precision: {
+        **_config(FEW, mixed_precision=precision, determinism="bitwise"),
+        "data": {"global_batch_size": 32, "micro_batch_size": 4},
+    }
+    for precision in PRECISIONS
+}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tasks import Masked
+from tasks import Masked, WithBatchNorm
 
 from distrib import Config, Trainer, World
 from distrib.errors import ConfigError, DistribError, LaunchError
@@ -167,6 +167,33 @@ def test_options_that_do_not_fit(strategy: dict[str, Any], said: str) -> None:
         resolve(config({"max_grad_norm": 0.5}, **strategy), two())
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        ({"name": "zero2"}, "bitwise is for single and ddp, and the strategy is zero2"),
+        ({"name": "fsdp2"}, "bitwise is for single and ddp, and the strategy is fsdp2"),
+        ({"communication_dtype": "bf16"}, "communication_dtype: bf16 is not for train.determinism: bitwise"),
+        ({"static_graph": True}, "static_graph: true is not for train.determinism: bitwise"),
+        ({"find_unused_parameters": True}, "find_unused_parameters: true is not for train.determinism: bitwise"),
+    ],
+)
+def test_strategies_that_are_not_bitwise(strategy: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve(config({"determinism": "bitwise"}, **strategy), two())
+    assert said in str(error.value)
+
+
+def test_a_binary_tree_wants_a_power_of_two() -> None:
+    values = {"data": {"global_batch_size": 24, "micro_batch_size": 4}, "train": {"steps": 1, "determinism": "bitwise"}}
+    with pytest.raises(ConfigError, match=r"a step has 6 micro-batches \(24 / 4\); make it a power of two"):
+        resolve(Config.from_dict(values), two())
+
+
+def test_running_statistics_are_not_bitwise(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="bitwise, but 1 of the model is a BatchNorm1d, whose running statistics"):
+        Trainer(WithBatchNorm(), config({"determinism": "bitwise"}), tmp_path / "run")
 
 
 def test_gradients_that_would_travel_in_another_precision_than_asked_for() -> None:
