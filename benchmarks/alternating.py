@@ -117,13 +117,7 @@ def measure(script: str, processes: int, target: float, *arguments: str) -> dict
 
 def write_results(name: str, title: str, what: str, column: str, plain: str, cases: dict[Any, dict[str, Any]]) -> None:
     """benchmarks/results/DATE-name.json and .md; `cases` by what stands in the first column, called `column`."""
-    result: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "machine": _describe_machine(),
-        "git_commit": _describe_commit(),
-        "versions": [case.pop("versions") for case in cases.values()].pop(),
-        "cases": cases,
-    }
+    versions = [case.pop("versions") for case in cases.values()].pop()
     rows = [
         f"| {column} | {plain}, ms a step | distrib, ms a step | distrib / {plain} (min to max) | target |",
         "|---|---|---|---|---|",
@@ -135,14 +129,28 @@ def write_results(name: str, title: str, what: str, column: str, plain: str, cas
             f"| {key} | {medians['plain']:.3f} | {medians['distrib']:.3f} "
             f"| {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f}) | {case['target']:.2f} {verdict} |"
         )
+    write_table(name, title, what, rows, {"cases": cases}, versions)
+
+
+def write_table(
+    name: str, title: str, what: str, rows: list[str], figures: dict[str, Any], versions: dict[str, str]
+) -> None:
+    """benchmarks/results/DATE-name.json, with the figures, and .md, with the rows of a table."""
+    result: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "machine": _describe_machine(),
+        "git_commit": _describe_commit(),
+        "versions": versions,
+        **figures,
+    }
     machine = result["machine"]
-    versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
+    packages = ", ".join(f"{package} {number}" for package, number in versions.items())
     text = "\n".join(
         [
             f"# {title}, {result['date']}\n",
             f"{what}\n",
             *rows,
-            f"\nMachine: {machine['cores']} cores, {machine['cpu']}, load {_LOAD_BEFORE} before. {versions}.",
+            f"\nMachine: {machine['cores']} cores, {machine['cpu']}, load {_LOAD_BEFORE} before. {packages}.",
             f"Commit {result['git_commit']}.\n",
         ]
     )

@@ -31,6 +31,12 @@ class LedgerError(DistribError):
     exit_code = 1
 
 
+class Preempted(DistribError):  # noqa: N818, it is an end, not an error
+    """Asked to stop: a checkpoint is saved, and the run goes on when it is started again."""
+
+    exit_code = 75
+
+
 class TrainingError(DistribError):
     """Training cannot go on, for example because `train.on_nonfinite: stop` was asked for."""
 

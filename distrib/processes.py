@@ -8,11 +8,16 @@ import sys
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def die_with_parent(_worker_id: int = 0) -> None:
-    """Have the kernel end this process when its parent ends, even by SIGKILL. Linux only.
+def shield_worker(_worker_id: int) -> None:
+    """A DataLoader's `worker_init_fn`: leave signals to the rank, which may need its workers to reach the end of a
+    step and save; end when it ends."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent()
 
-    Serves as a DataLoader's `worker_init_fn` too.
-    """
+
+def die_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, even by SIGKILL. Linux only."""
     if sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

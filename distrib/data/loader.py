@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from distrib.data.order import Positions, derive_seed, digest
 from distrib.data.sampler import DistributedSampler, MicroBatch
-from distrib.processes import die_with_parent
+from distrib.processes import shield_worker
 
 
 class Read(NamedTuple):
@@ -70,7 +70,7 @@ def data_loader(
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=die_with_parent if num_workers else None,
+        worker_init_fn=shield_worker if num_workers else None,
         generator=torch.Generator(),  # or the loader would draw from the generator that the model uses
     )
 

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from distrib.errors import DistribError
+from distrib.errors import DistribError, Preempted
 from distrib.processes import die_with_parent
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells do
@@ -35,7 +35,7 @@ def run_as_member(work: Callable[[], object]) -> int:
     except DistribError as error:
         if int(os.environ.get("RANK", 0)) != 0:
             time.sleep(_SECONDS_FOR_RANK_0)  # every rank finds the same error: let rank 0 say it
-        _end(f"error: {error}", error.exit_code)
+        _end(str(error) if isinstance(error, Preempted) else f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
         _end("interrupted", INTERRUPTED)
     except Exception as error:

@@ -35,6 +35,7 @@ class StepResult:
     lr: float
     digest: int  # of the samples read by all ranks, see data/order.py
     loss_scale: float | None = None  # fp16 only
+    stop: bool = False  # some rank was asked to
 
     @property
     def applied(self) -> bool:
@@ -90,6 +91,7 @@ class Engine:
         if self.device.type != "cpu":  # not run here: see docs/not-run-here.md
             self._generators.append(torch.get_device_module(self.device).manual_seed)
         self._buffers = list(self.module.buffers())
+        self.stop_asked = False  # of this rank; the others learn of it by the step's result
         self._window: Window | None = None
         self._whole_count = True
         self._last = False
@@ -134,7 +136,8 @@ class Engine:
             self.loss_scale = self._first_loss_scale(loss, self._window)
         count = loss.count
         self._whole_count = not (count.is_floating_point() if isinstance(count, Tensor) else isinstance(count, float))
-        shares = Totals.pack(loss, self._window.digest if self._last else 0)
+        stop = self._last and self.stop_asked
+        shares = Totals.pack(loss, self._window.digest if self._last else 0, stop)
         total = loss.total if self.loss_scale is None else loss.total * self.loss_scale.value
         with nullcontext() if self.dtype is None else torch.autocast(self.device.type, enabled=False):
             self.placement.backward(total, shares, self._last)
@@ -155,7 +158,7 @@ class Engine:
             verdict, grad_norm = self._update(totals.count, lr)
         if verdict in ("skipped:no_items", "skipped:nonfinite_loss"):
             self.placement.discard()
-        return StepResult(verdict, loss, totals.count, grad_norm, lr, totals.digest, scale)
+        return StepResult(verdict, loss, totals.count, grad_norm, lr, totals.digest, scale, totals.stop)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint's manifest keeps besides the shards."""

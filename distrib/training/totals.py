@@ -19,7 +19,7 @@ from distrib.world import World
 
 _LIMB = 12  # bits: small enough that sums over 4,096 ranks are exact in float32
 _NUM_LIMBS = 6  # of a 64-bit digest
-SIZE = 3 + _NUM_LIMBS
+SIZE = 4 + _NUM_LIMBS
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,14 @@ class Totals:
     loss: float
     count: float  # whole, unless items have weights
     digest: int
+    stop: bool  # a rank was asked to
 
     @staticmethod
-    def pack(loss: Loss, digest: int) -> Tensor:
+    def pack(loss: Loss, digest: int, stop: bool = False) -> Tensor:
         """One micro-batch's shares, shape (SIZE,), to be summed over the window."""
         high, low = (0, 0) if isinstance(loss.count, Tensor) else divmod(loss.count, 2**_LIMB)
         limbs = [digest >> (_LIMB * number) & (2**_LIMB - 1) for number in range(_NUM_LIMBS)]
-        host = [float(value) for value in (0, high, low, *limbs)]
+        host = [float(value) for value in (0, high, low, stop, *limbs)]
         values = torch.tensor(host, device=loss.total.device)
         values[0] = loss.total.detach()
         if isinstance(loss.count, Tensor):  # without waiting for a device to say what it is
@@ -46,10 +47,10 @@ class Totals:
     @classmethod
     def unpack(cls, shares: Tensor, whole_count: bool) -> "Totals":
         """From the sum of all shares; rounds what is known to be whole."""
-        loss, high, low, *limbs = shares.tolist()
+        loss, high, low, stop, *limbs = shares.tolist()
         digest = sum(round(limb) << (_LIMB * number) for number, limb in enumerate(limbs))
         count = round(high) * 2**_LIMB + (round(low) if whole_count else low)
-        return cls(loss, count, digest % 2**64)
+        return cls(loss, count, digest % 2**64, stop > 0)
 
 
 class SummedTotals:

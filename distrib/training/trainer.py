@@ -11,7 +11,7 @@ from torch import nn
 from distrib.config import Config
 from distrib.data.loader import Window, train_windows
 from distrib.data.sampler import DistributedSampler
-from distrib.errors import ConfigError, TrainingError
+from distrib.errors import ConfigError, Preempted, TrainingError
 from distrib.plan import RunPlan
 from distrib.reporting.progress import ProgressDisplay, format_metrics
 from distrib.schedule import learning_rate_factor
@@ -24,6 +24,7 @@ from distrib.training import assembly, strategies
 from distrib.training.engine import Engine, StepResult
 from distrib.training.loop import train_step
 from distrib.training.placement import trainable
+from distrib.training.stopping import when_asked_to_stop
 from distrib.world import World
 
 Resume: TypeAlias = Literal["auto", "never"]
@@ -97,6 +98,7 @@ class Trainer:
         keep, keep_every = self.config.checkpoint.keep, self.config.checkpoint.keep_every
         saver = Saver(self.run.checkpoints, self.world, keep, keep_every, [self.run.steps, self.run.evals])
         with ExitStack() as stack:
+            stack.enter_context(when_asked_to_stop(lambda: setattr(engine, "stop_asked", True)))
             stack.enter_context(self.progress)
             ledger = stack.enter_context(Ledger(self.run.steps, chain)) if self.world.is_rank_0 else None
             before = time.perf_counter()
@@ -114,6 +116,8 @@ class Trainer:
                 if self._save_is_due(window.step + 1):
                     self._save(engine, saver, window.step + 1, ledger)
                 self._report_saves(saver)
+                if result.stop and window.step + 1 < self.plan.num_steps:
+                    self._stop(engine, saver, window.step + 1, ledger)
                 before = time.perf_counter()
             saver.wait()
             self._report_saves(saver)
@@ -153,6 +157,17 @@ class Trainer:
             **engine.state(),
         }
         saver.save(steps_done, engine.placement.shards(), manifest)
+
+    def _stop(self, engine: Engine, saver: Saver, steps_done: int, ledger: Ledger | None) -> None:
+        """Save, where that is not just done, and end with exit code 75."""
+        if not self._save_is_due(steps_done):
+            self._save(engine, saver, steps_done, ledger)
+        saver.wait()
+        self._report_saves(saver)
+        if self.world.is_rank_0:
+            self.run.event("preempted", step=steps_done)
+        self.world.wait_for_all()
+        raise Preempted(f"{self.run.path}: asked to stop; saved after step {steps_done}, start it again to go on")
 
     def _report_saves(self, saver: Saver) -> None:
         for saved in saver.completed():
@@ -256,7 +271,7 @@ class Trainer:
         try:
             yield
         except BaseException as error:
-            if self.world.is_rank_0:
+            if self.world.is_rank_0 and not isinstance(error, Preempted):
                 self.run.event("failed", error=f"{type(error).__name__}: {error}")
             raise
 

@@ -204,3 +204,11 @@ class Large(Task):
 
     def loss(self, output: Tensor, batch: Any) -> Loss:
         return Loss((output**2).sum(), len(output))
+
+
+class Slow(Masked):
+    """Takes its time for each micro-batch."""
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        time.sleep(0.01)
+        return super().forward(model, batch)

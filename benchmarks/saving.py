@@ -1,0 +1,76 @@
+"""How long training waits for a checkpoint, against a synchronous torch.save of the same state; and a resume's time.
+
+python benchmarks/saving.py                 measure, write results/DATE-saving.json and .md
+python benchmarks/saving.py --millions 10   a smaller model
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from alternating import write_table
+from torch import nn
+
+from distrib.state import checkpoint
+from distrib.state.checkpoint import replicated
+from distrib.state.saver import Saver
+from distrib.world import World
+
+ROUNDS, TARGET = 5, 0.10  # the wait, by torch.save's time
+NOTHING_ELSE: dict[str, Any] = {"chain": "", "applied": 0, "loss_scale": None, "numbers": {}, "tied": {}}
+
+
+def state_of(millions: int) -> dict[str, torch.Tensor]:
+    """Parameters and Adam's two moments."""
+    model = nn.Sequential(*(nn.Linear(1000, 1000, bias=False) for _ in range(millions)))
+    named = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+    kinds = ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")
+    return {f"{kind}.{name}": torch.randn_like(value) for kind in kinds for name, value in named}
+
+
+def seconds(work: Any) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="the wait for an asynchronous save against a synchronous torch.save")
+    parser.add_argument("--millions", type=int, default=100, help="of parameters")
+    millions = parser.parse_args().millions
+    state = state_of(millions)
+    shards = {name: replicated(tensor) for name, tensor in state.items()}
+    times: dict[str, list[float]] = {"torch.save": [], "wait": [], "background": [], "resume": []}
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        saver = Saver(Path(folder) / "checkpoints", World(), keep=1, keep_every=0, durable=[])
+        for step in range(1, ROUNDS + 1):
+            times["torch.save"].append(seconds(lambda: torch.save(state, Path(folder) / "state.pt")))
+            times["wait"].append(seconds(lambda step=step: saver.save(step, shards, NOTHING_ELSE)))
+            times["background"].append(seconds(saver.wait))
+            path = next(checkpoint.steps_of(saver.folder))
+            times["resume"].append(seconds(lambda path=path: checkpoint.load(path, checkpoint.verify(path), shards)))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    ratio = statistics.median(wait / whole for wait, whole in zip(times["wait"], times["torch.save"], strict=True))
+    rows = [
+        "| torch.save, s | training waits, s | wait / torch.save | target | in the background, s | verify and load, s |",
+        "|---|---|---|---|---|---|",
+        f"| {medians['torch.save']:.2f} | {medians['wait']:.3f} | {ratio:.3f} "
+        f"| {TARGET:.2f} {'met' if ratio <= TARGET else 'missed'} "
+        f"| {medians['background']:.2f} | {medians['resume']:.2f} |",
+    ]
+    what = (
+        f"{millions} million fp32 parameters and Adam's two moments, {millions * 12} MB, one process; medians of {ROUNDS} "
+        "alternating rounds. The background includes syncing to the disk and SHA-256, torch.save neither."
+    )
+    figures = {"millions": millions, "seconds": times, "medians": medians, "ratio": ratio, "target": TARGET}
+    versions = {package: version(package) for package in ("torch", "safetensors")}
+    write_table("saving", "The wait for a checkpoint", what, rows, figures, versions)
+
+
+if __name__ == "__main__":
+    main()
