@@ -57,15 +57,15 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratio = statistics.median(wait / whole for wait, whole in zip(times["wait"], times["torch.save"], strict=True))
     rows = [
-        "| torch.save, s | training waits, s | wait / torch.save | target | in the background, s | verify and load, s |",
+        "| torch.save, s | training waits, s | wait / torch.save | target | background, s | verify and load, s |",
         "|---|---|---|---|---|---|",
         f"| {medians['torch.save']:.2f} | {medians['wait']:.3f} | {ratio:.3f} "
         f"| {TARGET:.2f} {'met' if ratio <= TARGET else 'missed'} "
         f"| {medians['background']:.2f} | {medians['resume']:.2f} |",
     ]
     what = (
-        f"{millions} million fp32 parameters and Adam's two moments, {millions * 12} MB, one process; medians of {ROUNDS} "
-        "alternating rounds. The background includes syncing to the disk and SHA-256, torch.save neither."
+        f"{millions} million fp32 parameters and Adam's two moments, {millions * 12} MB, one process; medians of "
+        f"{ROUNDS} alternating rounds. The background includes syncing to the disk and SHA-256, torch.save neither."
     )
     figures = {"millions": millions, "seconds": times, "medians": medians, "ratio": ratio, "target": TARGET}
     versions = {package: version(package) for package in ("torch", "safetensors")}
