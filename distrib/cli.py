@@ -4,7 +4,7 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -33,7 +33,6 @@ app = typer.Typer(
     Exit codes: 0 done, 1 failed, 2 the input is wrong (one line says what).""",
 )
 
-Resume = Literal["auto", "never"]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
 Overrides = Annotated[
     Optional[list[str]],
@@ -60,8 +59,13 @@ def train(
         Optional[Path], typer.Option(help="The run folder.  [default: runs/NAME]", show_default=False)
     ] = None,
     resume: Annotated[
-        Resume, typer.Option(help="auto: go on where a run in this folder was interrupted. never: refuse to.")
+        str,
+        typer.Option(
+            metavar="auto|never|PATH",
+            help="auto: go on where the run in this folder was interrupted; never: refuse; PATH: from this checkpoint.",
+        ),
     ] = "auto",
+    fork: Annotated[bool, typer.Option("--fork", help="Begin a new run from another run's --resume PATH.")] = False,
 ) -> None:
     """Train in this process, or as a member where a launcher (torchrun, accelerate, distrib) started it."""
     from distrib.config import Config
@@ -69,7 +73,7 @@ def train(
     from distrib.training.trainer import Trainer
 
     loaded = Config.load(config, overrides or ())
-    Trainer(load_task(loaded.task), loaded, run_dir, resume=resume).fit()
+    Trainer(load_task(loaded.task), loaded, run_dir, resume=resume, fork=fork).fit()
 
 
 @app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})

@@ -38,16 +38,19 @@ class Ledger:
         self._file.close()
 
 
-def chain_after(path: Path, steps: int) -> str | None:
-    """The chain of the line after which so many steps are made; None where there is no such line."""
-    return GENESIS if steps == 0 else _line_of(path, steps - 1)[1]
+def chain_after(path: Path, steps: int, beginning: tuple[int, str]) -> str | None:
+    """The chain of the line after which so many steps are made; None where there is no such line.
+
+    `beginning`: the run's first step, and the chain before it.
+    """
+    return beginning[1] if steps == beginning[0] else _line_of(path, steps - 1)[1]
 
 
-def cut(path: Path, steps: int) -> bool:
-    """Leave the lines of the first `steps` steps. Were there more?"""
+def cut(path: Path, steps: int, first: int) -> bool:
+    """Leave the lines of the steps from the run's `first` to before `steps`. Were there more?"""
     if not path.exists():
         return False
-    end = _line_of(path, steps - 1)[0] if steps else 0
+    end = _line_of(path, steps - 1)[0] if steps > first else 0
     more = end < path.stat().st_size
     os.truncate(path, end)
     return more

@@ -38,20 +38,27 @@ class RunDir:
         self.curves = path / "curves.png"
 
     def start(
-        self, config: Config, world: World, strategy: str, num_samples: int, resume: bool = True
+        self,
+        config: Config,
+        world: World,
+        strategy: str,
+        num_samples: int,
+        resume: str = "auto",
+        origin: dict[str, Any] | None = None,
     ) -> dict[str, Any] | None:
         """Make the folder and write config and environment, or return the summary of the same run, finished before.
 
-        A folder in which this run did not reach its end is gone on with, if it may be (`resume`) or has not yet made a
-        step. Raises RunDirError where another run is there.
+        A folder in which this run did not reach its end is gone on with, unless `resume` is "never" and it has made a
+        step; where it names a checkpoint, a finished one too. `origin`: path, step and chain of another run's
+        checkpoint that this run begins from. Raises RunDirError where another run is there.
         """
         began = self.steps.exists() and self.steps.stat().st_size
         if self.config.exists() and began:
-            self._refuse_another(config)
-            if self.summary.exists():
+            self._refuse_another(config, origin)
+            if self.summary.exists() and (resume in ("auto", "never") or origin is not None):
                 summary: dict[str, Any] = json.loads(self.summary.read_text())
                 return summary
-            if not resume:
+            if resume == "never":
                 raise RunDirError(
                     f"{self.path}: holds a run that did not reach its end; go on with it by --resume auto, remove it, "
                     "or choose another with --run-dir"
@@ -61,7 +68,12 @@ class RunDir:
             if not self.config.exists() and any(self.path.iterdir()):
                 raise RunDirError(f"{self.path}: the folder holds other files; choose another with --run-dir")
             starts = json.loads(self.environment.read_text())["starts"] if began and self.environment.exists() else []
-            _write(self.environment, json.dumps(_environment(world, strategy, num_samples, starts), indent=2) + "\n")
+            environment = _environment(world, strategy, num_samples, starts)
+            if origin is not None:
+                environment["forked_from"] = origin
+            elif began and (before := self.origin()) is not None:
+                environment["forked_from"] = before
+            _write(self.environment, json.dumps(environment, indent=2) + "\n")
             _write(self.config, config.dump())
         except OSError as error:
             raise RunDirError(f"{self.path}: cannot write the run folder: {error.strerror}") from None
@@ -70,7 +82,7 @@ class RunDir:
 
     def rewind(self, steps: int) -> bool:
         """Forget what came after the first `steps` steps, and that the run had ended. Was there any?"""
-        lost = ledger.cut(self.steps, steps)
+        lost = ledger.cut(self.steps, steps, self.beginning()[0])
         if self.evals.exists():
             kept = [line for line in self.evals.read_text().splitlines(keepends=True) if _evaluated_at(line) <= steps]
             _write(self.evals, "".join(kept))
@@ -89,6 +101,16 @@ class RunDir:
     def num_starts(self) -> int:
         return len(self._read_environment()["starts"])
 
+    def origin(self) -> dict[str, Any] | None:
+        """Path, step and chain of the checkpoint of another run that this one began from, if it did."""
+        found: dict[str, Any] | None = self._read_environment().get("forked_from")
+        return found
+
+    def beginning(self) -> tuple[int, str]:
+        """The first step, and the chain before it."""
+        origin = self.origin()
+        return (0, ledger.GENESIS) if origin is None else (origin["step"], origin["chain"])
+
     def num_samples(self) -> int:
         """In the training set."""
         return int(self._read_environment()["training_samples"])
@@ -100,12 +122,19 @@ class RunDir:
             raise RunDirError(f"{self.environment}: cannot be read: {error}") from None
         return environment
 
-    def _refuse_another(self, config: Config) -> None:
+    def _refuse_another(self, config: Config, origin: dict[str, Any] | None) -> None:
+        if origin is not None and origin != self.origin():
+            raise RunDirError(
+                f"{self.path}: holds a run that did not begin at {origin['path']}; choose another with --run-dir"
+            )
         before, now = self.read_config().function(), config.function()
         differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if differing:
             changes = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in differing)
-            raise RunDirError(f"{self.path}: holds a run of another config ({changes}); choose another with --run-dir")
+            raise RunDirError(
+                f"{self.path}: holds a run of another config ({changes}); choose another with --run-dir, and to begin "
+                "with this one's state give --resume CHECKPOINT --fork"
+            )
 
     def read_config(self) -> Config:
         """The resolved config of the run. Raises RunDirError or ConfigError."""

@@ -12,7 +12,7 @@ from distrib.data.order import digest, sample_indices
 from distrib.errors import LedgerError
 from distrib.plan import RunPlan
 from distrib.state import checkpoint
-from distrib.state.ledger import GENESIS, link
+from distrib.state.ledger import link
 from distrib.state.run_dir import RunDir
 
 
@@ -36,12 +36,14 @@ def verify_run(path: Path) -> Verified:
     config = run.read_config()
     plan = RunPlan.create(config, 1, run.num_samples())
     manifests = [(at, checkpoint.verify(at)) for at in checkpoint.steps_of(run.checkpoints)]
-    chains: dict[int, str] = dict.fromkeys((manifest["step"] for _, manifest in manifests), GENESIS)
-    chain, steps = GENESIS, 0
+    first, chain = run.beginning()
+    steps = first
+    chains: dict[int, str] = dict.fromkeys((manifest["step"] for _, manifest in manifests), chain)
     if run.steps.exists():
         with run.steps.open(encoding="utf-8") as file:
-            for steps, text in enumerate(file, start=1):
-                chain = _check(text, steps - 1, chain, plan, config, f"{run.steps} line {steps}")
+            for number, text in enumerate(file, start=1):
+                chain = _check(text, steps, chain, plan, config, f"{run.steps} line {number}")
+                steps += 1
                 if steps in chains:
                     chains[steps] = chain
     for at, manifest in manifests:
@@ -49,7 +51,7 @@ def verify_run(path: Path) -> Verified:
             raise LedgerError(f"{at}: the ledger's chain after step {manifest['step']} is not the one it was saved at")
     if run.summary.exists() and steps != plan.num_steps:
         raise LedgerError(f"{run.steps}: ends after {steps} steps, and the run has ended after {plan.num_steps}")
-    return Verified(steps, plan.num_steps, steps * plan.global_batch_size, len(manifests))
+    return Verified(steps, plan.num_steps, (steps - first) * plan.global_batch_size, len(manifests))
 
 
 def _check(text: str, step: int, chain: str, plan: RunPlan, config: Config, where: str) -> str:

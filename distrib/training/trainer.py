@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from distrib.plan import RunPlan
 from distrib.reporting.progress import ProgressDisplay, format_metrics
 from distrib.schedule import learning_rate_factor
 from distrib.state.ledger import GENESIS, Ledger
-from distrib.state.resume import Found, newest_whole
+from distrib.state.resume import Found, named, newest_whole, whole
 from distrib.state.run_dir import RunDir
 from distrib.state.saver import Saver
 from distrib.task import Task
@@ -27,8 +27,6 @@ from distrib.training.placement import trainable
 from distrib.training.stopping import when_asked_to_stop
 from distrib.world import World
 
-Resume: TypeAlias = Literal["auto", "never"]
-
 
 class Trainer:
     """Trains a task as its config says, in as many processes as the launcher started.
@@ -38,10 +36,18 @@ class Trainer:
     """
 
     def __init__(
-        self, task: Task, config: Config, run_dir: str | Path | None = None, *, resume: Resume = "auto"
+        self,
+        task: Task,
+        config: Config,
+        run_dir: str | Path | None = None,
+        *,
+        resume: str = "auto",
+        fork: bool = False,
     ) -> None:
+        """`resume`: auto, never or a checkpoint's path; `fork`: begin a new run from another run's checkpoint."""
         self.task, self.config, self.resume = task, config, resume
         self.run = RunDir(Path(run_dir) if run_dir is not None else Path("runs") / config.name)
+        self.checkpoint, self.origin = named(resume, self.run, fork)
         self.world = World.detect()
         self.strategy = strategies.resolve(config, self.world)
         self.train_dataset = assembly.train_dataset(task)
@@ -70,7 +76,7 @@ class Trainer:
         self.world.connect()
         summary = self.world.on_rank_0(
             lambda: self.run.start(
-                self.config, self.world, self.strategy.name, self.plan.num_samples, self.resume == "auto"
+                self.config, self.world, self.strategy.name, self.plan.num_samples, self.resume, self.origin
             )
         )
         if summary is None:
@@ -125,7 +131,12 @@ class Trainer:
 
     def _go_on(self, engine: Engine) -> str:
         """Take over where this run was interrupted, if it was; returns the ledger's chain there. Collective."""
-        found = newest_whole(self.run, self.world)
+        if self.checkpoint is not None and self.origin is None:
+            found: Found | None = whole(self.checkpoint, self.world, self.run)
+        else:
+            found = newest_whole(self.run, self.world)
+            if found is None and (origin := self.world.on_rank_0(self.run.origin)) is not None:
+                found = whole(Path(origin["path"]), self.world)
         if found is not None:
             engine.load(found.path, found.manifest)
             self.first_step, self.applied = found.manifest["step"], found.manifest["applied"]

@@ -1,21 +1,25 @@
 """A run that was interrupted goes on as if it had not been. In this process; tests/distributed has many."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import check_same, interrupted, lines, losses, tensors
 from tasks import Masked
 
 from distrib import Config, Trainer
-from distrib.errors import CheckpointError, RunDirError
+from distrib.errors import CheckpointError, ConfigError, RunDirError
+from distrib.state.verification import verify_run
 
 STEPS, EVERY = 12, 5
 
 
-def fit(folder: Path, task: Masked | None = None, resume: Any = "auto", **config: Any) -> Path:
+def fit(folder: Path, task: Masked | None = None, resume: str = "auto", fork: bool = False, **config: Any) -> Path:
     values = {
         "seed": 2,
         "data": {"global_batch_size": 8, "micro_batch_size": 4},
@@ -24,7 +28,7 @@ def fit(folder: Path, task: Masked | None = None, resume: Any = "auto", **config
         "checkpoint": {"every_steps": EVERY, "keep": 9},
         **config,
     }
-    Trainer(task or Masked(dropout=0.2), Config.from_dict(values), folder, resume=resume).fit()
+    Trainer(task or Masked(dropout=0.2), Config.from_dict(values), folder, resume=resume, fork=fork).fit()
     return folder
 
 
@@ -106,6 +110,52 @@ def test_what_changes_the_function_is_refused_and_what_does_not_is_allowed(whole
         fit(run, seed=3, optim={"lr": 0.5})
     fit(run, checkpoint={"every_steps": 3}, strategy={"activation_checkpointing": True})
     check_same(run, whole)
+
+
+def test_from_an_earlier_checkpoint_of_its_own(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)  # finished
+    fit(run, resume=str(run / "checkpoints" / "step-00000005"))
+    check_same(run, whole)
+    assert [event["step"] for event in lines(run, "events.jsonl") if event["event"] == "resumed"] == [EVERY]
+
+
+def test_a_fork_begins_a_new_run_from_the_state_of_another(whole: Path, tmp_path: Path) -> None:
+    at = str(whole / "checkpoints" / "step-00000005")
+    same = fit(tmp_path / "same", resume=at, fork=True)
+    assert [line["step"] for line in lines(same)] == list(range(EVERY, STEPS))
+    assert losses(same) == losses(whole)[EVERY:]
+    for name, value in tensors(whole).items():
+        np.testing.assert_array_equal(tensors(same)[name], value)
+    found = verify_run(same)
+    assert (found.steps, found.samples, found.checkpoints) == (STEPS, (STEPS - EVERY) * 8, 2)
+
+    other = fit(tmp_path / "other", resume=at, fork=True, optim={"lr": 0.1})
+    assert losses(other)[0] == losses(same)[0]
+    assert losses(other)[1] != losses(same)[1]
+    run = interrupted(same, tmp_path / "interrupted", after=0)  # before its first checkpoint: from the origin again
+    fit(run, resume=at, fork=True)
+    check_same(run, same)
+    run = interrupted(same, tmp_path / "again", after=10)
+    fit(run)
+    check_same(run, same)
+
+
+def test_checkpoints_that_cannot_be_named(whole: Path, tmp_path: Path) -> None:
+    at, run = str(whole / "checkpoints" / "step-00000005"), tmp_path / "run"
+    for arguments, said in (
+        ({"fork": True}, "--fork: needs a checkpoint to begin from, --resume PATH --fork"),
+        ({"resume": at}, f"--resume: {at} is of another run than {run}; --fork begins a new run from it"),
+        ({"resume": str(whole)}, "is no checkpoint; give auto, never, or a folder RUN/checkpoints/step-"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            fit(run, **arguments)
+    with pytest.raises(ConfigError, match="is a checkpoint of the run folder itself"):
+        fit(whole, resume=at, fork=True)
+    assert not run.exists()
+    taken = fit(tmp_path / "taken", resume=str(whole / "checkpoints" / "step-00000010"), fork=True)
+    with pytest.raises(RunDirError, match=r"holds a run that did not begin at .*step-00000005"):
+        fit(taken, resume=at, fork=True)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
