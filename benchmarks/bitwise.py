@@ -17,7 +17,6 @@ from torch.utils.data import TensorDataset
 
 from distrib import Config, Loss, Task
 from distrib.config import StrategyConfig
-from distrib.data.loader import train_windows
 from distrib.training import strategies
 from distrib.training.engine import Engine
 from distrib.training.loop import train_step
@@ -55,7 +54,7 @@ class Ddp:
         )
         placement = strategies.place(StrategyConfig(name="ddp"), fast, trainer.world, twin, [], trainer.make_optimizer)
         self.engine, self.task = Engine(placement), trainer.task
-        self.windows = train_windows(trainer._sampler())
+        self.windows = trainer.source.windows(0)
 
     def run_block(self, block: int) -> None:
         for window in islice(self.windows, STEPS):

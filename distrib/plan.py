@@ -25,17 +25,19 @@ class RunPlan:
     micro_batch_size: int
     num_micro_batches: int  # a step, over all ranks
     grad_accum_steps: int  # micro-batches a step, on one rank
-    num_samples: int  # in the training set
+    num_samples: int | None  # in the training set; None: it is a stream
     num_steps: int
     warmup_steps: int
     memory: Memory | None = None  # counted where somebody wants to know, see training/memory.py
 
     @classmethod
-    def create(cls, config: Config, world_size: int, num_samples: int) -> "RunPlan":
+    def create(cls, config: Config, world_size: int, num_samples: int | None) -> "RunPlan":
         """Raises ConfigError where the numbers do not fit together."""
         grad_accum_steps = window_size(config, world_size)
         data, train = config.data, config.train
-        if num_samples < data.global_batch_size:
+        if num_samples is None and train.steps is None:
+            raise ConfigError("train.epochs: the training set is a stream, which has no length; give train.steps")
+        if num_samples is not None and num_samples < data.global_batch_size:
             raise ConfigError(
                 f"data.global_batch_size: {data.global_batch_size}, but the training set has only {num_samples} "
                 f"samples; give at most {num_samples}"
@@ -44,6 +46,7 @@ class RunPlan:
             num_steps = train.steps
         else:
             assert train.epochs is not None, "the config has one of the two"
+            assert num_samples is not None, "refused above"
             num_steps = -(-train.epochs * num_samples // data.global_batch_size)
         return cls(
             world_size=world_size,
@@ -57,8 +60,8 @@ class RunPlan:
         )
 
     def epoch(self, step: int) -> int:
-        """The epoch in which the first sample of `step` lies."""
-        return step * self.global_batch_size // self.num_samples
+        """The epoch in which the first sample of `step` lies; a stream has one."""
+        return 0 if self.num_samples is None else step * self.global_batch_size // self.num_samples
 
     def landmarks(self, config: Config) -> dict[int, float]:
         """Learning rate at the first, last, half-way and end-of-warmup step."""

@@ -34,7 +34,7 @@ class Task:
     """Subclass, and override what your task needs. The first four have no default."""
 
     def train_dataset(self) -> Dataset[Any]:
-        """The samples to train on; must have `__len__`."""
+        """The samples to train on: with `__len__`, or an IterableDataset that gives each rank its own."""
         raise NotImplementedError(f"{type(self).__name__} has no train_dataset()")
 
     def eval_dataset(self) -> Dataset[Any] | None:

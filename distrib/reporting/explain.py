@@ -20,11 +20,14 @@ def print_plan(config: Config, strategy: str, plan: RunPlan) -> None:
             f"{plan.grad_accum_steps} = {plan.num_micro_batches} / {plan.world_size} (grad_accum_steps)"
         ),
         "samples a step, a rank": f"{plan.grad_accum_steps * plan.micro_batch_size}",
-        "training samples": f"{plan.num_samples:,}",
-        "steps an epoch": f"{plan.num_samples / plan.global_batch_size:.2f}",
-        "steps": f"{plan.num_steps:,} = {plan.num_steps * plan.global_batch_size / plan.num_samples:.2f} epochs",
+        "training samples": "a stream, each rank its own",
+        "steps": f"{plan.num_steps:,}",
         "learning rate": "  ".join(f"step {step:,}: {rate:.3g}" for step, rate in plan.landmarks(config).items()),
     }
+    if plan.num_samples is not None:
+        epochs = plan.num_steps * plan.global_batch_size / plan.num_samples
+        rows["training samples"] = f"{plan.num_samples:,}"
+        rows["steps"] = f"{plan.num_steps:,} = {epochs:.2f} epochs of {plan.num_samples / plan.global_batch_size:.2f}"
     if plan.memory is not None:
         rows["parameters, a rank"] = f"{plan.memory.parameters:,} bytes"
         rows["gradients, a rank"] = f"{plan.memory.gradients:,} bytes"

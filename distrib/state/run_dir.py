@@ -42,7 +42,7 @@ class RunDir:
         config: Config,
         world: World,
         strategy: str,
-        num_samples: int,
+        num_samples: int | None,
         resume: str = "auto",
         origin: dict[str, Any] | None = None,
     ) -> dict[str, Any] | None:
@@ -111,9 +111,10 @@ class RunDir:
         origin = self.origin()
         return (0, ledger.GENESIS) if origin is None else (origin["step"], origin["chain"])
 
-    def num_samples(self) -> int:
-        """In the training set."""
-        return int(self._read_environment()["training_samples"])
+    def num_samples(self) -> int | None:
+        """In the training set; None for a stream."""
+        samples: int | None = self._read_environment()["training_samples"]
+        return samples
 
     def _read_environment(self) -> dict[str, Any]:
         try:
@@ -168,7 +169,7 @@ def _evaluated_at(line: str) -> float:
         return math.inf
 
 
-def _environment(world: World, strategy: str, num_samples: int, starts: list[dict[str, Any]]) -> dict[str, Any]:
+def _environment(world: World, strategy: str, num_samples: int | None, starts: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "machine": {

@@ -80,4 +80,6 @@ def _check(text: str, step: int, chain: str, plan: RunPlan, config: Config, wher
 def _samples_of(step: int, plan: RunPlan, seed: int) -> str:
     """The digest of what a step reads, on however many ranks."""
     positions = np.arange(plan.global_batch_size, dtype=np.uint64) + np.uint64(step * plan.global_batch_size)
-    return f"{digest(positions, sample_indices(positions, plan.num_samples, seed)):016x}"
+    # A stream's samples have no index but their place.
+    indices = positions if plan.num_samples is None else sample_indices(positions, plan.num_samples, seed)
+    return f"{digest(positions, indices):016x}"

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from distrib.config import Config, StrategyConfig
 from distrib.errors import ConfigError
@@ -33,9 +33,12 @@ def blocks(task: Task, module: nn.Module, strategy: StrategyConfig) -> list[nn.M
     return found
 
 
-def train_dataset(task: Task) -> Dataset[Any]:
-    """Raises ConfigError where it has no length."""
-    return _sized(task.train_dataset(), "train_dataset")
+def train_dataset(task: Task) -> tuple[Dataset[Any], int | None]:
+    """And how many samples it has; a stream (an IterableDataset) does not say. Raises ConfigError."""
+    dataset = task.train_dataset()
+    if isinstance(dataset, IterableDataset):
+        return dataset, None
+    return _sized(dataset, "train_dataset"), len(dataset)  # type: ignore[arg-type]
 
 
 def eval_dataset(task: Task) -> Dataset[Any] | None:

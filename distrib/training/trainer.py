@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from distrib.config import Config
-from distrib.data.loader import Window, train_windows
-from distrib.data.sampler import DistributedSampler
+from distrib.data.loader import Window
+from distrib.data.source import source
 from distrib.errors import ConfigError, Preempted, TrainingError
 from distrib.plan import RunPlan
 from distrib.reporting.progress import ProgressDisplay, format_metrics
@@ -50,9 +50,11 @@ class Trainer:
         self.checkpoint, self.origin = named(resume, self.run, fork)
         self.world = World.detect()
         self.strategy = strategies.resolve(config, self.world)
-        self.train_dataset = assembly.train_dataset(task)
+        self.train_dataset, num_samples = assembly.train_dataset(task)
         self.eval_dataset = assembly.eval_dataset(task)
-        self.plan = RunPlan.create(config, self.world.world_size, len(self.train_dataset))  # type: ignore[arg-type]
+        self.plan = RunPlan.create(config, self.world.world_size, num_samples)
+        loading = assembly.loading(config, self.world)
+        self.source = source(self.train_dataset, self.plan, self.world, config.seed, loading)
         self.module = assembly.model(task, config.seed)
         strategies.check_module(self.module, config)
         self.blocks = assembly.blocks(task, self.module, self.strategy)
@@ -100,7 +102,7 @@ class Trainer:
         chain = self._go_on(engine)
         self.module.train()
         if 0 < self.first_step < self.plan.num_steps:
-            engine.rehearse(self.task, next(train_windows(self._sampler())))
+            engine.rehearse(self.task, next(self.source.windows(self.first_step)))
         keep, keep_every = self.config.checkpoint.keep, self.config.checkpoint.keep_every
         saver = Saver(self.run.checkpoints, self.world, keep, keep_every, [self.run.steps, self.run.evals])
         with ExitStack() as stack:
@@ -139,6 +141,7 @@ class Trainer:
                 found = whole(Path(origin["path"]), self.world)
         if found is not None:
             engine.load(found.path, found.manifest)
+            self.source.load(found.manifest["stream"])
             self.first_step, self.applied = found.manifest["step"], found.manifest["applied"]
         self.world.on_rank_0(lambda: self._rewind(found))
         return GENESIS if found is None else str(found.manifest["chain"])
@@ -165,6 +168,7 @@ class Trainer:
             "applied": self.applied,
             "world_size": self.world.world_size,
             "strategy": self.strategy.name,
+            "stream": self.source.state(),
             **engine.state(),
         }
         saver.save(steps_done, engine.placement.shards(), manifest)
@@ -186,19 +190,7 @@ class Trainer:
                 self.run.event("checkpoint", **saved)
 
     def _windows(self) -> Iterator[Window]:
-        return train_windows(self._sampler(), **assembly.loading(self.config, self.world))
-
-    def _sampler(self) -> DistributedSampler:
-        return DistributedSampler(
-            self.train_dataset,
-            global_batch_size=self.plan.global_batch_size,
-            micro_batch_size=self.plan.micro_batch_size,
-            num_replicas=self.world.world_size,
-            rank=self.world.rank,
-            seed=self.config.seed,
-            start=self.first_step,
-            stop=self.plan.num_steps,
-        )
+        return self.source.windows(self.first_step)
 
     def _learning_rate(self, engine: Engine) -> float:
         optim = self.config.optim

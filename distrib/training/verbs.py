@@ -24,7 +24,7 @@ def explain_run(config: Config, processes: int) -> None:
     """Print the plan for so many processes, and for ZeRO DeepSpeed's JSON. Raises ConfigError where a run would."""
     task = load_task(config.task)
     strategy = strategies.resolve(config, World(world_size=processes, launcher="distrib"))
-    num_samples = len(assembly.train_dataset(task))  # type: ignore[arg-type]
+    _, num_samples = assembly.train_dataset(task)
     plan = RunPlan.create(config, processes, num_samples)
     memory = plan_memory(task, strategy, processes, assembly.optimizer_maker(task, config))
     print_plan(config, strategy.name, replace(plan, memory=memory))

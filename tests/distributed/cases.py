@@ -63,7 +63,9 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
 def resumed(world: int) -> list[str]:
     """The runs that are also interrupted, and gone on with."""
     if world == 2:
-        return [f"{name}-{precision}" for name in ("ddp", *SHARDED) for precision in PRECISIONS] + ["ddp-static"]
+        return [f"{name}-{precision}" for name in ("ddp", *SHARDED) for precision in PRECISIONS] + [
+            *("ddp-static", "stream-0", "stream-2"),
+        ]
     return [f"{name}-no" for name in ("ddp", *SHARDED)] if world == 4 else []
 
 
@@ -101,6 +103,9 @@ def _strategy_cases() -> dict[str, dict[str, Any]]:
             found[f"{name}-{mishap}"] = _mishap(mishap, strategy)
         found[f"{name}-groups"] = _config(FEW, task={"target": "tasks:Groups"}, strategy=strategy)
     found.update({name: _config(FEW, strategy=strategy) for name, strategy in OPTIONS.items()})
+    for workers in (0, 2):
+        stream = _config(FEW, task={"target": "tasks:Streamed", "dropout": 0.1})
+        found[f"stream-{workers}"] = {**stream, "data": {**stream["data"], "num_workers": workers}}
     found["ddp-unused"] = _config(FEW, task={"target": "tasks:Unused"}, strategy={"find_unused_parameters": True})
     for name in COMPRESSED:
         strategy = {"name": name, "communication_dtype": "bf16"}

@@ -3,12 +3,13 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset, get_worker_info
 
 from distrib import Loss, Task
 
@@ -212,3 +213,42 @@ class Slow(Masked):
     def forward(self, model: nn.Module, batch: Any) -> Any:
         time.sleep(0.01)
         return super().forward(model, batch)
+
+
+class Tokens(IterableDataset[Any]):
+    """Samples of Masked, of which each rank and each worker reads its own; it knows where it is."""
+
+    def __init__(self, samples: TensorDataset, split: bool) -> None:
+        self.samples, self.place = samples, 0
+        rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.rank, self.ranks = (rank, ranks) if split else (0, 1)
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        own, readers = (
+            (self.rank, self.ranks)
+            if worker is None
+            else (self.rank * worker.num_workers + worker.id, self.ranks * worker.num_workers)
+        )
+        for place in range(self.place, len(self.samples)):
+            self.place = place + 1
+            if place % readers == own:
+                yield self.samples[place]
+        self.place = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.place = state["place"]
+
+
+class Streamed(Masked):
+    """A stream in place of a dataset, shorter than the run."""
+
+    def __init__(self, dropout: float = 0.0, split: bool = True) -> None:
+        super().__init__(dropout=dropout)
+        self.split = split
+
+    def train_dataset(self) -> Any:
+        return Tokens(super().train_dataset(), self.split)

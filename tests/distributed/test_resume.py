@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from cases import EVERY, FEW, resumed
-from conftest import Run, check, check_same, interrupted, lines, losses, tensors
+from conftest import Run, check, check_same, interrupted, lines, losses, refused, tensors
 
 from distrib.state.verification import verify_run
 
@@ -44,3 +45,18 @@ def test_one_run_under_four_strategies_on_four_two_and_one_processes(
     expected = tensors(undisturbed)
     for name, value in tensors(before).items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_a_stream_is_not_taken_over_by_another_number_of_processes(
+    world: Callable[[int], Path], run: Run, tmp_path: Path
+) -> None:
+    folder = interrupted(world(2) / "stream-0", tmp_path / "run", EVERY)
+    line = refused(run("distrib", "train", folder / "config.yaml", "--run-dir", folder))
+    assert "Tokens is a stream, of which 2 process(es) had read their part; 1 cannot take over" in line
+
+
+def test_ranks_that_read_the_same_samples_of_a_stream_are_noticed(run: Run, tmp_path: Path) -> None:
+    config = {"task": {"target": "tasks:Streamed", "split": False}, "train": {"steps": 5}}
+    (tmp_path / "same.yaml").write_text(yaml.safe_dump(config))
+    line = refused(run("distrib", "launch", "--processes", 2, "same.yaml"))
+    assert "ranks 0 and 1 read the same samples of the stream; split it" in line
