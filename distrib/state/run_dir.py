@@ -71,7 +71,7 @@ class RunDir:
             environment = _environment(world, strategy, num_samples, starts)
             if origin is not None:
                 environment["forked_from"] = origin
-            elif began and (before := self.origin()) is not None:
+            elif self.environment.exists() and (before := self.origin()) is not None:
                 environment["forked_from"] = before
             _write(self.environment, json.dumps(environment, indent=2) + "\n")
             _write(self.config, config.dump())

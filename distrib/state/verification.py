@@ -40,7 +40,7 @@ def verify_run(path: Path) -> Verified:
     steps = first
     chains: dict[int, str] = dict.fromkeys((manifest["step"] for _, manifest in manifests), chain)
     if run.steps.exists():
-        with run.steps.open(encoding="utf-8") as file:
+        with run.steps.open(encoding="utf-8", errors="replace", newline="\n") as file:
             for number, text in enumerate(file, start=1):
                 chain = _check(text, steps, chain, plan, config, f"{run.steps} line {number}")
                 steps += 1

@@ -183,8 +183,6 @@ class Engine:
         reduced in the layout of a fresh one, and rounded otherwise than in a run that was never interrupted (seen on
         4 processes).
         """
-        if not self.placement.learns_from_its_first_backward:
-            return
         buffers = [buffer.clone() for buffer in self._buffers]
         self._window, self._last = window, True
         with self.placement.accumulate(last=True), self.autocast():

@@ -101,7 +101,7 @@ class Trainer:
         self._warn_of_batch_norm()
         chain = self._go_on(engine)
         self.module.train()
-        if 0 < self.first_step < self.plan.num_steps:
+        if engine.placement.learns_from_its_first_backward and 0 < self.first_step < self.plan.num_steps:
             engine.rehearse(self.task, next(self.source.windows(self.first_step)))
         keep, keep_every = self.config.checkpoint.keep, self.config.checkpoint.keep_every
         saver = Saver(self.run.checkpoints, self.world, keep, keep_every, [self.run.steps, self.run.evals])

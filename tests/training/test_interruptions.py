@@ -136,6 +136,11 @@ def test_a_fork_begins_a_new_run_from_the_state_of_another(whole: Path, tmp_path
     run = interrupted(same, tmp_path / "interrupted", after=0)  # before its first checkpoint: from the origin again
     fit(run, resume=at, fork=True)
     check_same(run, same)
+    run = interrupted(same, tmp_path / "not-begun", after=0)
+    (run / "steps.jsonl").write_text("")
+    (run / "evals.jsonl").write_text("")
+    fit(run)  # without saying again where it began
+    check_same(run, same)
     run = interrupted(same, tmp_path / "again", after=10)
     fit(run)
     check_same(run, same)
