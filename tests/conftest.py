@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from hypothesis import settings
 from safetensors.numpy import load_file
 
 from distrib.state.verification import verify_run
@@ -26,6 +27,10 @@ BIN = Path(sys.executable).parent
 
 # Several processes share the cores of the machine; two threads each would only make them wait for one another.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# No test is a timed one: the machine has other things to do, among them the other tests.
+settings.register_profile("distrib", deadline=None)
+settings.load_profile("distrib")
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

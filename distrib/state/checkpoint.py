@@ -220,6 +220,7 @@ def load(path: Path, manifest: dict[str, Any], shards: dict[str, Shard]) -> None
     """
     with ExitStack() as stack:
         opened: dict[str, Any] = {}
+        shared: dict[int, Tensor] = {}  # numbers, by where they go
         for name, shard in shards.items():
             entry = manifest["tensors"].get(name)
             if entry is None or tuple(entry["shape"]) != shard.shape:
@@ -235,6 +236,11 @@ def load(path: Path, manifest: dict[str, Any], shards: dict[str, Shard]) -> None
                         opened[file] = stack.enter_context(safe_open(path / file, framework="pt"))
                     stretch = opened[file].get_slice(name)[first - offset : last - offset]
                     values[first - start : last - start] = stretch
+            if values.numel() == 1 and not torch.equal(values, shared.setdefault(shard.tensor.data_ptr(), values)):
+                raise CheckpointError(
+                    f"{path}: {name} is {values.item()}, and has another value for other parameters, of which this "
+                    "strategy keeps one for all; go on under the strategy that saved it, or ddp"
+                )
             with torch.no_grad():
                 shard.tensor.copy_(values.view(shard.tensor.shape))
 

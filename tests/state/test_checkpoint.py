@@ -20,7 +20,7 @@ from distrib.state.checkpoint import Shard, replicated
 from distrib.state.saver import Saver
 from distrib.world import World
 
-on_disk = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+on_disk = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 NOTHING_ELSE: dict[str, Any] = {"chain": "", "applied": 0, "loss_scale": None, "numbers": {}, "tied": {}}
 
 
@@ -85,7 +85,7 @@ def test_tensors_that_are_not_contiguous(tmp_path: Path) -> None:
     assert torch.equal(read["model.weight"], tensors["model.weight"])
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 10**6), flip=st.integers(1, 255), number=st.integers(0, 2))
 def test_any_byte_changed_in_any_file_is_noticed(tmp_path: Path, place: int, flip: int, number: int) -> None:
     path = tmp_path / "step-00000001"
@@ -124,6 +124,18 @@ def test_another_models_weights_are_refused_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=f"of another model: {said}") as error:
             checkpoint.load(path, checkpoint.verify(path), {name: replicated(torch.zeros(shape))})
         assert "\n" not in str(error.value)
+
+
+def test_numbers_that_differ_are_not_read_into_one(tmp_path: Path) -> None:
+    """ZeRO keeps one count of steps for a whole group of parameters."""
+    saved = {"optimizer.step.a": torch.tensor(3.0), "optimizer.step.b": torch.tensor(3.0)}
+    one = torch.tensor(0.0)
+    path = save(tmp_path, saved)
+    checkpoint.load(path, checkpoint.verify(path), dict.fromkeys(saved, replicated(one)))
+    assert one == 3
+    path = save(tmp_path, {**saved, "optimizer.step.b": torch.tensor(2.0)}, step=2)
+    with pytest.raises(CheckpointError, match=r"optimizer.step.b is 2.0, and has another value for other parameters"):
+        checkpoint.load(path, checkpoint.verify(path), dict.fromkeys(saved, replicated(one)))
 
 
 def test_the_newest_are_kept_and_some_for_ever(tmp_path: Path) -> None:

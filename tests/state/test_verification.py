@@ -61,7 +61,7 @@ def test_a_repeated_line(run_dir: Path) -> None:
         verify_run(run_dir)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 10**6), flip=st.integers(1, 127))
 def test_any_character_changed(finished: Path, tmp_path: Path, place: int, flip: int) -> None:
     run_dir = tmp_path / "run"
