@@ -30,7 +30,7 @@ app = typer.Typer(
 
     Its weights for plain torch:  distrib export runs/digits --out exported
 
-    Exit codes: 0 done, 1 failed, 2 the input is wrong (one line says what).""",
+    Exit codes: 0 done, 1 failed, 2 the input is wrong (one line says what), 75 asked to stop: saved, start again.""",
 )
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
