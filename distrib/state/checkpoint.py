@@ -25,10 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distrib.errors import CheckpointError, RunDirError
+from distrib.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-_WEIGHTS = "model.safetensors"
 _SMALL = 1 << 14  # elements: what one rank writes alone
 
 
@@ -101,7 +100,7 @@ def write_part(partial: Path, part: Part) -> dict[str, Any]:
     """Write one rank's file; returns what the manifest says of it. Raises CheckpointError where the disk refuses."""
     path = partial / part.file
     try:
-        _save_file(part.tensors, path)
+        write_file(part.tensors, path)
         return {"file": part.file, "bytes": path.stat().st_size, "sha256": _sha256(path)}
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -117,12 +116,12 @@ def commit(partial: Path, manifest: dict[str, Any], files: list[dict[str, Any]])
                 raise CheckpointError(f"{partial / file['file']}: not of the size that its rank wrote")
         described = {file["file"]: {"bytes": file["bytes"], "sha256": file["sha256"]} for file in files}
         (partial / MANIFEST).write_text(_sealed({**manifest, "files": described}))
-        _fsync(partial / MANIFEST)
-        _fsync(partial)
+        fsync(partial / MANIFEST)
+        fsync(partial)
         if final.exists():  # damaged, or of a course that was given up: the step was made again
             final.rename(folder / f".{final.name}.replaced")
         partial.rename(final)
-        _fsync(folder)
+        fsync(folder)
     except OSError as error:
         raise CheckpointError(
             f"{final}: cannot save the checkpoint: {error.strerror}; earlier ones are untouched"
@@ -178,7 +177,7 @@ def sync(paths: list[Path]) -> None:
     """Have what was written to these files on disk."""
     for path in paths:
         if path.exists():
-            _fsync(path)
+            fsync(path)
 
 
 def steps_of(folder: Path) -> Iterator[Path]:
@@ -245,40 +244,13 @@ def load(path: Path, manifest: dict[str, Any], shards: dict[str, Shard]) -> None
                 shard.tensor.copy_(values.view(shard.tensor.shape))
 
 
-def export(path: Path, folder: Path) -> Path:
-    """Write the weights of the checkpoint at `path` to `folder/model.safetensors`, whole or not at all.
-
-    Raises RunDirError where there is such a file, CheckpointError where the checkpoint is damaged or the disk refuses.
-    """
-    manifest = verify(path)
-    final, partial = folder / _WEIGHTS, folder / f".{_WEIGHTS}.partial"
-    if final.exists():
-        raise RunDirError(f"{final}: is there already; choose another folder with --out")
-    weights: dict[str, Tensor] = {}
-    for name, entry in manifest["tensors"].items():
-        if name.startswith("model."):
-            dtype = getattr(torch, entry["dtype"])
-            weights[name.removeprefix("model.")] = torch.empty(entry["shape"], dtype=dtype)
-    load(path, manifest, {f"model.{name}": replicated(tensor) for name, tensor in weights.items()})
-    weights.update({name: weights[other].clone() for name, other in manifest["tied"].items()})
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _save_file(weights, partial)
-        partial.rename(final)
-        _fsync(folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CheckpointError(f"{final}: cannot export the weights: {reason}") from None
-    return final
-
-
-def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
+def write_file(tensors: dict[str, Tensor], path: Path) -> None:
     """On disk when it returns, and readable by whom the process's umask says, which safetensors leaves out."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path)
     path.chmod(mode)
-    _fsync(path)
+    fsync(path)
 
 
 def _sealed(manifest: dict[str, Any]) -> str:
@@ -295,7 +267,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -9,7 +9,8 @@ from distrib.errors import CheckpointError, ConfigError
 from distrib.plan import RunPlan
 from distrib.reporting.explain import print_plan
 from distrib.reporting.progress import format_metrics
-from distrib.state import checkpoint, verification
+from distrib.state import verification
+from distrib.state.export import export
 from distrib.state.resume import Found, newest_whole
 from distrib.state.run_dir import RunDir
 from distrib.task import load_task
@@ -83,7 +84,7 @@ def export_run(run_dir: str | Path, out: Path) -> None:
     """Copy a run's newest weights to `out/model.safetensors`, and say so. RunDirError, CheckpointError."""
     run = RunDir(Path(run_dir))
     run.read_config()  # or it is no run folder
-    print(checkpoint.export(_newest(run, World()).path, out))
+    print(export(_newest(run, World()).path, out))
 
 
 def _newest(run: RunDir, world: World) -> Found:

@@ -17,6 +17,7 @@ from torch import Tensor
 from distrib.errors import CheckpointError, RunDirError
 from distrib.state import checkpoint
 from distrib.state.checkpoint import Shard, replicated
+from distrib.state.export import export
 from distrib.state.saver import Saver
 from distrib.world import World
 
@@ -162,17 +163,17 @@ def exported(path: Path) -> dict[str, Tensor]:
 def test_an_exported_file_is_verified_and_never_overwritten(tmp_path: Path) -> None:
     tensors = some_tensors()
     path = save(tmp_path / "run", tensors, world_size=3, tied={"head.weight": "weight"})
-    file = checkpoint.export(path, tmp_path / "out")
+    file = export(path, tmp_path / "out")
     names = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     assert exported(file).keys() == {*names, "head.weight"}  # both names of the tied one, and no optimizer
     for name, tensor in {**names, "head.weight": names["weight"]}.items():
         assert torch.equal(exported(file)[name], tensor)
     assert [p.name for p in file.parent.iterdir()] == ["model.safetensors"]
     with pytest.raises(RunDirError, match="is there already; choose another folder with --out"):
-        checkpoint.export(path, tmp_path / "out")
+        export(path, tmp_path / "out")
     (path / "shard-00001.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="damaged"):
-        checkpoint.export(path, tmp_path / "other")
+        export(path, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
