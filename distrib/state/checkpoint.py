@@ -79,14 +79,9 @@ def part_of(shards: dict[str, Shard], rank: int, world_size: int) -> Part:
     return part
 
 
-def partial_path(folder: Path, step: int) -> Path:
-    """Where the files of a checkpoint are written, before it has its name."""
-    return folder / f".step-{step:08d}.partial"
-
-
 def prepare(folder: Path, step: int) -> Path:
     """An empty folder to write into, with what earlier saves left behind removed. Raises CheckpointError."""
-    partial = partial_path(folder, step)
+    partial = folder / f".step-{step:08d}.partial"
     try:
         for left in folder.glob(".step-*"):
             shutil.rmtree(left)

@@ -35,8 +35,7 @@ class FullySharded(Placement):
     ) -> None:
         super().__init__(world, module)
         world.require_group()
-        for tensor in module.state_dict().values():  # as DDP and DeepSpeed do: all begin with rank 0's
-            dist.broadcast(tensor, src=0)
+        self.begin_with_rank_0s()
         compressed = config.communication_dtype == "bf16"
         options: dict[str, Any] = {
             "mesh": init_device_mesh(world.device.type, (world.world_size,)),

@@ -52,6 +52,11 @@ class Placement:
         self._watched: list[str] = []
         self._used: set[str] = set()  # by the micro-batch at hand
 
+    def begin_with_rank_0s(self) -> None:
+        """Give every rank rank 0's parameters and buffers, as DDP and DeepSpeed do by themselves."""
+        for tensor in self.module.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
     def use_optimizer(self, make_optimizer: MakeOptimizer | None) -> None:
         """Build the optimizer over the module's parameters as they are now."""
         if make_optimizer is None:

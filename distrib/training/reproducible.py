@@ -49,7 +49,7 @@ class Bucket:
         while self.partial:
             self.flat.add_(self.partial.pop()[1])
 
-    def scatter(self, world_size: int) -> None:
+    def scatter(self) -> None:
         """Give each rank its part of everyone's sum."""
         self.received = torch.empty_like(self.flat)
         self.work = dist.all_to_all_single(self.received, self.flat, async_op=True)
@@ -97,8 +97,7 @@ class Reproducible(Placement):
         if self.optimizer is None:
             return
         if world.world_size > 1:
-            for tensor in module.state_dict().values():  # as DDP does: all begin with rank 0's
-                dist.broadcast(tensor, src=0)
+            self.begin_with_rank_0s()
         self._watch_use()
         groups = _in_buckets([p for p in reversed(list(module.parameters())) if p.requires_grad])
         for number, parameters in enumerate(groups):
@@ -112,7 +111,7 @@ class Reproducible(Placement):
                 )
 
     def zero_grad(self) -> None:
-        """`backward` leaves them cleared for the next micro-batch, and a step for the next window."""
+        """In place: they are views of the buckets."""
         for bucket in self._buckets:
             bucket.flat.zero_()
 
@@ -144,7 +143,7 @@ class Reproducible(Placement):
             full = self._buckets[self._sent]
             full.close()
             if self.world.world_size > 1:
-                full.scatter(self.world.world_size)
+                full.scatter()
             self._sent += 1
 
 
