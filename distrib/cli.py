@@ -22,6 +22,8 @@ app = typer.Typer(
 
     The same run in one process:  distrib train configs/digits.yaml --run-dir runs/alone
 
+    On a cluster:  distrib submit configs/digits.yaml --nodes 2 --gpus-per-node 2 --time 4:00:00
+
     What the numbers come to, without running:  distrib explain configs/digits.yaml --processes 2
 
     A finished run's metrics again:  distrib evaluate runs/digits
@@ -45,7 +47,7 @@ def _as_member(verb: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(verb)
     def run(*args: object, **kwargs: object) -> None:
-        run_as_member(lambda: verb(*args, **kwargs))
+        run_as_member(lambda: verb(*args, **kwargs), trains=verb.__name__ == "train")
 
     return run
 
@@ -90,21 +92,73 @@ def launch(
         Optional[int],
         typer.Option(help="How many to start.  [default: one for each accelerator, else 1]", show_default=False),
     ] = None,
+    module: Annotated[bool, typer.Option("-m", help="Run a module of yours: -m MODULE [ARGUMENT]...")] = False,
+    max_restarts: Annotated[
+        int, typer.Option(help="After a crash start all again so many times, from the newest checkpoint.", min=0)
+    ] = 0,
+    grace: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", help="To save, from being asked to stop.", min=0, envvar="DISTRIB_GRACE"),
+    ] = 30.0,
     port: Annotated[
         Optional[int], typer.Option(help="Where the processes meet.  [default: a free port]", show_default=False)
     ] = None,
-    module: Annotated[bool, typer.Option("-m", help="Run a module of yours: -m MODULE [ARGUMENT]...")] = False,
+    nodes: Annotated[int, typer.Option(help="Machines; start this command on each.", min=1)] = 1,
+    node_rank: Annotated[Optional[int], typer.Option(help="Which of the machines this is, from 0.")] = None,
+    rendezvous: Annotated[
+        Optional[str], typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached, the same on all.")
+    ] = None,
+    join_timeout: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", help="Within which all must have come.", min=1, envvar="DISTRIB_JOIN_TIMEOUT"),
+    ] = 300.0,
 ) -> None:
-    """Start several training processes on this machine, and end them together."""
+    """Start several training processes on this machine, and end them together.
+
+    SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP are passed on: the processes save, and all end with exit code 75.
+    """
     from distrib.launching import local
 
     processes = local.default_processes() if processes is None else processes
+    options = local.Options(processes, port, nodes, node_rank, rendezvous, max_restarts, grace, join_timeout)
     if module or arguments[0].endswith(".py"):
         command = local.script_command(arguments, module)
     else:
         parsed = typer.main.get_command(app).commands["train"].make_context("train", list(arguments)).params  # type: ignore[attr-defined]
-        command = local.train_command(arguments, parsed["config"], parsed["overrides"] or (), processes)
-    sys.exit(local.launch(command, processes, port))
+        command = local.train_command(arguments, parsed["config"], parsed["overrides"] or (), processes * nodes)
+    sys.exit(local.launch(command, options))
+
+
+@app.command()
+@_as_member
+def submit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(help="Machines.", min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="On each of them.", min=0)] = 0,
+    processes_per_node: Annotated[
+        Optional[int], typer.Option(help="On each of them.  [default: one for each GPU, else 1]", show_default=False)
+    ] = None,
+    time: Annotated[
+        Optional[str], typer.Option(help="At most, as SLURM writes it: 4:00:00.  [default: the partition's]")
+    ] = None,
+    grace: Annotated[int, typer.Option(metavar="SECONDS", help="To save, before the time is over.", min=1)] = 120,
+    slurm: Annotated[
+        Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="Further options of sbatch: partition=long.")
+    ] = None,
+    run_dir: Annotated[
+        Optional[Path], typer.Option(help="The run folder.  [default: runs/NAME]", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script, and submit nothing.")] = False,
+) -> None:
+    """Train as a SLURM job, which saves and is requeued when its time is over."""
+    from distrib.config import Config
+    from distrib.launching.slurm import Job, submit
+
+    loaded = Config.load(config, overrides or ())
+    further = tuple(slurm or ())
+    job = Job(loaded.name, nodes, gpus_per_node, processes_per_node, time, grace, further=further)
+    submit(loaded, run_dir, job, dry_run)
 
 
 @app.command()

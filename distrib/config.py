@@ -88,6 +88,7 @@ class StrategyConfig(_Section):
     offload: Offload = "none"  # what lies in CPU memory: nothing, the optimizer state, or the parameters too
     activation_checkpointing: bool = False  # of the task's blocks: compute again what the backward needs
     communication_dtype: Literal["fp32", "bf16"] = "fp32"  # in which gradients travel; bf16 rounds them
+    timeout: PositiveInt = 1800  # seconds that ranks wait for one another in a collective
     find_unused_parameters: bool = False  # ddp
     static_graph: bool = False  # ddp
     reshard_after_forward: bool = True  # fsdp2
@@ -157,6 +158,10 @@ class Config(_Section):
             del values["data"][key]
         values["strategy"] = {"communication_dtype": self.strategy.communication_dtype}
         return _flatten(values)
+
+    def flat(self) -> dict[str, Any]:
+        """Every key, with its sections before it, and its value."""
+        return _flatten(self.model_dump(mode="json"))
 
 
 _EITHER_OR = {"train.steps": "epochs", "train.epochs": "steps"}

@@ -1,4 +1,4 @@
-"""Who this process is among the others. The only reader of launcher variables.
+"""Who this process is among the others. With slurm.py and accelerate_launch.py the only reader of launcher variables.
 
 A launcher that starts fewer processes than it was asked for, or another strategy, is found out here: that is the
 most common silent failure in this field (see docs/launchers.md).
@@ -6,22 +6,29 @@ most common silent failure in this field (see docs/launchers.md).
 
 import atexit
 import os
+import platform
 import socket
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distrib import slurm
+from distrib.accelerate_launch import what_accelerate_was_told
 from distrib.errors import DistribError, LaunchError
+from distrib.presence import Presence, enter, joined, own_address
 
 T = TypeVar("T")
 
+PACKAGES = ("distrib", "torch", "accelerate", "deepspeed", "numpy")
 _REQUIRED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_FAILED_KEY = "distrib/failed"
+_SECONDS_TO_COME = 300.0
 
 
 @dataclass
@@ -32,25 +39,36 @@ class World:
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
-    launcher: str = "plain"  # plain | distrib | torchrun | accelerate
+    launcher: str = "plain"  # plain | distrib | torchrun | accelerate | slurm
+    host: str = field(default_factory=socket.gethostname)
+    job: str | None = None  # SLURM's number of it
+    grace: float | None = None  # seconds between being asked to stop and being killed, where the launcher said so
+    seconds_to_come: float = _SECONDS_TO_COME  # for all ranks to be there
     asked: dict[str, Any] = field(default_factory=dict)  # what accelerate launch was told, by our config's keys
     use_cpu: bool = True
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     control: dist.ProcessGroup | None = None  # gloo on CPU memory, whatever carries the gradients
     background: dist.ProcessGroup | None = None  # another one, for the thread that saves
+    presence: Presence | None = None
 
     @classmethod
     def detect(cls, environ: Mapping[str, str] = os.environ) -> "World":
         """Read the launcher's variables. Raises LaunchError where they tell of processes that are not there."""
         by_accelerate = "ACCELERATE_MIXED_PRECISION" in environ
+        if "RANK" not in environ and "WORLD_SIZE" not in environ:
+            environ = {**environ, **slurm.as_member(environ)}
+        common: dict[str, Any] = {
+            "host": environ.get("SLURMD_NODENAME", socket.gethostname()),
+            "job": slurm.in_job(environ),
+            "grace": _number(environ, "DISTRIB_GRACE", None),
+            "seconds_to_come": _number(environ, "DISTRIB_JOIN_TIMEOUT", _SECONDS_TO_COME),
+            "asked": what_accelerate_was_told(environ),
+            "use_cpu": _cpu_only(environ),
+        }
         given = [name for name in _REQUIRED if name in environ]
         if "RANK" not in environ and "WORLD_SIZE" not in environ:
             _refuse_lone_process(environ, by_accelerate)
-            return cls(
-                launcher="accelerate" if by_accelerate else "plain",
-                asked=_asked(environ),
-                use_cpu=_cpu_only(environ),
-            )
+            return cls(launcher="accelerate" if by_accelerate else "plain", **common)
         if missing := [name for name in _REQUIRED if name not in environ]:
             raise LaunchError(
                 f"the launcher set {', '.join(given)} but not {', '.join(missing)}; start with distrib launch, "
@@ -66,8 +84,7 @@ class World:
             world_size=world_size,
             local_world_size=_integer(environ, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environ else world_size,
             launcher=environ.get("DISTRIB_LAUNCHER") or ("accelerate" if by_accelerate else "torchrun"),
-            asked=_asked(environ),
-            use_cpu=_cpu_only(environ),
+            **common,
         )
         if not world.use_cpu and world.local_rank >= torch.accelerator.device_count():
             raise LaunchError(
@@ -82,23 +99,29 @@ class World:
 
     @property
     def name(self) -> str:
-        return f"rank {self.rank} of {self.world_size} on {socket.gethostname()}"
+        return f"rank {self.rank} of {self.world_size} on {self.host}"
 
-    def connect(self) -> None:
-        """Join the other processes and find our device. Raises LaunchError where fewer came than were asked for."""
+    @property
+    def hosts(self) -> list[str]:
+        """Of each rank, in rank order."""
+        return [self.host] if self.presence is None else [one["host"] for one in self.presence.everyone]
+
+    def connect(self, timeout: float = 1800.0) -> None:
+        """Join the other processes and find our device. `timeout`: of collectives, in seconds.
+
+        Raises LaunchError where fewer came than were asked for, or some have other versions of the libraries.
+        """
         from accelerate import PartialState
 
         if "OMP_NUM_THREADS" not in os.environ:  # or accelerate sets it for the cores of one process, with a warning
             threads = max(1, (os.cpu_count() or 1) // self.local_world_size)
-            os.environ["OMP_NUM_THREADS"] = str(threads)
-            torch.set_num_threads(threads)
-        try:
-            state = PartialState(cpu=self.use_cpu)
-        except dist.DistNetworkError as error:
-            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise LaunchError(
-                f"rendezvous at {where} failed: {str(error).splitlines()[0]}; if the port is taken, choose another"
-            ) from None
+            os.environ["OMP_NUM_THREADS"] = os.environ.get("SLURM_CPUS_PER_TASK", str(threads))
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        if self.world_size > 1:
+            if "RANK" not in os.environ:  # a script of the user's, started by srun
+                os.environ.update(slurm.as_member(os.environ))
+            self._join()
+        state = PartialState(cpu=self.use_cpu, timeout=timedelta(seconds=timeout))
         if state.num_processes != self.world_size:
             raise LaunchError(
                 f"{self.launcher} asked for {self.world_size} processes, but each would have trained in a world of "
@@ -106,9 +129,18 @@ class World:
             )
         self.device = state.device
         if self.world_size > 1:
-            self.control = dist.new_group(backend="gloo")
-            self.background = dist.new_group(backend="gloo")
+            self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            self.background = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            if self.presence is not None:
+                self.presence.watch()  # only now: in a script of several runs a rank may come here long after another
             atexit.register(_leave)
+
+    def _join(self) -> None:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if self.local_world_size < self.world_size:
+            _listen_where_others_can_come(host, port)
+        self.presence = joined() or enter(host, port, self.rank, self.world_size, self.host, self.seconds_to_come)
+        self.presence.join(versions(), self.seconds_to_come)
 
     def require_group(self) -> None:
         """A process group where there is none because we are alone: DeepSpeed and FSDP2 need one."""
@@ -172,6 +204,34 @@ class World:
         if self.control is not None:
             dist.barrier(group=self.control)
 
+    def part(self) -> None:
+        """Wait for all for the last time; from here on no rank looks after the others."""
+        self.wait_for_all()
+        if self.presence is not None:
+            self.presence.rest()
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the libraries that decide what is computed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _listen_where_others_can_come(host: str, port: int) -> None:
+    """Name gloo the interface that leads to rank 0. By itself it takes that of our host name, which on many systems
+    is one that no other machine can reach (127.0.1.1)."""
+    address = own_address(host, port)
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(one.address == address for one in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            return
+
 
 def _leave() -> None:
     """At the end of the process, after `wait_for_all`: gloo's threads must not outlive the interpreter.
@@ -182,89 +242,29 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def report_failure(error: BaseException) -> tuple[str, bool]:
-    """What this process should print of the exception that ended it, and whether the failure began here.
-
-    The first rank to fail says so in the job's store before its connections close, so that those who fail only for
-    want of it can tell. They say one line; the traceback that matters comes once.
-    """
-    rank = int(os.environ.get("RANK", 0))
-    me = f"rank {rank} of {os.environ.get('WORLD_SIZE', 1)} on {socket.gethostname()}"
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        lost_others = isinstance(error, RuntimeError) and "onnection" in str(error)  # gloo's and nccl's words
-        try:
-            store = dist.distributed_c10d._get_default_store()
-            first = store.get(_FAILED_KEY).decode() if store.check([_FAILED_KEY]) else None
-            if first is None and not lost_others:
-                first = store.compare_set(_FAILED_KEY, "", me).decode()
-        except RuntimeError:  # the store went away with the rank or launcher that kept it
-            first = None
-        if first is None and lost_others:
-            return f"{me} stopped: it lost contact with another rank", False
-        if first not in (None, me):
-            return f"{me} stopped, because {first} had failed", False
-    return f"{me} failed:\n{''.join(traceback.format_exception(error)).rstrip()}", True
-
-
 def _refuse_lone_process(environ: Mapping[str, str], by_accelerate: bool) -> None:
     if by_accelerate and "MASTER_PORT" in environ:  # accelerate sets it where more than one process was asked for
         raise LaunchError(
             "accelerate launch was asked for several processes but started one (it does so with --cpu and with "
             "distributed_type MULTI_CPU or NO); use launch/ddp.yaml, or distrib launch --processes N"
         )
-    for launcher, size in (
-        ("srun", "SLURM_STEP_NUM_TASKS"),
-        ("mpirun", "OMPI_COMM_WORLD_SIZE"),
-        ("mpirun", "PMI_SIZE"),
-    ):
+    for size in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if int(environ.get(size, 1)) > 1:
             raise LaunchError(
-                f"{launcher} started {environ[size]} processes ({size}), but without RANK and WORLD_SIZE each would "
-                "train alone; have it start one torchrun or distrib launch on each machine"
+                f"mpirun started {environ[size]} processes ({size}), but without RANK and WORLD_SIZE each would "
+                "train alone; use srun, or have it start one torchrun or distrib launch on each machine"
             )
-
-
-def _asked(environ: Mapping[str, str]) -> dict[str, Any]:
-    """What accelerate launch was told, by our config's keys. What it says by default is no wish, and left out."""
-    told = {key: value.lower() for key, value in environ.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
-    asked: dict[str, Any] = {}
-    if told.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
-        asked["train.mixed_precision"] = told["ACCELERATE_MIXED_PRECISION"]
-    for other in ("megatron_lm", "parallelism_config"):
-        if told.get(f"ACCELERATE_USE_{other.upper()}") == "true":
-            asked["strategy.name"] = other
-    if told.get("ACCELERATE_USE_FSDP") == "true":
-        asked["strategy.name"] = f"fsdp{told.get('FSDP_VERSION', '1')}"
-        for option, variable, value, wish in (
-            ("offload", "FSDP_OFFLOAD_PARAMS", "true", "all"),
-            ("reshard_after_forward", "FSDP_RESHARD_AFTER_FORWARD", "false", False),
-            ("activation_checkpointing", "FSDP_ACTIVATION_CHECKPOINTING", "true", True),
-        ):
-            if told.get(variable) == value:
-                asked[f"strategy.{option}"] = wish
-        if wrap := environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
-            asked["fsdp_transformer_layer_cls_to_wrap"] = wrap
-        elif told.get("FSDP_AUTO_WRAP_POLICY") == "size_based_wrap":
-            asked["fsdp_auto_wrap_policy"] = "SIZE_BASED_WRAP"
-    if told.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in environ:
-            asked["strategy.name"] = "deepspeed"  # which stage, stands in the file
-            asked["strategy.deepspeed"] = environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
-        else:
-            asked["strategy.name"] = f"zero{told.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
-        if told.get("ACCELERATE_GRADIENT_CLIPPING", "none") != "none":
-            asked["train.max_grad_norm"] = float(told["ACCELERATE_GRADIENT_CLIPPING"])
-        if told.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("1", "auto"):
-            asked["grad_accum_steps"] = int(told["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"])
-        for what, wish in (("OPTIMIZER", "optimizer"), ("PARAM", "all")):
-            device = told.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none")
-            if device != "none":
-                asked["strategy.offload"] = wish if device == "cpu" else device
-    return asked
 
 
 def _cpu_only(environ: Mapping[str, str]) -> bool:
     return environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.accelerator.is_available()
+
+
+def _number(environ: Mapping[str, str], name: str, default: float | None) -> float | None:
+    try:
+        return float(environ[name]) if name in environ else default
+    except ValueError:
+        raise LaunchError(f"{name}={environ[name]!r} is not a number of seconds") from None
 
 
 def _integer(environ: Mapping[str, str], name: str) -> int:

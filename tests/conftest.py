@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -82,6 +83,51 @@ def starter(mark: str, folder: Path) -> Run:
         )
 
     return start
+
+
+def start(mark: str, folder: Path, *command: object, **env: str) -> "subprocess.Popen[str]":
+    """`distrib`, beside the test, with pipes for what it says."""
+    arguments = [sys.executable, "-m", "distrib", *(str(part) for part in command)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        arguments, cwd=folder, env=environment(mark, **env), stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+
+
+def until(what: Callable[[], object], why: str, seconds: float = 60) -> None:
+    """Wait for it. A test that waits longer has failed, whatever the machine is busy with."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{why}, after {seconds:g} s")
+        time.sleep(0.002)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def steps_done(run: Path) -> int:
+    """Lines of the ledger, whole or not."""
+    ledger = run / "steps.jsonl"
+    return ledger.read_bytes().count(b"\n") if ledger.exists() else 0
+
+
+def ranks(mark: str) -> dict[str, psutil.Process]:
+    """The processes that train, by rank, without their workers."""
+    found: dict[str, psutil.Process] = {}
+    for process in sorted(processes_of(mark), key=lambda process: process.create_time()):
+        if (rank := process.environ().get("RANK")) is not None:
+            found.setdefault(rank, process)
+    return found
+
+
+def events(run: Path) -> list[str]:
+    """Their names, in order."""
+    return [event["event"] for event in lines(run, "events.jsonl")]
 
 
 @pytest.fixture

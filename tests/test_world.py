@@ -48,7 +48,6 @@ def test_what_accelerate_was_told_is_known(told: dict[str, str], asked: dict[str
     ("environ", "parts"),
     [
         ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, ["accelerate launch", "started one"]),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, ["srun started 4 processes"]),
         ({"OMPI_COMM_WORLD_SIZE": "3"}, ["mpirun started 3 processes"]),
         ({"WORLD_SIZE": "2"}, ["WORLD_SIZE but not RANK, LOCAL_RANK"]),
         ({**JOINED, "RANK": "2"}, ["RANK=2", "0..1"]),

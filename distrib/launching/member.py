@@ -7,6 +7,7 @@ python -m distrib.launching.member -m MODULE [ARGUMENTS …]
 import atexit
 import os
 import runpy
+import signal
 import sys
 import threading
 import time
@@ -14,32 +15,42 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from distrib import slurm
 from distrib.errors import DistribError, Preempted
 from distrib.processes import die_with_parent
+from distrib.stopping import leave_when_asked
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells do
 _SECONDS_FOR_RANK_0 = 5.0
 _SECONDS_TO_BE_SECOND = 1.0  # launchers name the first to end, and end the others
 
 
-def run_as_member(work: Callable[[], object]) -> int:
-    """Run `work` and return the exit code: 0 done, 1 failed, 2 the user's input is wrong.
+def run_as_member(work: Callable[[], object], trains: bool = False) -> int:
+    """Run `work` and return the exit code: 0 done, 1 failed, 2 the user's input is wrong, 75 asked to stop.
 
     An error of the user's is one line, said by rank 0 alone; a crash is a traceback, said by the rank that failed
     first. A failed process ends at once, without waiting for threads that wait for the other ranks.
     """
-    if os.environ.get("DISTRIB_LAUNCHER_PID") == str(os.getppid()):
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun, accelerate launch or distrib launch
         die_with_parent()
+    if "RANK" not in os.environ:
+        os.environ.update(slurm.as_member(os.environ))  # here and for what the user brings
+    if trains:
+        leave_when_asked()
     try:
         work()
     except DistribError as error:
+        said: str | None = str(error) if isinstance(error, Preempted) else f"error: {error}"
+        _end_by_sigterm(error.exit_code)
         if int(os.environ.get("RANK", 0)) != 0:
-            time.sleep(_SECONDS_FOR_RANK_0)  # every rank finds the same error: let rank 0 say it
-        _end(str(error) if isinstance(error, Preempted) else f"error: {error}", error.exit_code)
+            time.sleep(_SECONDS_FOR_RANK_0)  # every rank finds the same: let rank 0 say it
+            said = None if isinstance(error, Preempted) else said
+        _end(said, error.exit_code)
     except KeyboardInterrupt:
         _end("interrupted", INTERRUPTED)
     except Exception as error:
-        from distrib.world import report_failure
+        _end_by_sigterm(1)
+        from distrib.presence import report_failure
 
         message, began_here = report_failure(error)
         print(message, file=sys.stderr, flush=True)
@@ -52,6 +63,7 @@ def run_as_member(work: Callable[[], object]) -> int:
 def run_and_end(program: Callable[[], object]) -> NoReturn:
     """Run a whole program, and end the process with its exit code, after its threads and exit handlers, before C++
     tears itself down: there gloo's threads, about 1 time in 100, abort a process whose work was done (seen)."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings of a store that is gone are pages of addresses
     code: object = 0
     try:
         program()
@@ -67,6 +79,12 @@ def run_and_end(program: Callable[[], object]) -> NoReturn:
             thread.join()
     atexit._run_exitfuncs()
     _end(None, code if isinstance(code, int) else int(code is not None))
+
+
+def _end_by_sigterm(code: int) -> None:
+    """Launchers send it to the others when the first has failed; the code says what happened here."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: _end(None, code))
 
 
 def _end(message: str | None, code: int) -> NoReturn:

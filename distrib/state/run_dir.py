@@ -1,5 +1,6 @@
 """The run folder: everything a run leaves, in files that other software can read."""
 
+import fcntl
 import json
 import math
 import os
@@ -8,9 +9,8 @@ import subprocess
 import sys
 import time
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -18,9 +18,10 @@ from distrib.config import Config
 from distrib.errors import RunDirError
 from distrib.state import ledger
 from distrib.state.ledger import to_json
-from distrib.world import World
+from distrib.world import World, versions
 
-_PACKAGES = ("distrib", "torch", "accelerate", "deepspeed", "numpy")
+_LOCK = ".lock"
+_SECONDS_TO_DIE = 5.0  # that a killed process, or its workers, may take
 
 
 class RunDir:
@@ -36,6 +37,7 @@ class RunDir:
         self.checkpoints = path / "checkpoints"
         self.summary = path / "summary.json"
         self.curves = path / "curves.png"
+        self._lock: TextIO | None = None
 
     def start(
         self,
@@ -52,21 +54,14 @@ class RunDir:
         step; where it names a checkpoint, a finished one too. `origin`: path, step and chain of another run's
         checkpoint that this run begins from. Raises RunDirError where another run is there.
         """
-        began = self.steps.exists() and self.steps.stat().st_size
-        if self.config.exists() and began:
-            self._refuse_another(config, origin)
-            if self.summary.exists() and (resume in ("auto", "never") or origin is not None):
-                summary: dict[str, Any] = json.loads(self.summary.read_text())
-                return summary
-            if resume == "never":
-                raise RunDirError(
-                    f"{self.path}: holds a run that did not reach its end; go on with it by --resume auto, remove it, "
-                    "or choose another with --run-dir"
-                )
+        if (summary := self._finished_before(config, resume, origin)) is not None:
+            return summary
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not self.config.exists() and any(self.path.iterdir()):
-                raise RunDirError(f"{self.path}: the folder holds other files; choose another with --run-dir")
+            self._make()
+            self._hold()
+            if (summary := self._finished_before(config, resume, origin)) is not None:  # in the meantime
+                return summary
+            began = self._has_begun()
             starts = json.loads(self.environment.read_text())["starts"] if began and self.environment.exists() else []
             environment = _environment(world, strategy, num_samples, starts)
             if origin is not None:
@@ -79,6 +74,74 @@ class RunDir:
             raise RunDirError(f"{self.path}: cannot write the run folder: {error.strerror}") from None
         self.event("started", world_size=world.world_size, strategy=strategy, launcher=world.launcher)
         return None
+
+    def _finished_before(self, config: Config, resume: str, origin: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The summary, where there is nothing left to do. Raises RunDirError where this run may not go on here."""
+        if not (self.config.exists() and self._has_begun()):
+            return None
+        self._refuse_another(config, origin)
+        if self.summary.exists() and (resume in ("auto", "never") or origin is not None):
+            summary: dict[str, Any] = json.loads(self.summary.read_text())
+            return summary
+        if resume == "never":
+            raise RunDirError(
+                f"{self.path}: holds a run that did not reach its end; go on with it by --resume auto, remove it, "
+                "or choose another with --run-dir"
+            )
+        return None
+
+    def reserve(self, config: Config) -> None:
+        """Make the folder and write the config into it, for a run that begins later.
+
+        Raises RunDirError where another run is there, or one waits to begin with another config.
+        """
+        if self.config.exists():
+            self._refuse_another(config, None)
+            if not self._has_begun() and self.read_config() != config:
+                raise RunDirError(
+                    f"{self.path}: holds the config of a run that has yet to begin, and another; remove the folder if "
+                    "it is not waiting in a queue, or choose another with --run-dir"
+                )
+        try:
+            self._make()
+            _write(self.config, config.dump())
+        except OSError as error:
+            raise RunDirError(f"{self.path}: cannot write the run folder: {error.strerror}") from None
+
+    def release(self) -> None:
+        """Let other processes train in this folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _has_begun(self) -> bool:
+        return self.steps.exists() and self.steps.stat().st_size > 0
+
+    def _make(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.config.exists() and any(path.name != _LOCK for path in self.path.iterdir()):
+            raise RunDirError(f"{self.path}: the folder holds other files; choose another with --run-dir")
+
+    def _hold(self) -> None:
+        """For as long as this process lives, or until `release`: two that train in one folder would spoil it."""
+        lock = (self.path / _LOCK).open("a")
+        deadline = time.monotonic() + _SECONDS_TO_DIE
+        while True:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() > deadline:
+                    raise RunDirError(
+                        f"{self.path}: another process is training in it; wait for its end, or choose another with "
+                        "--run-dir"
+                    ) from None
+            except OSError as error:
+                reason = f"{self.path}: {error.strerror}: no locks here, so a second start would not be refused"
+                self.event("warning", reason=reason)
+                break
+            time.sleep(0.1)
+        self._lock = lock
 
     def rewind(self, steps: int) -> bool:
         """Forget what came after the first `steps` steps, and that the run had ended. Was there any?"""
@@ -171,7 +234,7 @@ def _evaluated_at(line: str) -> float:
 
 def _environment(world: World, strategy: str, num_samples: int | None, starts: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": versions(),
         "machine": {
             "host": platform.node(),
             "platform": platform.platform(),
@@ -186,19 +249,14 @@ def _environment(world: World, strategy: str, num_samples: int | None, starts: l
             {
                 "time": _now(),
                 "launcher": world.launcher,
+                "job": world.job,
+                "hosts": sorted(set(world.hosts)),
                 "world_size": world.world_size,
                 "strategy": strategy,
                 "python": sys.executable,
             },
         ],
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _git_commit() -> str | None:

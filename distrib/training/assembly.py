@@ -73,3 +73,10 @@ def _sized(dataset: Dataset[Any], name: str) -> Dataset[Any]:
     if not hasattr(dataset, "__len__"):
         raise ConfigError(f"task.{name}: {type(dataset).__name__} has no __len__; its order could not be repeated")
     return dataset
+
+
+def batch_norms(module: nn.Module) -> str:
+    """The kinds of batch normalisation in it, in words. Their running statistics are those of rank 0's micro-batches,
+    so that they depend on the number of processes."""
+    kinds = {type(m).__name__ for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    return ", ".join(sorted(kinds))

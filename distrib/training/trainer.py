@@ -6,8 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+from distrib import slurm
 from distrib.config import Config
 from distrib.data.loader import Window
 from distrib.data.source import source
@@ -19,12 +18,13 @@ from distrib.state.ledger import GENESIS, Ledger
 from distrib.state.resume import Found, named, newest_whole, whole
 from distrib.state.run_dir import RunDir
 from distrib.state.saver import Saver
+from distrib.stopping import when_asked_to_stop
 from distrib.task import Task
-from distrib.training import assembly, strategies
+from distrib.training import agreement, assembly, strategies
 from distrib.training.engine import Engine, StepResult
 from distrib.training.loop import train_step
 from distrib.training.placement import trainable
-from distrib.training.stopping import when_asked_to_stop
+from distrib.training.preemption import Preemption
 from distrib.world import World
 
 
@@ -64,6 +64,7 @@ class Trainer:
         self.make_optimizer = assembly.optimizer_maker(task, config)
         self.make_optimizer(params)  # to refuse what it refuses now; the one that trains is made over the shards
         self.progress = ProgressDisplay(config.name, self.plan.num_steps, shown=self.world.is_rank_0)
+        self.preemption = Preemption(self.world)
         self.first_step = 0  # of this process
         self.applied = 0  # updates made: the schedule's clock
         self.train_seconds = 0.0
@@ -75,19 +76,24 @@ class Trainer:
         Where the run folder holds the finished run of this very config, its summary is returned at once; where it
         holds one that did not reach its end, training goes on from the newest checkpoint that is whole.
         """
-        self.world.connect()
+        self.world.connect(self.config.strategy.timeout)
+        agreement.require_same_config(self.world, self.config)
         summary = self.world.on_rank_0(
             lambda: self.run.start(
                 self.config, self.world, self.strategy.name, self.plan.num_samples, self.resume, self.origin
             )
         )
-        if summary is None:
-            with self._failures_recorded():
-                summary = self._train()
-            self._say_summary(summary, "finished")
-        else:
-            self._say_summary(summary, "had finished before; to train again, remove the folder or choose --run-dir")
-        self.world.wait_for_all()
+        try:
+            agreement.require_shared(self.world, self.run.environment)
+            if summary is None:
+                with self._failures_recorded():
+                    summary = self._train()
+                self._say_summary(summary, "finished")
+            else:
+                self._say_summary(summary, "had finished before; to train again, remove the folder or choose --run-dir")
+        finally:
+            self.run.release()
+        self.world.part()
         return summary
 
     def _train(self) -> dict[str, Any]:
@@ -98,7 +104,8 @@ class Trainer:
             max_grad_norm=self.config.train.max_grad_norm,
             seed=self.config.seed,
         )
-        self._warn_of_batch_norm()
+        if self.world.is_rank_0 and self.world.world_size > 1 and (kinds := assembly.batch_norms(self.module)):
+            self._warn(f"{kinds}: running statistics depend on the number of processes; GroupNorm or LayerNorm do not")
         chain = self._go_on(engine)
         self.module.train()
         if engine.placement.learns_from_its_first_backward and 0 < self.first_step < self.plan.num_steps:
@@ -106,11 +113,12 @@ class Trainer:
         keep, keep_every = self.config.checkpoint.keep, self.config.checkpoint.keep_every
         saver = Saver(self.run.checkpoints, self.world, keep, keep_every, [self.run.steps, self.run.evals])
         with ExitStack() as stack:
-            stack.enter_context(when_asked_to_stop(lambda: setattr(engine, "stop_asked", True)))
+            stack.enter_context(when_asked_to_stop(self.preemption.take_note))
             stack.enter_context(self.progress)
             ledger = stack.enter_context(Ledger(self.run.steps, chain)) if self.world.is_rank_0 else None
             before = time.perf_counter()
             for window in self._windows():
+                engine.stop_asked = self.preemption.asked
                 result = train_step(engine, self.task, window, self._learning_rate(engine))
                 self.applied += result.applied
                 seconds = time.perf_counter() - before
@@ -129,7 +137,7 @@ class Trainer:
                 before = time.perf_counter()
             saver.wait()
             self._report_saves(saver)
-        return self.world.on_rank_0(lambda: self._finish(time.perf_counter() - started))
+            return self.world.on_rank_0(lambda: self._finish(time.perf_counter() - started))
 
     def _go_on(self, engine: Engine) -> str:
         """Take over where this run was interrupted, if it was; returns the ledger's chain there. Collective."""
@@ -174,20 +182,30 @@ class Trainer:
         saver.save(steps_done, engine.placement.shards(), manifest)
 
     def _stop(self, engine: Engine, saver: Saver, steps_done: int, ledger: Ledger | None) -> None:
-        """Save, where that is not just done, and end with exit code 75."""
+        """Save, where that is not just done, put the job back into SLURM's queue, and end with exit code 75."""
         if not self._save_is_due(steps_done):
             self._save(engine, saver, steps_done, ledger)
         saver.wait()
         self._report_saves(saver)
+        requeue = self.preemption.requeue()
         if self.world.is_rank_0:
-            self.run.event("preempted", step=steps_done)
-        self.world.wait_for_all()
-        raise Preempted(f"{self.run.path}: asked to stop; saved after step {steps_done}, start it again to go on")
+            self.run.event("preempted", step=steps_done, requeue=requeue)
+        saved = f"{self.run.path}: asked to stop; saved after step {steps_done}"
+        if requeue and self.world.is_rank_0:  # before a task ends, or srun would end the others
+            self.progress.say(f"{saved}, {slurm.requeue(str(self.world.job))}")
+        self.world.part()
+        raise Preempted(saved if requeue else f"{saved}, start it again to go on")
 
     def _report_saves(self, saver: Saver) -> None:
         for saved in saver.completed():
             if self.world.is_rank_0:
                 self.run.event("checkpoint", **saved)
+                if (reason := self.preemption.too_long(saved["seconds"] + saved["stall"])) is not None:
+                    self._warn(reason)
+
+    def _warn(self, reason: str) -> None:
+        self.run.event("warning", reason=reason)
+        self.progress.say(f"warning: {reason}")
 
     def _windows(self) -> Iterator[Window]:
         return self.source.windows(self.first_step)
@@ -235,7 +253,9 @@ class Trainer:
 
     def _evaluate(self, engine: Engine, steps_done: int) -> None:
         assert self.eval_dataset is not None, "evaluation was due"
+        started = time.perf_counter()
         metrics = assembly.evaluate(engine, self.task, self.eval_dataset, self.config)
+        self.preemption.longest_evaluation = max(self.preemption.longest_evaluation, time.perf_counter() - started)
         self.metrics.update(metrics)
         if self.world.is_rank_0:
             count = len(self.eval_dataset)  # type: ignore[arg-type]
@@ -277,11 +297,3 @@ class Trainer:
             if self.world.is_rank_0 and not isinstance(error, Preempted):
                 self.run.event("failed", error=f"{type(error).__name__}: {error}")
             raise
-
-    def _warn_of_batch_norm(self) -> None:
-        """Its running statistics are those of rank 0's micro-batches, so they depend on the number of processes."""
-        kinds = {type(m).__name__ for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-        if kinds and self.world.world_size > 1 and self.world.is_rank_0:
-            reason = f"{', '.join(sorted(kinds))}: running statistics depend on the number of processes"
-            self.run.event("warning", reason=reason)
-            self.progress.say(f"warning: {reason}; GroupNorm or LayerNorm do not")

@@ -68,7 +68,7 @@ def memory(world: World) -> dict[str, dict[str, int]]:
         if name in ("zero1", "zero2", "zero3"):  # or 2 GB of DeepSpeed's default bucket would outweigh the rest
             strategy["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 100_000}}
         config = Config.from_dict({"train": {"steps": 2}, "strategy": strategy, "data": _data(world)})
-        task = Large()
+        task = Large(blocks=3)
         dataset = task.train_dataset()
         before = live_bytes()
         trained = engine(task, config, world, training=True)

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ class Numbered(Task):
 
 
 class Misbehaving(Masked):
-    """Goes wrong on one rank, when it is asked for its `at`-th micro-batch there."""
+    """Goes wrong on one rank, each time that it is asked for its `at`-th micro-batch in a process."""
 
     def __init__(self, how: str, on_rank: int = 1, at: int = 5) -> None:
         super().__init__()
@@ -104,6 +105,8 @@ class Misbehaving(Masked):
             return output
         if self.how == "raise":
             raise ZeroDivisionError("the task divided by zero")
+        if self.how == "memory":  # more than there is on any machine
+            return output + torch.zeros(10**15)[0]
         if self.how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.how == "nan":
@@ -192,14 +195,18 @@ class Unused(Masked):
 
 
 class Large(Task):
-    """21 million parameters."""
+    """21 million parameters in 10 blocks."""
+
+    def __init__(self, blocks: int = 10) -> None:
+        self.num_blocks = blocks
 
     def train_dataset(self) -> TensorDataset:
         return TensorDataset(torch.randn(8, 512))
 
     def model(self) -> nn.Module:
         blocks = [
-            nn.Sequential(nn.LayerNorm(512), nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512)) for _ in range(10)
+            nn.Sequential(nn.LayerNorm(512), nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512))
+            for _ in range(self.num_blocks)
         ]
         return nn.Sequential(*blocks, nn.Linear(512, 3))
 
@@ -252,3 +259,28 @@ class Streamed(Masked):
 
     def train_dataset(self) -> Any:
         return Tokens(super().train_dataset(), self.split)
+
+
+class Phased(Slow):
+    """Leaves a mark in `folder` when rank 0 is in `start-up` or `evaluation`, and stays there for a while; its
+    checkpoints are large enough to be met while they are written."""
+
+    def __init__(self, folder: str, dropout: float = 0.1) -> None:
+        super().__init__(dropout=dropout)
+        self.folder = Path(folder)
+
+    def model(self) -> nn.Module:
+        self._mark("start-up")
+        model = super().model()
+        model.register_buffer("ballast", torch.arange(4_000_000.0))
+        return model
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        if not model.training:
+            self._mark("evaluation")
+        return super().forward(model, batch)
+
+    def _mark(self, phase: str) -> None:
+        if os.environ.get("RANK", "0") == "0" and not (self.folder / phase).exists():
+            (self.folder / phase).touch()
+            time.sleep(1)

@@ -3,16 +3,12 @@
 import json
 import os
 import re
-import signal
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import BIN, Run, check, environment, processes_of, refused
+from conftest import BIN, Run, check, refused
 
 from distrib import Config, Trainer
 from distrib.errors import ConfigError
@@ -85,7 +81,7 @@ def test_a_port_that_is_taken(run: Run, tmp_path: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         line = refused(run("distrib", "launch", "--processes", 2, "--port", port, config))
-        assert f"--port: {port} cannot be used: Address already in use" in line
+        assert f"--port: port {port} cannot be used: Address already in use" in line
         plain = {
             "RANK": "0",
             "LOCAL_RANK": "0",
@@ -147,29 +143,3 @@ def test_a_worker_that_raises_shows_why(run: Run, tmp_path: Path) -> None:
     result = run("distrib", "launch", "--processes", 2, write(tmp_path, task=task, data=data))
     check(result, code=1)
     assert result.stderr.count("ValueError: sample 40 is broken") == 1
-
-
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)], ids=lambda v: str(v)
-)
-def test_nothing_outlives_the_launcher(mark: str, tmp_path: Path, number: signal.Signals, code: int) -> None:
-    # A rank that hangs never comes to the end of a step, where it would save; the launcher ends it after 30 s.
-    task = {"target": "tasks:Slow"} if number == signal.SIGTERM else misbehave("sleep", 1)
-    config = write(tmp_path, task=task, train={"steps": 5000}, data={**CONFIG["data"], "num_workers": 1})  # type: ignore[dict-item]
-    launcher = subprocess.Popen(
-        [sys.executable, "-m", "distrib", "launch", "--processes", "2", str(config)],
-        cwd=tmp_path,
-        env=environment(mark),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    ledger = tmp_path / "runs" / "small" / "steps.jsonl"
-    deadline = time.monotonic() + 60
-    while not (ledger.exists() and ledger.read_text().count("\n") >= 2) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(processes_of(mark)) >= 5  # the launcher, two ranks and a worker of each
-    launcher.send_signal(number)
-    _, stderr = launcher.communicate(timeout=60)
-    assert launcher.returncode == code
-    assert "Traceback" not in stderr
-    # the mark's fixture now checks that all of them end

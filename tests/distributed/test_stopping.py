@@ -2,15 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
-from conftest import check_same, environment, lines, no_process_left, processes_of
+from conftest import check_same, events, lines, ranks, start, steps_done, until
 
 STEPS = 60
 CONFIG = {
@@ -21,47 +17,43 @@ CONFIG = {
 }
 
 
-def ranks(mark: str) -> dict[str, psutil.Process]:
-    """The processes that train, by rank; alone it is rank 0."""
-    return {
-        process.environ().get("RANK", "0"): process
-        for process in processes_of(mark)
-        if "launch" not in process.cmdline() or "RANK" in process.environ()
-    }
+def test_one_of_the_ranks_is_asked_to_stop(mark: str, tmp_path: Path) -> None:
+    (tmp_path / "slow.yaml").write_text(yaml.safe_dump(CONFIG))
+    command = ["launch", "--processes", 2, "slow.yaml", "--run-dir"]
+    run = tmp_path / "run"
+    running = start(mark, tmp_path, *command, "run")
+    until(lambda: steps_done(run) >= 5, "it does not begin")
+    os.kill(ranks(mark)["1"].pid, signal.SIGUSR1)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 75, said
+    done = len(lines(run))
+    assert 5 <= done < STEPS
+    assert said.count(f"run: asked to stop; saved after step {done}, start it again to go on") == 1
+    assert "error" not in said
+    assert events(run) == ["started", "checkpoint", "preempted"]
+    for folder in ("run", "undisturbed"):
+        again = start(mark, tmp_path, *command, folder)
+        _, said = again.communicate(timeout=100)
+        assert again.returncode == 0, said
+    check_same(run, tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize(
-    ("processes", "number", "to"),
-    [(1, signal.SIGTERM, "0"), (2, signal.SIGUSR1, "1"), (2, signal.SIGTERM, "0")],
-)
-def test_a_rank_that_is_asked_to_stop(tmp_path: Path, processes: int, number: int, to: str) -> None:
-    path = tmp_path / "slow.yaml"
-    path.write_text(yaml.safe_dump(CONFIG))
-    command = [sys.executable, "-m", "distrib", "launch", "--processes", str(processes), str(path), "--run-dir"]
+def test_ctrl_c_in_one_process(mark: str, tmp_path: Path) -> None:
+    """Once it saves and ends, twice it ends at once."""
+    (tmp_path / "slow.yaml").write_text(yaml.safe_dump({**CONFIG, "train": {"steps": 100_000}}))
+    once = start(mark, tmp_path, "train", "slow.yaml", "--run-dir", "once")
+    until(lambda: steps_done(tmp_path / "once") >= 5, "it does not begin")
+    once.send_signal(signal.SIGINT)
+    _, said = once.communicate(timeout=60)
+    assert (once.returncode, events(tmp_path / "once")[-1]) == (75, "preempted"), said
 
-    def start(folder: str, mark: str) -> "subprocess.Popen[str]":
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            [*command, folder], cwd=tmp_path, env=environment(mark), stdout=pipe, stderr=pipe, text=True
-        )
-
-    with no_process_left() as mark:
-        running, ledger = start("run", mark), tmp_path / "run" / "steps.jsonl"
-        deadline = time.monotonic() + 60
-        while not ledger.exists() or ledger.read_bytes().count(b"\n") < 5:
-            assert time.monotonic() < deadline, "it does not begin"
-            time.sleep(0.01)
-        os.kill(ranks(mark)[to].pid, number)
-        _, said = running.communicate(timeout=60)
-        assert running.returncode == 75, said
-        done = len(lines(tmp_path / "run"))
-        assert 5 <= done < STEPS
-        assert said.count(f"run: asked to stop; saved after step {done}, start it again to go on") == 1
-        assert "error" not in said
-        events = lines(tmp_path / "run", "events.jsonl")
-        assert [event["event"] for event in events] == ["started", "checkpoint", "preempted"]
-        for folder in ("run", "undisturbed"):
-            again = start(folder, mark)
-            _, said = again.communicate(timeout=100)
-            assert again.returncode == 0, said
-    check_same(tmp_path / "run", tmp_path / "undisturbed")
+    asleep = {**CONFIG, "task": {"target": "tasks:Misbehaving", "how": "sleep", "on_rank": 0, "at": 9}}
+    (tmp_path / "asleep.yaml").write_text(yaml.safe_dump(asleep))
+    twice = start(mark, tmp_path, "train", "asleep.yaml", "--run-dir", "twice")
+    until(lambda: steps_done(tmp_path / "twice") == 2, "it does not begin")
+    twice.send_signal(signal.SIGINT)
+    with pytest.raises(TimeoutError):
+        until(lambda: twice.poll() is not None, "a rank that sleeps does not come to the end of its step", 2)
+    twice.send_signal(signal.SIGINT)
+    _, said = twice.communicate(timeout=60)
+    assert (twice.returncode, said) == (130, "interrupted\n")

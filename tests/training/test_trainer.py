@@ -37,7 +37,7 @@ def test_the_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     run = fit(tmp_path / "run")
     assert {path.name for path in run.iterdir()} == {
         *("config.yaml", "environment.json", "steps.jsonl", "evals.jsonl", "events.jsonl"),
-        *("checkpoints", "summary.json", "curves.png"),
+        *("checkpoints", "summary.json", "curves.png", ".lock"),
     }
     steps = lines(run / "steps.jsonl")
     assert [step["step"] for step in steps] == list(range(6))

@@ -1,0 +1,281 @@
+"""Who came, who is still there, and where each rank is: what ranks tell one another over the job's store.
+
+Collectives cannot say that: where a rank is missing they wait, for half an hour or for ever, and do not know for whom.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import DistError, DistNetworkError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from distrib.errors import LaunchError
+
+SILENCE = 60.0  # seconds after which a rank that is not heard of is held to be gone
+_BEAT = 2.0  # seconds between two signs of life
+_FAILED, _JOINED = "failed", "joined"
+_joined: "Presence | None" = None  # this process's, for as long as it lives
+
+
+class Presence:
+    """One rank's place at the store. `everyone` is what each rank said of itself, in rank order."""
+
+    def __init__(self, store: Store, keeper: str, rank: int, world_size: int, host: str) -> None:
+        """`keeper`: who keeps the store, in words."""
+        self.keeper, self.rank, self.world_size, self.host = keeper, rank, world_size, host
+        # torchrun keeps the store when it restarts; distrib launch makes another, and its machines may count restarts
+        # differently.
+        by_us = os.environ.get("DISTRIB_LAUNCHER") == "distrib"
+        start = "0" if by_us else os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = PrefixStore(f"distrib/{start}", store)
+        self.everyone: list[dict[str, Any]] = []
+        self._watching: threading.Event | None = None
+        self._heard, self._silent = 0.0, keeper
+
+    def join(self, versions: dict[str, str | None], seconds: float) -> None:
+        """Wait until all ranks have come, the first time. Raises LaunchError: who is missing, or has other versions
+        than rank 0."""
+        global _joined
+        if self.everyone:
+            return
+        me = {"host": self.host, "versions": versions}
+        if self._store.add(f"count/{self.rank}", 1) > 1:
+            raise LaunchError(f"two processes say that they are {self.name(self.rank)}; give each a rank of its own")
+        self._store.set(f"beat/{self.rank}", json.dumps([0, _whereabouts()]))
+        self._store.set(f"came/{self.rank}", json.dumps(me))
+        if self.rank == 0:
+            self._store.set(_JOINED, json.dumps(self._count(seconds)))
+        try:
+            self._store.wait([_JOINED], timedelta(seconds=seconds + 2 * _BEAT))
+            outcome = json.loads(self._store.get(_JOINED))
+        except RuntimeError as error:
+            raise LaunchError(
+                f"rank 0 of {self.world_size} did not come within {seconds:g} s: {_first(error)}"
+            ) from None
+        if isinstance(outcome, str):
+            raise LaunchError(outcome)
+        self.everyone = outcome
+        _joined = self
+
+    def name(self, rank: int) -> str:
+        """As it stands in messages."""
+        host = self.host if rank == self.rank else self.everyone[rank]["host"] if self.everyone else None
+        return f"rank {rank} of {self.world_size}" + (f" on {host}" if host else "")
+
+    def watch(self) -> None:
+        """Give signs of life from now on, and end this process when the next rank's stay away."""
+        if self._watching is None:
+            self._watching, self._heard = threading.Event(), time.monotonic()
+            for part in (self._exchange, self._judge):
+                threading.Thread(target=part, args=(self._watching,), daemon=True).start()
+
+    def rest(self) -> None:
+        """No more signs of life: from here on the ranks go their own ways."""
+        if self._watching is not None:
+            self._watching.set()
+            self._watching = None
+
+    def claim_failure(self, began_here: bool) -> str | None:
+        """The rank that failed first, in words; that is this one, if none did before and `began_here`."""
+        try:
+            first = self._store.get(_FAILED).decode() if self._store.check([_FAILED]) else None
+            if first is None and began_here:
+                first = self._store.compare_set(_FAILED, "", self.name(self.rank)).decode()
+        except RuntimeError:  # the store went away with the process that kept it
+            return None
+        return first
+
+    def missing(self) -> str:
+        """Who is gone, in words: those whose signs of life stay away. Takes a few seconds."""
+        try:
+            before = self._beats()
+            time.sleep(2 * _BEAT)
+            now = self._beats()
+        except RuntimeError:
+            return self.keeper
+        gone = [rank for rank in range(self.world_size) if before[rank] == now[rank] and rank != self.rank]
+        return _few([self.name(rank) for rank in gone]) or "another rank"
+
+    def whereabouts(self) -> str:
+        """Where in their programs the ranks' main threads are, in words: one that hangs is not where the others are."""
+        try:
+            beats = self._beats()
+        except RuntimeError:
+            return f"{self.keeper} is gone"
+        places: dict[str, list[str]] = {}
+        for rank, beat in enumerate(beats):
+            places.setdefault(json.loads(beat)[1], []).append(self.name(rank))
+        return "; ".join(f"at {place}: {_few(names)}" for place, names in places.items())
+
+    def _count(self, seconds: float) -> list[dict[str, Any]] | str:
+        """Rank 0's part: what each rank said of itself, or what is wrong."""
+        keys = [f"came/{rank}" for rank in range(self.world_size)]
+        try:
+            self._store.wait(keys, timedelta(seconds=seconds))
+        except RuntimeError:
+            came = {rank for rank, key in enumerate(keys) if self._store.check([key])}
+            absent = [rank for rank in range(self.world_size) if rank not in came]
+            hosts = sorted({json.loads(self._store.get(keys[rank]))["host"] for rank in came})
+            return (
+                f"rank {', '.join(map(str, absent))} of {self.world_size} did not come within {seconds:g} s; the "
+                f"others are on {', '.join(hosts)}; see what the missing ones said, and whether they were started"
+            )
+        everyone = [json.loads(value) for value in self._store.multi_get(keys)]
+        for rank, one in enumerate(everyone):
+            for package, version in everyone[0]["versions"].items():
+                if (other := one["versions"].get(package)) != version:
+                    return (
+                        f"rank {rank} on {one['host']} has {package} {other}, rank 0 on {everyone[0]['host']} has "
+                        f"{version}; install the same on all"
+                    )
+        return everyone
+
+    def _own_connection(self) -> PrefixStore:
+        return self._store.clone()  # type: ignore[attr-defined,no-any-return]
+
+    def _beats(self) -> list[bytes]:
+        store = self._own_connection()  # the main thread's may be waiting for something
+        store.set_timeout(timedelta(seconds=2 * _BEAT))
+        beats: list[bytes] = store.multi_get([f"beat/{rank}" for rank in range(self.world_size)])
+        return beats
+
+    def _exchange(self, done: threading.Event) -> None:
+        """Give signs of life, and look for the next rank's. Where a machine is cut off this may block for good."""
+        store = self._own_connection()
+        neighbour, seen, beat = (self.rank + 1) % self.world_size, b"", 1
+        while not done.wait(_BEAT):
+            try:
+                self._silent = self.keeper
+                store.set(f"beat/{self.rank}", json.dumps([beat, _whereabouts()]))
+                now = store.get(f"beat/{neighbour}")
+                self._silent = self.name(neighbour)
+            except RuntimeError:
+                return
+            if now != seen:
+                seen, self._heard = now, time.monotonic()
+            beat += 1
+
+    def _judge(self, done: threading.Event) -> None:
+        """End this process when there is silence; not where it only did not listen, because it was suspended."""
+        woke = time.monotonic()
+        while not done.wait(_BEAT):
+            slept, woke = time.monotonic() - woke, time.monotonic()
+            if slept > 5 * _BEAT:
+                self._heard = woke
+            elif woke - self._heard > SILENCE:
+                print(
+                    f"{self.name(self.rank)} stopped: {self._silent} has not been heard of for {SILENCE:g} s; started "
+                    "again, the run goes on from its newest checkpoint",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)
+
+
+def joined() -> Presence | None:
+    """This process's, where it has joined the others before: a script may train several times."""
+    return _joined
+
+
+def enter(host: str, port: int, rank: int, world_size: int, node: str, seconds: float) -> Presence:
+    """Find the job's store, or keep it as rank 0 where no launcher does. Raises LaunchError where nobody answers."""
+    kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    keeper = f"the launcher at {host}:{port}" if kept_by_launcher else f"rank 0 of {world_size} on {host}"
+    keeps = rank == 0 and not kept_by_launcher
+    if not keeps:
+        wait_for_answer(host, port, seconds, "rank 0 or its launcher")
+    try:
+        store = TCPStore(
+            host, port, world_size, keeps, timedelta(seconds=seconds), wait_for_workers=False, multi_tenant=True
+        )
+    except DistNetworkError as error:
+        raise LaunchError(
+            f"rendezvous at {host}:{port} failed: {_first(error)}; if the port is taken, choose another"
+        ) from None
+    return Presence(store, keeper, rank, world_size, node)
+
+
+def own_address(host: str, port: int) -> str:
+    """This machine's, by which it reaches another, and another it. Raises LaunchError."""
+    try:
+        address = _address_towards(host, port)
+    except OSError as error:
+        raise LaunchError(f"rendezvous at {host}:{port} failed: {error.strerror or error}") from None
+    if address.startswith("127.") and host not in ("localhost", "127.0.0.1"):
+        # Our own name, which Debian gives 127.0.1.1. What others reach is where packets to anywhere would leave.
+        with suppress(OSError):
+            return _address_towards("192.0.2.1", 9)  # RFC 5737: nobody's
+    return address
+
+
+def _address_towards(host: str, port: int) -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+def wait_for_answer(host: str, port: int, seconds: float, who: str) -> None:
+    """Return when somebody listens there. Raises LaunchError, naming `who` should."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=min(5.0, seconds)).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise LaunchError(
+                    f"rendezvous at {host}:{port} failed: no answer within {seconds:g} s ({error.strerror or error}); "
+                    f"{who} should listen there, is it running and the port open?"
+                ) from None
+        time.sleep(0.2)
+
+
+def report_failure(error: BaseException) -> tuple[str, bool]:
+    """What this process should print of the exception that ended it, and whether the failure began here.
+
+    The first rank to fail says so in the job's store before its connections close, so that those who fail only for
+    want of it can tell. They say one line; the traceback that matters comes once.
+    """
+    me, trace = _joined, "".join(traceback.format_exception(error)).rstrip()
+    if me is None:
+        return f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()} failed:\n{trace}", True
+    name, said = me.name(me.rank), str(error).lower()
+    collective = isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and ("gloo" in said or "nccl" in said)
+    )
+    waited, lost = collective and ("timed out" in said or "timeout" in said), collective and "connection" in said
+    first = me.claim_failure(began_here=not (waited or lost))
+    if first not in (None, name):
+        return f"{name} stopped, because {first} had failed", False
+    if waited:
+        return f"{name} stopped: it has waited too long for the others. {me.whereabouts()}", False
+    if lost:
+        return f"{name} stopped: it lost contact with {me.missing()}", False
+    return f"{name} failed:\n{trace}", True
+
+
+def _whereabouts() -> str:
+    """Of the main thread: the innermost line that is not torch's."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None and "/torch/" in frame.f_code.co_filename:
+        frame = frame.f_back
+    if frame is None:
+        return "its end"
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _few(names: list[str]) -> str:
+    shown, more = names[:4], len(names) - 4
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+
+
+def _first(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,313 @@
+"""Several machines without a scheduler: a launcher on each, in network namespaces of their own where the tests run as
+root, else on loopback."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import (
+    Run,
+    check_same,
+    environment,
+    events,
+    free_port,
+    lines,
+    no_process_left,
+    processes_of,
+    refused,
+    steps_done,
+    until,
+)
+
+CONFIG = {
+    "name": "run",
+    "task": {"target": "tasks:Slow", "dropout": 0.1},
+    "data": {"global_batch_size": 16, "micro_batch_size": 4},
+    "train": {"steps": 120},
+    "checkpoint": {"every_steps": 10},
+}
+INSIDE = os.geteuid() == 0 and shutil.which("ip") is not None  # namespaces can be made
+
+
+@dataclass
+class Machine:
+    """`enter`: the command that runs another there."""
+
+    host: str
+    enter: list[str]
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[tuple[list[Machine], str]]:
+    """Two of them, and the address of the first."""
+    if not INSIDE:
+        here = socket.gethostname()
+        yield [Machine(here, []), Machine(here, [])], "127.0.0.1"
+        return
+    spaces = [f"distrib-{os.getpid()}-{number}" for number in (0, 1)]
+    links = [f"d{os.getpid() % 10**6}-{number}" for number in (0, 1)]
+    try:
+        for space in spaces:
+            ip("netns", "add", space)
+        ip("link", "add", links[0], "type", "veth", "peer", "name", links[1])
+        for number, (space, link) in enumerate(zip(spaces, links, strict=True)):
+            ip("link", "set", link, "netns", space)
+            ip("-n", space, "addr", "add", f"10.77.0.{number + 1}/24", "dev", link)
+            ip("-n", space, "link", "set", link, "up")
+            ip("-n", space, "link", "set", "lo", "up")
+        named = [
+            ["ip", "netns", "exec", space, "unshare", "--uts", "sh", "-c", f'hostname node{number}; exec "$@"', "sh"]
+            for number, space in enumerate(spaces)
+        ]
+        yield [Machine(f"node{number}", enter) for number, enter in enumerate(named)], "10.77.0.1"
+    finally:
+        for space in spaces:
+            subprocess.run(["ip", "netns", "del", space], check=False)
+
+
+Start = Callable[..., "list[subprocess.Popen[str]]"]
+
+
+@pytest.fixture
+def start(mark: str, tmp_path: Path, machines: tuple[list[Machine], str]) -> Start:
+    """`start(CONFIG, …)`: the same on both machines, each with what `own` says for it."""
+
+    def start(*arguments: object, own: tuple[list[object], list[object]] = ([], []), **env: str) -> list[object]:
+        both, address = machines
+        launchers, port = [], free_port()
+        for rank, machine in enumerate(both):
+            where = ["--nodes", 2, "--node-rank", rank, "--rendezvous", f"{address}:{port}"]
+            command = [*machine.enter, "distrib", "launch", *where, *arguments, *own[rank]]
+            launchers.append(
+                subprocess.Popen(
+                    [str(part) for part in command],
+                    cwd=tmp_path,
+                    env=environment(mark, **env),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        return launchers
+
+    return start  # type: ignore[return-value]
+
+
+def write(folder: Path, **changes: object) -> Path:
+    (folder / "run.yaml").write_text(yaml.safe_dump({**CONFIG, **changes}))
+    return folder / "runs" / "run"
+
+
+def launcher_of(process: "subprocess.Popen[str]") -> psutil.Process:
+    """`ip netns exec` and `unshare` become what they start."""
+    return psutil.Process(process.pid)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run on two processes of one machine."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = write(folder)
+    with no_process_left() as mark:
+        command = ["distrib", "launch", "--processes", "2", "run.yaml"]
+        subprocess.run(command, cwd=folder, env=environment(mark), check=True, timeout=100)
+    return run
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_launcher_is_killed(
+    start: Start, tmp_path: Path, machines: tuple[list[Machine], str], undisturbed: Path, killed: int
+) -> None:
+    """The other machine notices, says whom it lost, and leaves nothing running; started again, both go on."""
+    run = write(tmp_path)
+    launchers = start("run.yaml")
+    until(lambda: steps_done(run) >= 15, "it does not begin")
+    launcher_of(launchers[killed]).kill()
+    _, said = launchers[1 - killed].communicate(timeout=60)
+    assert launchers[1 - killed].returncode == 1
+    launchers[killed].communicate(timeout=60)
+    lost = machines[0][killed].host
+    expected = (
+        f"lost contact with rank 1 of 2 on {lost}" if killed else f"lost contact with node 0's launcher on {lost}"
+    )
+    assert expected in said
+    assert "Traceback" not in said
+    again = start("run.yaml")
+    assert [(launcher.communicate(timeout=100), launcher.returncode)[1] for launcher in again] == [0, 0]
+    assert "resumed" in events(run)
+    check_same(run, undisturbed)
+    assert lines(run)[-1]["world_size"] == 2
+
+
+def test_a_signal_to_one_launcher_stops_both(start: Start, tmp_path: Path, undisturbed: Path) -> None:
+    run = write(tmp_path)
+    launchers = start("run.yaml")
+    until(lambda: steps_done(run) >= 15, "it does not begin")
+    launcher_of(launchers[1]).send_signal(signal.SIGTERM)
+    said = [launcher.communicate(timeout=60)[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [75, 75], said
+    assert events(run)[-1] == "preempted"
+    again = start("run.yaml")
+    assert [(launcher.communicate(timeout=100), launcher.returncode)[1] for launcher in again] == [0, 0]
+    check_same(run, undisturbed)
+
+
+def test_both_start_again_after_a_crash(
+    start: Start, tmp_path: Path, mark: str, machines: tuple[list[Machine], str], undisturbed: Path
+) -> None:
+    run = write(tmp_path)
+    launchers = start("--max-restarts", 1, "run.yaml")
+    until(lambda: steps_done(run) >= 15, "it does not begin")
+    (rank,) = (process for process in processes_of(mark) if process.environ().get("RANK") == "1")
+    rank.kill()
+    said = [launcher.communicate(timeout=100)[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], said
+    assert "rank 1 was ended by SIGKILL (out of memory?); starting all again, restart 1 of 1" in said[1]
+    check_same(run, undisturbed)
+
+
+@pytest.mark.skipif(not INSIDE, reason="cutting a machine off needs root and iproute2")
+@pytest.mark.timeout(240)
+def test_a_machine_is_cut_off(start: Start, tmp_path: Path, machines: tuple[list[Machine], str]) -> None:
+    """No connection is closed, as when the power fails: the silence is noticed within 60 s."""
+    run = write(tmp_path, train={"steps": 100_000})
+    launchers = start("run.yaml")
+    until(lambda: steps_done(run) >= 15, "it does not begin")
+    space = machines[0][1].enter[3]
+    link = subprocess.run(["ip", "-n", space, "-o", "link"], capture_output=True, text=True, check=True).stdout
+    (name,) = (word.split("@")[0] for word in link.split() if word.startswith("d") and "@" in word)
+    ip("-n", space, "link", "set", name, "down")
+    try:
+        _, said = launchers[0].communicate(timeout=100)
+        assert launchers[0].returncode == 1
+        assert "rank 0 of 2 on node0 stopped: rank 1 of 2 on node1 has not been heard of for 60 s" in said
+        launchers[1].communicate(timeout=100)  # what it can still say depends on who notices first, rank or launcher
+        assert launchers[1].returncode == 1
+    finally:
+        ip("-n", space, "link", "set", name, "up")
+
+
+def test_another_config_on_one_machine(start: Start, tmp_path: Path, machines: tuple[list[Machine], str]) -> None:
+    run = write(tmp_path)
+    launchers = start("run.yaml", own=([], ["optim.lr=0.5"]))
+    said = [launcher.communicate(timeout=100)[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [2, 2]
+    first, second = (machine.host for machine in machines[0])
+    expected = f"error: rank 1 of 2 on {second} has another config than rank 0 on {first}: optim.lr is 0.5, there 0.001"
+    assert expected in said[0]
+    assert not run.exists()
+
+
+def test_a_run_folder_that_one_machine_does_not_see(
+    start: Start, tmp_path: Path, machines: tuple[list[Machine], str]
+) -> None:
+    """Each has a folder of its own under that name, as without a shared file system."""
+    write(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    launchers = start("run.yaml", own=(["--run-dir", "here/run"], ["--run-dir", "there/run"]))
+    said = [launcher.communicate(timeout=100)[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [2, 2]
+    assert f"error: rank 1 of 2 on {machines[0][1].host} does not see {tmp_path}/there/run/environment.json" in said[0]
+
+
+def test_other_versions_on_one_machine(start: Start, tmp_path: Path, machines: tuple[list[Machine], str]) -> None:
+    run = write(tmp_path)
+    other = tmp_path / "other" / "numpy-0.1.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.1\n")
+    script = tmp_path / "with_other.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(tmp_path / 'other')!r}) if os.environ['RANK'] == '1' else None\n"
+        "from distrib import Config, Trainer\n"
+        "from tasks import Slow\n"
+        "Trainer(Slow(), Config.load('run.yaml')).fit()\n"
+    )
+    launchers = start(script)
+    said = [launcher.communicate(timeout=100)[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [2, 2]
+    assert f"error: rank 1 on {machines[0][1].host} has numpy 0.1, rank 0 on {machines[0][0].host} has " in said[0]
+    assert not run.exists()
+
+
+def test_a_rank_that_never_comes(mark: str, run: Run, tmp_path: Path) -> None:
+    """Under a launcher that does not care, here none at all."""
+    write(tmp_path)
+    port = str(free_port())
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    line = refused(run("distrib", "train", "run.yaml", **alone, DISTRIB_JOIN_TIMEOUT="3"))
+    assert "rank 1 of 2 did not come within 3 s; the others are on" in line
+    other = {**alone, "RANK": "1"}
+    result = run("distrib", "train", "run.yaml", **other, DISTRIB_JOIN_TIMEOUT="3")
+    assert result.returncode == 2
+    assert f"rendezvous at 127.0.0.1:{port} failed: no answer within 3 s (Connection refused)" in result.stderr
+
+
+def test_two_that_say_they_are_the_same_rank(mark: str, tmp_path: Path) -> None:
+    write(tmp_path)
+    variables = {"LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = ["distrib", "train", "run.yaml", "data.micro_batch_size=1", "data.global_batch_size=15"]
+    started = []
+    for rank in ("0", "1", "1"):
+        env = environment(mark, RANK=rank, **variables, DISTRIB_JOIN_TIMEOUT="8")
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=60)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2, 2]
+    assert "rank 2 of 3 did not come within 8 s" in said[0]
+    assert "two processes say that they are rank 1 of 3" in said[1] + said[2]
+
+
+def test_a_machine_that_never_comes(run: Run, tmp_path: Path) -> None:
+    write(tmp_path)
+    where = ["--nodes", 2, "--rendezvous", f"127.0.0.1:{free_port()}", "--join-timeout", 3]
+    line = refused(run("distrib", "launch", *where, "--node-rank", 0, "run.yaml"))
+    assert "not all of 2 nodes came to 127.0.0.1:" in line
+    line = refused(run("distrib", "launch", *where, "--node-rank", 1, "run.yaml"))
+    assert "no answer within 3 s (Connection refused); node 0's distrib launch should listen there" in line
+
+
+def test_two_machines_with_the_same_node_rank(mark: str, tmp_path: Path) -> None:
+    write(tmp_path)
+    where = ["--nodes", "3", "--rendezvous", f"127.0.0.1:{free_port()}"]
+    command = ["distrib", "launch", *where, "run.yaml", "data.micro_batch_size=1", "data.global_batch_size=15"]
+    started = []
+    for rank in ("0", "1", "1"):
+        arguments = [*command[:2], "--node-rank", rank, *command[2:]]
+        started.append(
+            subprocess.Popen(arguments, cwd=tmp_path, env=environment(mark), stderr=subprocess.PIPE, text=True)
+        )
+    said = [process.communicate(timeout=60)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2, 2], said
+    for one in said:
+        assert "--node-rank: 3 launchers came, but none with node rank 2" in one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--nodes", 2], "so give --node-rank R (0 to 1) and --rendezvous HOST:PORT of node 0"),
+        (["--nodes", 2, "--node-rank", 2, "--rendezvous", "a:1"], "--node-rank: 2, give 0 to 1"),
+        (["--nodes", 2, "--node-rank", 1, "--rendezvous", "a"], "--rendezvous: 'a', give HOST:PORT of node 0"),
+        (["--rendezvous", "a:1"], "--node-rank and --rendezvous are for several machines; give --nodes N too"),
+        (
+            ["--nodes", 2, "--node-rank", 1, "--rendezvous", "nowhere.invalid:1", "--join-timeout", 1],
+            "no answer within",
+        ),
+    ],
+)
+def test_what_is_refused(run: Run, tmp_path: Path, arguments: list[object], said: str) -> None:
+    write(tmp_path)
+    assert said in refused(run("distrib", "launch", *arguments, "run.yaml"))

@@ -1,0 +1,157 @@
+"""`distrib launch` is sent each signal in each phase, with workers alive: it ends with 75, nothing is left running, and
+started again it is the run that was never disturbed."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import check_same, events, no_process_left, processes_of, ranks, start, steps_done, until
+
+STEPS = 40
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
+PHASES = ["start-up", "training", "evaluation", "saving"]
+
+
+def write(folder: Path, **changes: object) -> None:
+    config = {
+        "name": "run",
+        "task": {"target": "tasks:Phased", "folder": str(folder)},
+        "data": {"global_batch_size": 16, "micro_batch_size": 4, "num_workers": 1},
+        "train": {"steps": STEPS},
+        "eval": {"every_steps": 8},
+        "checkpoint": {"every_steps": 12, "keep": 1},
+    }
+    (folder / "phased.yaml").write_text(yaml.safe_dump({**config, **changes}))
+
+
+LAUNCH = ["launch", "--processes", 2, "phased.yaml"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write(folder)
+    with no_process_left() as mark:
+        launcher = start(mark, folder, *LAUNCH)
+        _, said = launcher.communicate(timeout=100)
+    assert launcher.returncode == 0, said
+    return folder / "runs" / "run"
+
+
+def come(folder: Path, phase: str) -> None:
+    """Wait until the run is there, in this start of it."""
+    run = folder / "runs" / "run"
+    before = steps_done(run)
+    there = {
+        "training": lambda: steps_done(run) > before + 2,
+        "saving": lambda: list((run / "checkpoints").glob(".*.partial")),
+    }
+    until(there.get(phase, (folder / phase).exists), f"{phase} does not come")
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: signal.Signals(number).name)
+def test_a_signal_in_each_phase(mark: str, tmp_path: Path, undisturbed: Path, number: signal.Signals) -> None:
+    """Of one run, which is started again after each."""
+    write(tmp_path)
+    run = tmp_path / "runs" / "run"
+    for phase in PHASES:
+        for left in (tmp_path / other for other in PHASES):
+            left.unlink(missing_ok=True)
+        launcher = start(mark, tmp_path, *LAUNCH)
+        come(tmp_path, phase)
+        launcher.send_signal(number)
+        if number != signal.SIGINT:  # there the second has a meaning of its own
+            launcher.send_signal(number)
+        _, said = launcher.communicate(timeout=60)
+        assert launcher.returncode == 75, f"{phase}: {said}"
+        assert "Traceback" not in said, phase
+        until(lambda: not processes_of(mark), "something is left running", 10)
+        if phase == "start-up":
+            assert not run.exists()
+            assert "nothing to save" in said or "before training began" in said
+        else:
+            assert events(run)[-1] == "preempted", phase
+            assert 0 < steps_done(run) < STEPS, phase
+    launcher = start(mark, tmp_path, *LAUNCH)
+    _, said = launcher.communicate(timeout=100)
+    assert launcher.returncode == 0, said
+    assert events(run).count("preempted") == len(PHASES) - 1
+    check_same(run, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("grace", "signals", "code", "said"),
+    [
+        (3, [signal.SIGTERM], 143, "the ranks did not save within 3 s of SIGTERM and were killed (--grace)"),
+        (50, [signal.SIGINT, signal.SIGINT], 130, ""),
+        (50, [signal.SIGKILL], -9, ""),
+    ],
+    ids=["grace", "Ctrl-C twice", "SIGKILL"],
+)
+def test_ranks_that_cannot_save(
+    mark: str, tmp_path: Path, grace: int, signals: list[signal.Signals], code: int, said: str
+) -> None:
+    """A rank that hangs never comes to the end of its step."""
+    write(tmp_path, task={"target": "tasks:Misbehaving", "how": "sleep", "on_rank": 1, "at": 9})
+    launcher = start(mark, tmp_path, "launch", "--processes", 2, "--grace", grace, "phased.yaml")
+    until(lambda: steps_done(tmp_path / "runs" / "run") == 4, "it does not begin")
+    assert len(processes_of(mark)) >= 5  # the launcher, two ranks and a worker of each
+    for place, number in enumerate(signals):
+        if place > 0:  # or the two would be one
+            with pytest.raises(TimeoutError):
+                until(lambda: launcher.poll() is not None, "it waits for the ranks", 1)
+        launcher.send_signal(number)
+    _, stderr = launcher.communicate(timeout=60)
+    assert launcher.returncode == code
+    assert "Traceback" not in stderr
+    assert stderr.splitlines() == ([f"distrib launch: {said}"] if said else [])
+    # the mark's fixture now checks that all of them end
+
+
+def test_after_a_crash_all_start_again(mark: str, tmp_path: Path, undisturbed: Path) -> None:
+    """A rank is killed in each start, after five steps more: with enough restarts the run comes to its end."""
+    write(tmp_path, checkpoint={"every_steps": 4, "keep": 2})
+    run = tmp_path / "runs" / "run"
+    launcher = start(mark, tmp_path, "launch", "--processes", 2, "--max-restarts", 2, "phased.yaml")
+    for steps in (9, 22):
+        until(lambda steps=steps: steps_done(run) == steps, "it does not go on")  # type: ignore[misc]
+        os.kill(ranks(mark)["1"].pid, signal.SIGKILL)
+    _, said = launcher.communicate(timeout=100)
+    assert launcher.returncode == 0, said
+    for attempt in (1, 2):
+        assert f"rank 1 was ended by SIGKILL (out of memory?); starting all again, restart {attempt} of 2" in said
+    assert [name for name in events(run) if name in ("started", "resumed", "finished")] == [
+        *("started", "started", "resumed", "started", "resumed", "finished"),
+    ]
+    check_same(run, undisturbed)
+
+
+def test_restarts_come_to_an_end(mark: str, tmp_path: Path) -> None:
+    write(tmp_path, task={"target": "tasks:Misbehaving", "how": "raise", "on_rank": 1, "at": 2})
+    launcher = start(mark, tmp_path, "launch", "--processes", 2, "--max-restarts", 1, "phased.yaml")
+    _, said = launcher.communicate(timeout=100)
+    assert launcher.returncode == 1
+    assert said.count("ZeroDivisionError: the task divided by zero") == 2
+    assert "restart 1 of 1" in said
+    assert said.splitlines()[-1] == "distrib launch: rank 1 failed with exit code 1; all processes were ended"
+
+
+def test_what_the_user_must_mend_is_not_restarted(mark: str, tmp_path: Path) -> None:
+    write(tmp_path, data={"global_batch_size": 128, "micro_batch_size": 4})
+    launcher = start(mark, tmp_path, "launch", "--processes", 2, "--max-restarts", 5, "phased.yaml")
+    _, said = launcher.communicate(timeout=100)
+    assert launcher.returncode == 2
+    assert said.count("the training set has only 97 samples") == 1
+    assert "restart" not in said
+
+
+def test_a_save_that_does_not_fit_the_grace_period(mark: str, tmp_path: Path) -> None:
+    write(tmp_path, eval={"every_steps": 0})
+    launcher = start(mark, tmp_path, "launch", "--grace", 0.01, "phased.yaml")
+    said, _ = launcher.communicate(timeout=100)
+    warnings = [line for line in said.splitlines() if line.startswith("warning: a save takes ")]
+    assert len(warnings) == 1, said
+    assert "but only 0.01 s lie between being asked to stop and being killed" in warnings[0]
+    assert events(tmp_path / "runs" / "run").count("warning") == 1
