@@ -39,7 +39,7 @@ SlurmctldPort={ports[0]}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
-SchedulerParameters=sched_interval=2
+SchedulerParameters=sched_interval=1
 MpiDefault=none
 JobRequeue=1
 KillWait=20
