@@ -32,6 +32,8 @@ app = typer.Typer(
 
     Its weights for plain torch:  distrib export runs/digits --out exported
 
+    Where runs differ, and why:  distrib compare runs/digits runs/other
+
     Exit codes: 0 done, 1 failed, 2 the input is wrong (one line says what), 75 asked to stop: saved, start again.""",
 )
 
@@ -68,14 +70,18 @@ def train(
         ),
     ] = "auto",
     fork: Annotated[bool, typer.Option("--fork", help="Begin a new run from another run's --resume PATH.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and errors alone.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show each step, and where its time went.")] = False,
 ) -> None:
     """Train in this process, or as a member where a launcher (torchrun, accelerate, distrib) started it."""
     from distrib.config import Config
+    from distrib.reporting.progress import Verbosity
     from distrib.task import load_task
     from distrib.training.trainer import Trainer
 
     loaded = Config.load(config, overrides or ())
-    Trainer(load_task(loaded.task), loaded, run_dir, resume=resume, fork=fork).fit()
+    verbosity: Verbosity = "quiet" if quiet else "verbose" if verbose else "normal"
+    Trainer(load_task(loaded.task), loaded, run_dir, resume=resume, fork=fork, verbosity=verbosity).fit()
 
 
 @app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
@@ -188,6 +194,17 @@ def evaluate(
 
 @app.command()
 @_as_member
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/digits.")],
+) -> None:
+    """Show a run as it goes on, or went, from its folder: from another terminal, or a cluster's login node."""
+    from distrib.reporting.watch import watch_run
+
+    watch_run(run)
+
+
+@app.command()
+@_as_member
 def verify(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/digits.")],
 ) -> None:
@@ -195,6 +212,20 @@ def verify(
     from distrib.training.verbs import verify_run
 
     verify_run(run)
+
+
+@app.command()
+@_as_member
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, or folders that wandb left offline.")
+    ],
+    out: Annotated[Path, typer.Option(help="The page; a .png is written beside it.")] = Path("comparison.html"),
+) -> None:
+    """Compare runs with the first: what differs, where they part and why, final, best and speed figures, curves."""
+    from distrib.reporting.compare import compare_runs
+
+    compare_runs(runs, out)
 
 
 @app.command()

@@ -107,6 +107,21 @@ class CheckpointConfig(_Section):
     keep_every: NonNegativeInt = 0  # and those at its multiples, for ever; 0: none
 
 
+class TrackingConfig(_Section):
+    """What is told to wandb, and to the other trackers that accelerate knows."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online where credentials are configured
+    project: str = "distrib"
+    entity: str | None = None
+    group: str | None = None
+    job_type: str | None = None
+    name: str | None = None  # none: the config's
+    notes: str | None = None
+    tags: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    checkpoints: bool = False  # as artifacts, by reference
+    others: Annotated[tuple[str, ...], Field(strict=False)] = ()  # by accelerate's names: tensorboard, mlflow, …
+
+
 class Config(_Section):
     """A whole run. See DESIGN in docs/config.md for each key."""
 
@@ -119,6 +134,7 @@ class Config(_Section):
     strategy: StrategyConfig = StrategyConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Config":
@@ -157,11 +173,11 @@ class Config(_Section):
         for key in ("num_workers", "prefetch_factor"):
             del values["data"][key]
         values["strategy"] = {"communication_dtype": self.strategy.communication_dtype}
-        return _flatten(values)
+        return flatten(values)
 
     def flat(self) -> dict[str, Any]:
         """Every key, with its sections before it, and its value."""
-        return _flatten(self.model_dump(mode="json"))
+        return flatten(self.model_dump(mode="json"))
 
 
 _EITHER_OR = {"train.steps": "epochs", "train.epochs": "steps"}
@@ -260,10 +276,10 @@ def _nearest(location: tuple[int | str, ...]) -> str:
     return f"; allowed here: {', '.join(section.model_fields)}"
 
 
-def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(values, dict):
         return {prefix: values}
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat.update(_flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+        flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
     return flat

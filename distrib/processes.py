@@ -9,8 +9,12 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def shield_worker(_worker_id: int) -> None:
-    """A DataLoader's `worker_init_fn`: leave signals to the rank, which may need its workers to reach the end of a
-    step and save; end when it ends."""
+    """A DataLoader's `worker_init_fn`."""
+    shield()
+
+
+def shield() -> None:
+    """Leave signals to the rank, which may need this process to reach the end of a step and save; end when it ends."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()

@@ -18,9 +18,9 @@ LAYERS = [
     {"cli"},
 ]
 ONLY_IN = {
-    "accelerate": {"training/engine.py", "training/placement.py", "world.py"},
+    "accelerate": {"reporting/tracking.py", "training/engine.py", "training/placement.py", "world.py"},
     "deepspeed": {"training/zero.py"},
-    "wandb": set(),
+    "wandb": {"reporting/tracking.py", "reporting/wandb_files.py"},
 }
 MODULES = sorted((ROOT / "distrib").rglob("*.py"))
 

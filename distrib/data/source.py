@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from distrib.data.loader import Read, Window, train_windows
+from distrib.data.loader import Read, Window, data_loader, train_windows
 from distrib.data.sampler import DistributedSampler, MicroBatch
 from distrib.errors import CheckpointError, ConfigError
 from distrib.plan import RunPlan
@@ -40,6 +40,11 @@ class Source:
         )
         return train_windows(sampler, **self.loading)
 
+    def some_batch(self) -> Any:
+        """A micro-batch of the first samples, to see what one looks like."""
+        first = np.arange(self.plan.micro_batch_size, dtype=np.uint64)
+        return next(iter(data_loader(self.dataset, [MicroBatch(first, first)], seed=self.seed))).batch
+
     def state(self) -> list[Any] | None:
         """What a checkpoint keeps, from all ranks: nothing. Collective."""
         return None
@@ -62,6 +67,9 @@ class Stream(Source):
         length = self.plan.grad_accum_steps
         for step in range(start, self.plan.num_steps):
             yield Window(step, self.world.rank * length, length, reads)
+
+    def some_batch(self) -> Any:
+        raise ConfigError("a stream gives each of its samples once")
 
     def state(self) -> list[Any] | None:
         mine = self._loader.state_dict()

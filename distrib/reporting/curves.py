@@ -1,17 +1,14 @@
 """curves.png: loss and metrics of a run over its steps, drawn from the run folder alone."""
 
-import json
-from pathlib import Path
-from typing import Any
-
 from matplotlib.figure import Figure  # without pyplot, which takes a second to import and is for screens
 
+from distrib.state.ledger import whole_lines
 from distrib.state.run_dir import RunDir
 
 
 def draw_curves(run: RunDir) -> None:
     """Read steps.jsonl and evals.jsonl, write curves.png: the losses in one panel, each metric in one of its own."""
-    steps, evals = _read(run.steps), _read(run.evals)
+    steps, evals = list(whole_lines(run.steps)), list(whole_lines(run.evals))
     metrics = {key: None for entry in evals for key in entry["metrics"] if key != "eval/loss"}
     width = 5.5 * (1 + len(metrics))
     figure = Figure(figsize=(width, 4), dpi=120)  # margins by hand: a layout engine draws all of it twice
@@ -29,7 +26,3 @@ def draw_curves(run: RunDir) -> None:
     for panel in panels[0]:
         panel.grid(alpha=0.3)
     figure.savefig(run.curves)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,65 +1,133 @@
-"""What rank 0 shows while training: a bar on a terminal, a readable line now and then in a log file."""
+"""A run as a person sees it: a display on a terminal, a readable line now and then in a log file.
+
+Fed with what the run folder holds, by the process that trains or by one that looks on (`distrib watch`).
+"""
 
 import time
+from collections import deque
+from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
+from typing import Any, Literal, TypeAlias
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
+Verbosity: TypeAlias = Literal["quiet", "normal", "verbose"]
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_DRAWS = 0.1  # a step may take less than a millisecond
+_STEPS_OF_RATE = 100  # the newest, over which the rate is taken
 
 
 class ProgressDisplay:
-    """Draws on rank 0 only; on the other ranks (`shown=False`) it does nothing."""
+    """quiet: warnings alone; verbose: a line for each step, with where its time went."""
 
-    def __init__(self, name: str, num_steps: int, shown: bool) -> None:
-        self.console = Console(quiet=not shown, highlight=False, soft_wrap=True)
-        self.num_steps = num_steps
-        self._started = self._drawn = time.perf_counter()
-        self._steps = 0
-        self._bar: Progress | None = None
-        self._between = _SECONDS_BETWEEN_LINES
-        if shown and self.console.is_terminal:
-            self._between = _SECONDS_BETWEEN_DRAWS
-            self._bar = Progress(
-                TextColumn(name),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[state]}"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
+    def __init__(self, name: str, num_steps: int, batch_size: int, verbosity: Verbosity = "normal") -> None:
+        """`batch_size`: samples of a step, on all ranks."""
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.num_steps, self.batch_size, self.verbosity = num_steps, batch_size, verbosity
+        self._seconds: deque[float] = deque(maxlen=_STEPS_OF_RATE)
+        self._latest: dict[str, Any] | None = None  # step that is not shown
+        self._status: dict[str, str] = {}  # the last evaluation, the last checkpoint
+        self._drawn = time.perf_counter()
+        self._live: Live | None = None
+        if verbosity == "normal" and self.console.is_terminal:
+            columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
+            self._bar = Progress(*columns, console=self.console)
             self._task = self._bar.add_task(name, total=num_steps, state="")
+            self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
 
-    def step(self, step: int, epoch: int, loss: float, lr: float, samples: int) -> None:
-        """Call after every step; `step` counts from 0, `samples` is the global batch size."""
-        self._steps += 1
+    def step(self, entry: dict[str, Any]) -> None:
+        """Show a line of the ledger, if it is time to."""
+        done = entry["step"] + 1
+        self._seconds.append(entry["seconds"])
+        self._latest = entry
         now = time.perf_counter()
-        if now - self._drawn < self._between and step + 1 < self.num_steps:
+        between = _SECONDS_BETWEEN_LINES if self._live is None else _SECONDS_BETWEEN_DRAWS
+        if self.verbosity == "verbose":
+            between = 0.0
+        if self.verbosity == "quiet" or (now - self._drawn < between and done < self.num_steps):
             return
         self._drawn = now
-        rate = self._steps * samples / (now - self._started)
-        state = f"epoch {epoch}  loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} samples/s"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step + 1, state=state)
+        self.flush()
+
+    def flush(self) -> None:
+        """Show the latest step, if it is not shown."""
+        if self._latest is None:
+            return
+        done, state = self._latest["step"] + 1, self._state(self._latest)
+        self._latest = None
+        if self._live is not None:
+            self._bar.update(self._task, completed=done, state=state)
         else:
-            self.say(f"step {step + 1}/{self.num_steps}  {state}")
+            self.say(f"step {done}/{self.num_steps}  {state}")
+
+    def evaluation(self, entry: dict[str, Any]) -> None:
+        """Show a line of evals.jsonl."""
+        metrics, done = format_metrics(entry["metrics"]), entry["step"]
+        self._status["evaluation"] = f"step {done}: {metrics}"
+        self.say(f"step {done}/{self.num_steps}  {metrics}  ({entry['count']} samples)")
+
+    def event(self, entry: dict[str, Any]) -> None:
+        """Show an event, where a person may want to know of it."""
+        kind, step = entry["event"], entry.get("step", 0)
+        if kind == "warning":
+            self.warn(entry["reason"])
+        elif kind == "resumed":
+            for problem in entry["passed_over"]:
+                self.warn(f"passed over: {problem}")
+            self.say(f"going on after step {step}")
+        elif kind == "skipped":
+            self.say(f"step {step + 1} {entry['verdict']}: the weights were left as they are")
+        elif kind == "checkpoint":
+            self._status["checkpoint"] = f"step {step}"
 
     def say(self, line: str) -> None:
         """A line that stays, above the bar if there is one."""
-        self.console.print(line, markup=False)
+        if self.verbosity != "quiet":
+            self.console.print(line, markup=False)
+
+    def warn(self, line: str) -> None:
+        """One that is shown in any case."""
+        self.console.print(f"warning: {line}", markup=False)
+
+    def _state(self, entry: dict[str, Any]) -> str:
+        loss, norm = (float("nan") if entry[key] is None else entry[key] for key in ("loss", "grad_norm"))
+        mean = sum(self._seconds) / len(self._seconds)
+        left = timedelta(seconds=round(mean * (self.num_steps - entry["step"] - 1)))
+        state = (
+            f"epoch {entry['epoch']}  loss {loss:.4f}  lr {entry['lr']:.2e}  {self.batch_size / mean:,.0f} samples/s"
+        )
+        if self.verbosity == "verbose":
+            parts = {"data": "data_seconds", "optimizer": "optimizer_seconds"}
+            split = "  ".join(f"{name} {1000 * entry[key]:.1f}" for name, key in parts.items() if key in entry)
+            return f"{state}  grad_norm {norm:.4f}  {1000 * entry['seconds']:.1f} ms ({split})"
+        return f"{state}  {left} left"
+
+    def _render(self) -> Group:
+        status = "  ".join(f"{what} {state}" for what, state in self._status.items())
+        return Group(self._bar, *([Text(status, style="dim", no_wrap=True, overflow="ellipsis")] if status else []))
 
     def __enter__(self) -> "ProgressDisplay":
-        if self._bar is not None:
-            self._bar.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
     """`eval/accuracy 0.9861  eval/loss 0.0532`"""
-    return "  ".join(f"{key} {value:.4f}" for key, value in sorted(metrics.items()))
+    return "  ".join(f"{key} {value:.4f}" for key, value in sorted(metrics.items()) if value is not None)
+
+
+def format_summary(path: Path, summary: dict[str, Any], what: str) -> str:
+    """The last line of a run."""
+    return (
+        f"{path} {what}: {format_metrics(summary['metrics'])}  "
+        f"({summary['steps']} steps on {summary['world_size']} process(es) in {summary['wall_seconds']:.1f} s)"
+    )

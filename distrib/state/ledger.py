@@ -8,10 +8,14 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from distrib.errors import RunDirError
 
 GENESIS = ""  # the chain before the first line
 _ONE_LINE = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
@@ -65,6 +69,24 @@ def last_line(path: Path) -> dict[str, Any] | None:
     return None
 
 
+def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a JSON-lines file, none where there is no file, without a last one that is torn.
+
+    Raises RunDirError where a line before it cannot be read.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                if line.endswith(b"\n"):
+                    raise RunDirError(f"{path} line {number}: cannot be read; see distrib verify") from None
+                return
+            yield entry
+
+
 def _line_of(path: Path, step: int) -> tuple[int, str | None]:
     """Where the line of `step` ends, and its chain: looked for from the end of the file, where a resume finds it."""
     end = path.stat().st_size if path.exists() else 0
@@ -103,6 +125,11 @@ def to_json(entry: dict[str, Any], indent: int | None = None) -> str:
     if indent is None:
         return _ONE_LINE(_finite(entry))
     return json.dumps(_finite(entry), indent=indent, allow_nan=False)
+
+
+def now() -> str:
+    """As it is written into a run folder."""
+    return datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="milliseconds")
 
 
 def _finite(value: Any) -> Any:

@@ -3,22 +3,14 @@
 import fcntl
 import json
 import math
-import os
-import platform
-import subprocess
-import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
-
-import torch
 
 from distrib.config import Config
 from distrib.errors import RunDirError
 from distrib.state import ledger
-from distrib.state.ledger import to_json
-from distrib.world import World, versions
+from distrib.state.ledger import now, to_json
 
 _LOCK = ".lock"
 _SECONDS_TO_DIE = 5.0  # that a killed process, or its workers, may take
@@ -42,17 +34,16 @@ class RunDir:
     def start(
         self,
         config: Config,
-        world: World,
-        strategy: str,
-        num_samples: int | None,
+        environment: dict[str, Any],
         resume: str = "auto",
         origin: dict[str, Any] | None = None,
     ) -> dict[str, Any] | None:
         """Make the folder and write config and environment, or return the summary of the same run, finished before.
 
         A folder in which this run did not reach its end is gone on with, unless `resume` is "never" and it has made a
-        step; where it names a checkpoint, a finished one too. `origin`: path, step and chain of another run's
-        checkpoint that this run begins from. Raises RunDirError where another run is there.
+        step; where it names a checkpoint, a finished one too. `environment`: as environment.py describes it; `origin`:
+        path, step and chain of another run's checkpoint that this run begins from. Raises RunDirError where another
+        run is there.
         """
         if (summary := self._finished_before(config, resume, origin)) is not None:
             return summary
@@ -61,9 +52,8 @@ class RunDir:
             self._hold()
             if (summary := self._finished_before(config, resume, origin)) is not None:  # in the meantime
                 return summary
-            began = self._has_begun()
-            starts = json.loads(self.environment.read_text())["starts"] if began and self.environment.exists() else []
-            environment = _environment(world, strategy, num_samples, starts)
+            if self._has_begun() and self.environment.exists():
+                environment = {**environment, "starts": [*self.starts(), *environment["starts"]]}
             if origin is not None:
                 environment["forked_from"] = origin
             elif self.environment.exists() and (before := self.origin()) is not None:
@@ -72,7 +62,8 @@ class RunDir:
             _write(self.config, config.dump())
         except OSError as error:
             raise RunDirError(f"{self.path}: cannot write the run folder: {error.strerror}") from None
-        self.event("started", world_size=world.world_size, strategy=strategy, launcher=world.launcher)
+        start = environment["starts"][-1]
+        self.event("started", **{key: start[key] for key in ("world_size", "strategy", "launcher")})
         return None
 
     def _finished_before(self, config: Config, resume: str, origin: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -107,6 +98,17 @@ class RunDir:
             _write(self.config, config.dump())
         except OSError as error:
             raise RunDirError(f"{self.path}: cannot write the run folder: {error.strerror}") from None
+
+    def held(self) -> bool:
+        """Does a process train in this folder now? Where a file system has no locks, it cannot be told: False."""
+        try:
+            with (self.path / _LOCK).open() as lock:
+                fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+        except OSError:
+            return False
+        return False
 
     def release(self) -> None:
         """Let other processes train in this folder."""
@@ -161,12 +163,14 @@ class RunDir:
             metrics.update(evaluation["metrics"])
         return metrics
 
-    def num_starts(self) -> int:
-        return len(self._read_environment()["starts"])
+    def starts(self) -> list[dict[str, Any]]:
+        """Where, when and by what the run was started, each time."""
+        starts: list[dict[str, Any]] = self.read_environment()["starts"]
+        return starts
 
     def origin(self) -> dict[str, Any] | None:
         """Path, step and chain of the checkpoint of another run that this one began from, if it did."""
-        found: dict[str, Any] | None = self._read_environment().get("forked_from")
+        found: dict[str, Any] | None = self.read_environment().get("forked_from")
         return found
 
     def beginning(self) -> tuple[int, str]:
@@ -176,10 +180,12 @@ class RunDir:
 
     def num_samples(self) -> int | None:
         """In the training set; None for a stream."""
-        samples: int | None = self._read_environment()["training_samples"]
+        samples: int | None = self.read_environment()["training_samples"]
         return samples
 
-    def _read_environment(self) -> dict[str, Any]:
+    def read_environment(self) -> dict[str, Any]:
+        """What environment.json says. Raises RunDirError."""
+        """environment.json. Raises RunDirError."""
         try:
             environment: dict[str, Any] = json.loads(self.environment.read_text())
         except (OSError, ValueError) as error:
@@ -206,13 +212,14 @@ class RunDir:
             raise RunDirError(f"{self.path}: not a run folder, there is no config.yaml in it")
         return Config.load(self.config)
 
-    def event(self, name: str, **details: Any) -> None:
-        """Append to events.jsonl."""
-        self._append(self.events, {"event": name, "time": _now(), **details})
+    def event(self, name: str, **details: Any) -> dict[str, Any]:
+        """Append to events.jsonl; returns the entry."""
+        return self._append(self.events, {"event": name, "time": now(), **details})
 
-    def evaluation(self, step: int, count: int, metrics: dict[str, float]) -> None:
-        """Append to evals.jsonl: `count` samples were evaluated after `step` steps."""
-        self._append(self.evals, {"step": step, "count": count, "metrics": metrics})
+    def evaluation(self, step: int, count: int, metrics: dict[str, float], seconds: float) -> dict[str, Any]:
+        """Append to evals.jsonl: `count` samples were evaluated after `step` steps. Returns the entry."""
+        entry = {"step": step, "count": count, "metrics": metrics, "seconds": round(seconds, 6)}
+        return self._append(self.evals, entry)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json, which says that the run is whole."""
@@ -220,9 +227,10 @@ class RunDir:
         self.event("finished", step=summary["steps"])
 
     @staticmethod
-    def _append(path: Path, entry: dict[str, Any]) -> None:
+    def _append(path: Path, entry: dict[str, Any]) -> dict[str, Any]:
         with path.open("a", encoding="utf-8") as file:
             file.write(to_json(entry) + "\n")
+        return entry
 
 
 def _evaluated_at(line: str) -> float:
@@ -230,46 +238,6 @@ def _evaluated_at(line: str) -> float:
         return int(json.loads(line)["step"])
     except ValueError:  # torn
         return math.inf
-
-
-def _environment(world: World, strategy: str, num_samples: int | None, starts: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "versions": versions(),
-        "machine": {
-            "host": platform.node(),
-            "platform": platform.platform(),
-            "cores": os.cpu_count(),
-            "device": str(world.device),
-            "threads": torch.get_num_threads(),
-        },
-        "git_commit": _git_commit(),
-        "training_samples": num_samples,
-        "starts": [
-            *starts,
-            {
-                "time": _now(),
-                "launcher": world.launcher,
-                "job": world.job,
-                "hosts": sorted(set(world.hosts)),
-                "world_size": world.world_size,
-                "strategy": strategy,
-                "python": sys.executable,
-            },
-        ],
-    }
-
-
-def _git_commit() -> str | None:
-    """Of the working directory, where the user's task lies; None where it is no git checkout."""
-    try:
-        result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None
-
-
-def _now() -> str:
-    return datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="milliseconds")
 
 
 def _write(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from distrib.data.loader import Window
 from distrib.data.order import derive_seed
 from distrib.task import Loss, Task
+from distrib.training.perf import Clock
 from distrib.training.placement import Placement, named_state
 from distrib.training.totals import Totals
 
@@ -91,6 +92,7 @@ class Engine:
         if self.device.type != "cpu":  # not run here: see docs/not-run-here.md
             self._generators.append(torch.get_device_module(self.device).manual_seed)
         self._buffers = list(self.module.buffers())
+        self.clock = Clock()
         self.stop_asked = False  # of this rank; the others learn of it by the step's result
         self._window: Window | None = None
         self._whole_count = True
@@ -103,12 +105,14 @@ class Engine:
     @contextmanager
     def microbatch(self, window: Window, index: int) -> Iterator[None]:
         """Random numbers that belong to this micro-batch, autocast, and no synchronisation before the last."""
+        self.clock.lap("data")
         self._window, self._last = window, index == len(window) - 1
         if index == 0 and not self.placement.shares_buffers:
             self.share_buffers()
         self.seed_random(derive_seed(self.seed, window.step, window.first + index))
         with self.placement.accumulate(self._last), self.autocast():
             yield
+        self.clock.lap("forward_backward")
 
     def autocast(self) -> Any:
         """Of forward and loss, in training and in evaluation."""
@@ -147,7 +151,8 @@ class Engine:
 
         `lr` is the first parameter group's rate; the others keep their ratio to it.
         """
-        totals = Totals.unpack(self.placement.totals.result(), self._whole_count)
+        totals = Totals.unpack(self.placement.totals.result(), self._whole_count)  # waits for the device, and the ranks
+        self.clock.lap("forward_backward")
         scale = None if self.loss_scale is None else self.loss_scale.value
         loss, grad_norm = totals.loss / totals.count if totals.count else 0.0, 0.0
         if totals.count == 0:
@@ -158,6 +163,7 @@ class Engine:
             verdict, grad_norm = self._update(totals.count, lr)
         if verdict in ("skipped:no_items", "skipped:nonfinite_loss"):
             self.placement.discard()
+        self.clock.lap("optimizer")
         return StepResult(verdict, loss, totals.count, grad_norm, lr, totals.digest, scale, totals.stop)
 
     def state(self) -> dict[str, Any]:

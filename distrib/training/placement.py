@@ -98,6 +98,11 @@ class Placement:
     def discard(self) -> None:
         """End the window without an update."""
 
+    def communication_seconds(self) -> float | None:
+        """For how long gradients were on their way with no backward left to run beside them, in a late step; None where
+        the library that moves them does not say."""
+        return None
+
     def shards(self) -> dict[str, Shard]:
         """What this rank holds of parameters, buffers and optimizer state, under the checkpoint's names. Views: what
         is read into them is there."""
@@ -250,6 +255,14 @@ class Replicated(Placement):
             ride(total, self.totals.totals, shares).backward()  # type: ignore[no-untyped-call]
         else:
             super().backward(total, shares, last)
+
+    def communication_seconds(self) -> float | None:
+        if not isinstance(self.model, nn.parallel.DistributedDataParallel):
+            return None
+        measured: dict[str, float] = self.model._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+        if "backward_comm_time" not in measured:  # DDP looks at its first steps, and each 100th, after they are over
+            return None
+        return max(0.0, measured["backward_comm_time"] - measured["backward_compute_comm_overlap_time"]) / 1e9
 
 
 def _mean_in_bf16(

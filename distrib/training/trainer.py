@@ -12,15 +12,18 @@ from distrib.data.loader import Window
 from distrib.data.source import source
 from distrib.errors import ConfigError, Preempted, TrainingError
 from distrib.plan import RunPlan
-from distrib.reporting.progress import ProgressDisplay, format_metrics
+from distrib.reporting.progress import ProgressDisplay, Verbosity, format_summary
+from distrib.reporting.record import Record
+from distrib.reporting.tracking import require_trackers
 from distrib.schedule import learning_rate_factor
-from distrib.state.ledger import GENESIS, Ledger
+from distrib.state.environment import describe
+from distrib.state.ledger import GENESIS
 from distrib.state.resume import Found, named, newest_whole, whole
 from distrib.state.run_dir import RunDir
 from distrib.state.saver import Saver
 from distrib.stopping import when_asked_to_stop
 from distrib.task import Task
-from distrib.training import agreement, assembly, strategies
+from distrib.training import agreement, assembly, perf, strategies
 from distrib.training.engine import Engine, StepResult
 from distrib.training.loop import train_step
 from distrib.training.placement import trainable
@@ -43,12 +46,16 @@ class Trainer:
         *,
         resume: str = "auto",
         fork: bool = False,
+        verbosity: Verbosity = "normal",
     ) -> None:
-        """`resume`: auto, never or a checkpoint's path; `fork`: begin a new run from another run's checkpoint."""
+        """`resume`: auto, never or a checkpoint's path; `fork`: begin a new run from another run's checkpoint;
+        `verbosity`: what rank 0 shows."""
         self.task, self.config, self.resume = task, config, resume
         self.run = RunDir(Path(run_dir) if run_dir is not None else Path("runs") / config.name)
         self.checkpoint, self.origin = named(resume, self.run, fork)
         self.world = World.detect()
+        if self.world.is_rank_0:
+            require_trackers(config.tracking)
         self.strategy = strategies.resolve(config, self.world)
         self.train_dataset, num_samples = assembly.train_dataset(task)
         self.eval_dataset = assembly.eval_dataset(task)
@@ -63,12 +70,11 @@ class Trainer:
             raise ConfigError(f"task.model: {type(self.module).__name__} has no parameter to train")
         self.make_optimizer = assembly.optimizer_maker(task, config)
         self.make_optimizer(params)  # to refuse what it refuses now; the one that trains is made over the shards
-        self.progress = ProgressDisplay(config.name, self.plan.num_steps, shown=self.world.is_rank_0)
+        display = ProgressDisplay(config.name, self.plan.num_steps, self.plan.global_batch_size, verbosity)
+        self.record = Record(self.run, self.world, display)
         self.preemption = Preemption(self.world)
         self.first_step = 0  # of this process
         self.applied = 0  # updates made: the schedule's clock
-        self.train_seconds = 0.0
-        self.metrics: dict[str, float] = {}  # the latest of each
 
     def fit(self) -> dict[str, Any]:
         """Train, evaluate, save; returns the summary, the same on every rank.
@@ -78,23 +84,26 @@ class Trainer:
         """
         self.world.connect(self.config.strategy.timeout)
         agreement.require_same_config(self.world, self.config)
-        summary = self.world.on_rank_0(
-            lambda: self.run.start(
-                self.config, self.world, self.strategy.name, self.plan.num_samples, self.resume, self.origin
-            )
-        )
+        summary = self.world.on_rank_0(self._start)
         try:
             agreement.require_shared(self.world, self.run.environment)
             if summary is None:
                 with self._failures_recorded():
                     summary = self._train()
-                self._say_summary(summary, "finished")
+                self.record.close("finished")
+                self.record.say(format_summary(self.run.path, summary, "finished"))
             else:
-                self._say_summary(summary, "had finished before; to train again, remove the folder or choose --run-dir")
+                before = "had finished before; to train again, remove the folder or choose --run-dir"
+                self.record.say(format_summary(self.run.path, summary, before))
         finally:
             self.run.release()
         self.world.part()
         return summary
+
+    def _start(self) -> dict[str, Any] | None:
+        work = perf.work(self.task, self.module, self.source, self.config.train.mixed_precision)
+        environment = describe(self.world, self.strategy.name, self.plan.num_samples, self.task, work)
+        return self.run.start(self.config, environment, self.resume, self.origin)
 
     def _train(self) -> dict[str, Any]:
         started = time.perf_counter()
@@ -105,7 +114,9 @@ class Trainer:
             seed=self.config.seed,
         )
         if self.world.is_rank_0 and self.world.world_size > 1 and (kinds := assembly.batch_norms(self.module)):
-            self._warn(f"{kinds}: running statistics depend on the number of processes; GroupNorm or LayerNorm do not")
+            self.record.warn(
+                f"{kinds}: running statistics depend on the number of processes; GroupNorm or LayerNorm do not"
+            )
         chain = self._go_on(engine)
         self.module.train()
         if engine.placement.learns_from_its_first_backward and 0 < self.first_step < self.plan.num_steps:
@@ -114,27 +125,23 @@ class Trainer:
         saver = Saver(self.run.checkpoints, self.world, keep, keep_every, [self.run.steps, self.run.evals])
         with ExitStack() as stack:
             stack.enter_context(when_asked_to_stop(self.preemption.take_note))
-            stack.enter_context(self.progress)
-            ledger = stack.enter_context(Ledger(self.run.steps, chain)) if self.world.is_rank_0 else None
-            before = time.perf_counter()
+            stack.enter_context(self.record.open(chain, self.config.tracking, self.first_step))
+            engine.clock.start()
             for window in self._windows():
                 engine.stop_asked = self.preemption.asked
                 result = train_step(engine, self.task, window, self._learning_rate(engine))
                 self.applied += result.applied
-                seconds = time.perf_counter() - before
-                self.train_seconds += seconds
-                if ledger is not None:
-                    self._record(ledger, window.step, result, seconds)
+                self.record.step(self._entry(engine, window.step, result))
                 if not result.applied:
                     self._skipped(window.step, result)
                 if self._evaluation_is_due(window.step + 1):
                     self._evaluate(engine, window.step + 1)
                 if self._save_is_due(window.step + 1):
-                    self._save(engine, saver, window.step + 1, ledger)
+                    self._save(engine, saver, window.step + 1)
                 self._report_saves(saver)
                 if result.stop and window.step + 1 < self.plan.num_steps:
-                    self._stop(engine, saver, window.step + 1, ledger)
-                before = time.perf_counter()
+                    self._stop(engine, saver, window.step + 1)
+                engine.clock.start()
             saver.wait()
             self._report_saves(saver)
             return self.world.on_rank_0(lambda: self._finish(time.perf_counter() - started))
@@ -159,20 +166,17 @@ class Trainer:
         lost = self.run.rewind(self.first_step)
         if found is not None or lost:
             passed_over = [] if found is None else found.passed_over
-            for problem in passed_over:
-                self.progress.say(f"passed over: {problem}")
-            self.run.event("resumed", step=self.first_step, passed_over=passed_over)
-            self.progress.say(f"going on after step {self.first_step}")
-            self.metrics = self.run.latest_metrics()
+            self.record.event("resumed", step=self.first_step, passed_over=passed_over)
+            self.record.metrics = self.run.latest_metrics()
 
     def _save_is_due(self, steps_done: int) -> bool:
         every = self.config.checkpoint.every_steps
         return steps_done == self.plan.num_steps or (every > 0 and steps_done % every == 0)
 
-    def _save(self, engine: Engine, saver: Saver, steps_done: int, ledger: Ledger | None) -> None:
+    def _save(self, engine: Engine, saver: Saver, steps_done: int) -> None:
         engine.share_buffers()
         manifest = {
-            "chain": "" if ledger is None else ledger.chain,
+            "chain": self.record.chain,
             "applied": self.applied,
             "world_size": self.world.world_size,
             "strategy": self.strategy.name,
@@ -181,31 +185,26 @@ class Trainer:
         }
         saver.save(steps_done, engine.placement.shards(), manifest)
 
-    def _stop(self, engine: Engine, saver: Saver, steps_done: int, ledger: Ledger | None) -> None:
+    def _stop(self, engine: Engine, saver: Saver, steps_done: int) -> None:
         """Save, where that is not just done, put the job back into SLURM's queue, and end with exit code 75."""
         if not self._save_is_due(steps_done):
-            self._save(engine, saver, steps_done, ledger)
+            self._save(engine, saver, steps_done)
         saver.wait()
         self._report_saves(saver)
         requeue = self.preemption.requeue()
-        if self.world.is_rank_0:
-            self.run.event("preempted", step=steps_done, requeue=requeue)
+        self.record.event("preempted", step=steps_done, requeue=requeue)
+        self.record.close("preempted")
         saved = f"{self.run.path}: asked to stop; saved after step {steps_done}"
         if requeue and self.world.is_rank_0:  # before a task ends, or srun would end the others
-            self.progress.say(f"{saved}, {slurm.requeue(str(self.world.job))}")
+            self.record.say(f"{saved}, {slurm.requeue(str(self.world.job))}")
         self.world.part()
         raise Preempted(saved if requeue else f"{saved}, start it again to go on")
 
     def _report_saves(self, saver: Saver) -> None:
         for saved in saver.completed():
-            if self.world.is_rank_0:
-                self.run.event("checkpoint", **saved)
-                if (reason := self.preemption.too_long(saved["seconds"] + saved["stall"])) is not None:
-                    self._warn(reason)
-
-    def _warn(self, reason: str) -> None:
-        self.run.event("warning", reason=reason)
-        self.progress.say(f"warning: {reason}")
+            self.record.event("checkpoint", **saved)
+            if (reason := self.preemption.too_long(saved["seconds"] + saved["stall"])) is not None:
+                self.record.warn(reason)
 
     def _windows(self) -> Iterator[Window]:
         return self.source.windows(self.first_step)
@@ -215,33 +214,27 @@ class Trainer:
         factor = learning_rate_factor(self.applied, optim.schedule, optim.warmup_steps, self.plan.num_steps)
         return engine.base_rate * factor
 
-    def _record(self, ledger: Ledger, step: int, result: StepResult, seconds: float) -> None:
+    def _entry(self, engine: Engine, step: int, result: StepResult) -> dict[str, Any]:
         """One line of steps.jsonl."""
-        epoch = self.plan.epoch(step)
-        self.metrics["train/loss"] = result.loss
-        ledger.append(
-            {
-                "step": step,
-                "epoch": epoch,
-                "loss": result.loss,
-                "lr": result.lr,
-                "grad_norm": result.grad_norm,
-                "count": result.count,
-                "verdict": result.verdict,
-                "samples": f"{result.digest:016x}",
-                "seconds": round(seconds, 6),
-                "world_size": self.world.world_size,
-                "strategy": self.strategy.name,
-                **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
-            }
-        )
-        self.progress.step(step, epoch, result.loss, result.lr, self.plan.global_batch_size)
+        return {
+            "step": step,
+            "epoch": self.plan.epoch(step),
+            "loss": result.loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "count": result.count,
+            "verdict": result.verdict,
+            "samples": f"{result.digest:016x}",
+            **engine.clock.seconds(),
+            "world_size": self.world.world_size,
+            "strategy": self.strategy.name,
+            **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
+            **(perf.sampled(engine) if (step - self.first_step) % perf.EVERY_STEPS == 1 else {}),
+        }
 
     def _skipped(self, step: int, result: StepResult) -> None:
         """The loss scale finding its level is ordinary; anything else may be a reason to stop."""
-        if self.world.is_rank_0:
-            self.run.event("skipped", step=step, verdict=result.verdict)
-            self.progress.say(f"step {step + 1} {result.verdict}: the weights were left as they are")
+        self.record.event("skipped", step=step, verdict=result.verdict)
         if self.config.train.on_nonfinite == "stop" and "nonfinite" in result.verdict:
             raise TrainingError(f"step {step} was {result.verdict}, and train.on_nonfinite is stop; skip would go on")
 
@@ -255,12 +248,9 @@ class Trainer:
         assert self.eval_dataset is not None, "evaluation was due"
         started = time.perf_counter()
         metrics = assembly.evaluate(engine, self.task, self.eval_dataset, self.config)
-        self.preemption.longest_evaluation = max(self.preemption.longest_evaluation, time.perf_counter() - started)
-        self.metrics.update(metrics)
-        if self.world.is_rank_0:
-            count = len(self.eval_dataset)  # type: ignore[arg-type]
-            self.run.evaluation(steps_done, count, metrics)
-            self.progress.say(f"step {steps_done}/{self.plan.num_steps}  {format_metrics(metrics)}  ({count} samples)")
+        seconds = time.perf_counter() - started
+        self.preemption.longest_evaluation = max(self.preemption.longest_evaluation, seconds)
+        self.record.evaluation(steps_done, len(self.eval_dataset), metrics, seconds)  # type: ignore[arg-type]
 
     def _finish(self, seconds: float) -> dict[str, Any]:
         from distrib.reporting.curves import draw_curves  # matplotlib takes its time, so only now
@@ -270,12 +260,12 @@ class Trainer:
             "name": self.config.name,
             "steps": steps,
             "skipped": steps - self.applied,
-            "metrics": self.metrics,
+            "metrics": self.record.metrics,
             "samples_per_second": round(
-                (steps - self.first_step) * self.plan.global_batch_size / max(self.train_seconds, 1e-9), 1
+                (steps - self.first_step) * self.plan.global_batch_size / max(self.record.train_seconds, 1e-9), 1
             ),
             "wall_seconds": round(seconds, 3),
-            "restarts": self.run.num_starts() - 1,
+            "restarts": len(self.run.starts()) - 1,
             "world_size": self.world.world_size,
             "strategy": self.strategy.name,
         }
@@ -283,17 +273,12 @@ class Trainer:
         draw_curves(self.run)
         return summary
 
-    def _say_summary(self, summary: dict[str, Any], what: str) -> None:
-        self.progress.say(
-            f"{self.run.path} {what}: {format_metrics(summary['metrics'])}  "
-            f"({summary['steps']} steps on {summary['world_size']} process(es) in {summary['wall_seconds']:.1f} s)"
-        )
-
     @contextmanager
     def _failures_recorded(self) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            if self.world.is_rank_0 and not isinstance(error, Preempted):
-                self.run.event("failed", error=f"{type(error).__name__}: {error}")
+            if not isinstance(error, Preempted):
+                self.record.event("failed", error=f"{type(error).__name__}: {error}")
+                self.record.close("failed")
             raise

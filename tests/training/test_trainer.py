@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import tensors
@@ -43,8 +44,12 @@ def test_the_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert [step["step"] for step in steps] == list(range(6))
     assert set(steps[0]) == {
         *("step", "epoch", "loss", "lr", "grad_norm", "count", "verdict", "samples", "seconds"),
-        *("world_size", "strategy", "chain"),
+        *("data_seconds", "optimizer_seconds", "world_size", "strategy", "chain"),
     }
+    assert set(steps[1]) == {*steps[0], "peak_memory"}
+    for step in steps:
+        assert 0 < step["data_seconds"] + step["optimizer_seconds"] < step["seconds"]
+    assert 2**20 < steps[1]["peak_memory"] < psutil.virtual_memory().total
     evals = lines(run / "evals.jsonl")
     assert [(entry["step"], entry["count"]) for entry in evals] == [(4, 97), (6, 97)]
     assert set(evals[0]["metrics"]) == {"eval/loss", "eval/right"}

@@ -1,0 +1,108 @@
+"""What wandb costs a step: blocks in which its processes run against blocks in which they are stopped.
+
+python benchmarks/tracking.py   measure with 1 and with 2 processes, write results/DATE-tracking.json and .md
+"""
+
+import argparse
+import os
+import signal
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from alternating import AlternatingTrainer, measure, write_results
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from distrib import Config, Loss, Task
+from distrib.data.loader import Window
+from distrib.training.trainer import Trainer
+from distrib.world import World
+
+TARGET = 1.01
+BLOCKS, STEPS = 20, 150
+BATCH, WIDTH, DEPTH = 32, 512, 9  # about 10 ms a step on one core
+
+
+class Busy(Task):
+    """Matrix products; learns to sum."""
+
+    def train_dataset(self) -> TensorDataset:
+        inputs = torch.randn(1024, WIDTH, generator=torch.Generator().manual_seed(0))
+        return TensorDataset(inputs, inputs.sum(1, keepdim=True) / WIDTH**0.5)
+
+    def model(self) -> nn.Module:
+        layers = [layer for _ in range(DEPTH) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
+        return nn.Sequential(*layers, nn.Linear(WIDTH, 1))
+
+    def loss(self, output: Any, batch: Any) -> Loss:
+        return Loss((output - batch[1]).square().sum(), len(output))
+
+
+class TrackingTrainer(AlternatingTrainer):
+    blocks_timed, steps_a_block, learned = BLOCKS, STEPS, 0.5
+
+    def _windows(self) -> Iterator[Window]:
+        """`plain` blocks are distrib's too, with the tracking process and wandb's stopped. They have to catch up in the
+        others, so that what is measured there is what they do for two."""
+        self.milliseconds = {"plain": [], "distrib": []}
+        self.losses = {"plain": [], "distrib": []}
+        windows = Trainer._windows(self)
+        yield from islice(windows, STEPS)
+        time.sleep(5)  # until wandb has begun
+        for _ in range(1 + BLOCKS):
+            for loop, number in (("plain", signal.SIGSTOP), ("distrib", signal.SIGCONT)):
+                self._signal(number)
+                with self._timed(loop):
+                    yield from islice(windows, STEPS)
+                self.losses[loop].append(self.record.metrics.get("train/loss", 0.0))
+        yield from windows
+
+    def _signal(self, number: int) -> None:
+        if self.world.is_rank_0:
+            beside = [one for one in psutil.Process().children(recursive=True) if one.pid != os.getpid()]
+            assert len(beside) >= 2, "the tracking process, and wandb's"
+            for process in beside:
+                process.send_signal(number)
+        if self.world.world_size > 1:
+            dist.barrier()
+
+
+def run_member(folder: Path) -> None:
+    """One process of one case."""
+    config = Config.from_dict(
+        {
+            "data": {"global_batch_size": BATCH * World.detect().world_size, "micro_batch_size": BATCH},
+            "optim": {"name": "adamw", "lr": 0.0001},
+            "train": {"steps": (1 + 2 * (1 + BLOCKS)) * STEPS + 1},
+            "tracking": {"wandb": "offline"},
+        }
+    )
+    trainer = TrackingTrainer(Busy(), config, folder / "run")
+    trainer.fit()
+    trainer.finish_member(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="what wandb costs a step")
+    parser.add_argument("--member", type=Path, help=argparse.SUPPRESS)  # how we start ourselves
+    arguments = parser.parse_args()
+    if arguments.member is not None:
+        run_member(arguments.member)
+        return
+    cases = {processes: measure(__file__, processes, TARGET) for processes in (1, 2)}
+    what = (
+        "wandb offline, each step told; against the same with wandb's processes stopped, which catch up afterwards, so "
+        f"that each step costs twice. Medians of {BLOCKS} alternating blocks of {STEPS} steps, and of the ratios of "
+        "neighbouring blocks."
+    )
+    write_results("tracking", "What tracking costs a step", what, "processes", "without", cases)
+
+
+if __name__ == "__main__":
+    main()

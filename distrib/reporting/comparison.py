@@ -1,0 +1,224 @@
+"""What differs between runs, where they part and why, and how far each got."""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from distrib.reporting.metrics import lower_is_better
+from distrib.reporting.runs import Curve, Run, Steps, Values
+
+# By how much, relative to the larger of the two, losses may differ by rounding alone. For fp32 what this project
+# promises between numbers of processes (tests/distributed/test_parity.py), for bf16 and fp16 one rounding to theirs.
+ROUNDING = {"no": 1e-5, "fp16": 2.0**-11, "bf16": 2.0**-8}
+
+_LOSSES = ("train/loss", "loss", "train_loss")  # the last two: other programs' names
+_EVALUATED = ("eval", "val", "test")  # so begin the names of what has a best: here eval/, elsewhere also the others
+_DECIDE_ORDER = ("seed", "data.global_batch_size", "training_samples")  # by the same code
+_ACT_THROUGH_RATE = ("optim.schedule", "optim.warmup_steps", "train.steps", "train.epochs")
+_MOST_REASONS = 5
+_NOT_RECORDED = "not recorded"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A fact that is not the same in all runs. `decides`: a config key that decides what is computed."""
+
+    section: str
+    key: str
+    values: list[str]  # a run each
+    decides: bool
+
+
+@dataclass(frozen=True)
+class Parting:
+    """How a run goes with the first one, over the steps that both have; steps count from 0, as in steps.jsonl."""
+
+    steps: int  # that both have
+    samples: int | None  # the first step that read others
+    samples_known: bool
+    loss: int | None  # the first step with another loss, to the bit
+    beyond_rounding: int | None  # the first step whose loss differs by more than `rounding`, relatively
+    rounding: float
+    largest: float  # relative difference
+    cause: str  # nothing, data order, config, code, numerics, not recorded
+    because: str
+
+
+@dataclass(frozen=True)
+class Figures:
+    """`best`: value and steps done, of each metric that has a better and a worse."""
+
+    steps: int
+    final: dict[str, float]
+    best: dict[str, tuple[float, int]]
+    samples_per_second: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`partings` are of all runs but the first, from it."""
+
+    runs: list[Run]
+    differences: list[Difference]
+    partings: list[Parting]
+    figures: list[Figures]
+
+
+def compare(runs: list[Run]) -> Comparison:
+    """Compare all runs with the first one."""
+    return Comparison(
+        runs=runs,
+        differences=differences(runs),
+        partings=[part(runs[0], run) for run in runs[1:]],
+        figures=[figures(run) for run in runs],
+    )
+
+
+def differences(runs: list[Run]) -> list[Difference]:
+    """Config, code, environment: what differs between any two."""
+    found = []
+    for section, facts, absent in (
+        ("config", [run.config for run in runs], "not given"),
+        ("code", [run.code for run in runs], _NOT_RECORDED),
+        ("environment", [run.machine for run in runs], _NOT_RECORDED),
+    ):
+        for key in dict.fromkeys(key for fact in facts for key in fact):
+            values = [_show(fact[key]) if key in fact else absent for fact in facts]
+            if len(set(values) - {_NOT_RECORDED}) > 1 and key != "name" and not key.startswith("tracking."):
+                decides = section == "config" and any(key in run.function for run in runs)
+                found.append(Difference(section, key, values, decides))
+    return found
+
+
+def part(first: Run, other: Run) -> Parting:
+    """Where `other` parts from `first`, and why as far as the two folders tell."""
+    both, at, there = _in_both(first.samples.steps, other.samples.steps)
+    samples = _first(both - 1, first.samples.values[at] != other.samples.values[there])
+    steps, ours, theirs = _together(first, other, _LOSSES)
+    apart = relative_difference(ours, theirs)
+    rounding = max(_rounding(first), _rounding(other))
+    loss, beyond = _first(steps, apart > 0), _first(steps, apart > rounding)
+    parted = min((step for step in (samples, loss) if step is not None), default=None)
+    if parted is None:
+        cause = "nothing"
+        because = f"the same to the last bit over {len(steps)} steps" if len(steps) else "no step has a loss in both"
+    else:
+        began_by_rounding = loss is not None and loss != beyond
+        cause, because = _cause(first, other, parted, parted == samples, began_by_rounding)
+    largest = float(apart.max(initial=0))
+    return Parting(len(steps), samples, len(both) > 0, loss, beyond, rounding, largest, cause, because)
+
+
+def relative_difference(ours: Values, theirs: Values) -> Values:
+    """Of the larger of the two: 0 where they are the same, or both not finite; infinite where only one is not."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        apart = np.abs(ours - theirs) / np.maximum(np.abs(ours), np.abs(theirs))
+    apart = np.where(np.isnan(ours) != np.isnan(theirs), math.inf, apart)
+    return np.where((ours == theirs) | (np.isnan(ours) & np.isnan(theirs)), 0.0, apart)
+
+
+def _cause(first: Run, other: Run, parted: int, by_order: bool, began_by_rounding: bool) -> tuple[str, str]:
+    """Cause and reason of what is first seen in the step `parted`."""
+    config = _changes(first.function, other.function)
+    if _same_rate_until(first, other, parted):
+        config = {key: change for key, change in config.items() if key not in _ACT_THROUGH_RATE}
+    code, machine = (_changes(*_known(*facts)) for facts in ((first.code, other.code), (first.machine, other.machine)))
+    if by_order:
+        cause, reasons = "data order", {key: change for key, change in config.items() if key in _DECIDE_ORDER}
+        if "training_samples" in reasons or not reasons:  # what is behind it
+            reasons |= {key: change for key, change in config.items() if key.startswith("task.")} or code
+        unknown = "nothing recorded explains it: distrib verify tells which is not in order"
+    elif config or code:
+        cause, reasons, unknown = ("config", config, "") if config else ("code", code, "")
+    elif began_by_rounding:
+        cause, reasons, unknown = "numerics", machine, "the order of floating-point sums: nothing recorded differs"
+    else:
+        cause, reasons, unknown = _NOT_RECORDED, {}, "more than rounding at once: content of the data, randomness?"
+    because = _list([f"{key} {change}" for key, change in reasons.items()]) or unknown
+    too = [key for key in config | code | machine if key not in reasons]
+    return cause, because + (f"; differing too: {_list(too)}" if too else "")
+
+
+def figures(run: Run) -> Figures:
+    """The last of each metric, the best, the speed."""
+    results = {
+        key: curve
+        for key, curve in run.curves.items()
+        if (key in _LOSSES or key.startswith(_EVALUATED)) and not np.isnan(curve.values).all()
+    }
+    best = {}
+    for key, curve in results.items():
+        if key not in _LOSSES:
+            place = int(np.nanargmin(curve.values) if lower_is_better(key) else np.nanargmax(curve.values))
+            best[key] = (float(curve.values[place]), int(curve.steps[place]))
+    clock = run.seconds
+    rate = None
+    if run.global_batch_size is not None and len(clock.steps) > 1 and clock.values[-1] > clock.values[0]:
+        steps = int(clock.steps[-1] - clock.steps[0])  # without the first, which is slow everywhere
+        rate = run.global_batch_size * steps / float(clock.values[-1] - clock.values[0])
+    return Figures(
+        steps=max((int(curve.steps[-1]) for curve in run.curves.values() if len(curve.steps)), default=0),
+        final={key: float(curve.values[-1]) for key, curve in results.items()},
+        best=best,
+        samples_per_second=rate,
+        seconds=float(clock.values[-1]) if len(clock.steps) else 0.0,
+    )
+
+
+def _show(value: Any) -> str:
+    """A config's value, as YAML and JSON have it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _together(first: Run, other: Run, keys: tuple[str, ...]) -> tuple[Steps, Values, Values]:
+    """The steps that both have, from 0, with both runs' numbers, of the first key that both have."""
+    nothing = Curve.of([], [])
+    key = next((key for key in keys if key in first.curves and key in other.curves), None)
+    ours, theirs = (run.curves[key] if key else nothing for run in (first, other))
+    steps, at, there = _in_both(ours.steps, theirs.steps)
+    return steps - 1, ours.values[at], theirs.values[there]
+
+
+def _in_both(ours: Steps, theirs: Steps) -> tuple[Steps, npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """The steps, and where they stand."""
+    return np.intersect1d(ours, theirs, assume_unique=True, return_indices=True)
+
+
+def _same_rate_until(first: Run, other: Run, step: int) -> bool:
+    """A step's loss is made by the updates before it."""
+    steps, ours, theirs = _together(first, other, ("train/lr",))
+    return bool(len(steps)) and bool((ours[steps < step] == theirs[steps < step]).all())
+
+
+def _first(steps: Steps, where: npt.NDArray[np.bool_]) -> int | None:
+    return int(steps[where][0]) if where.any() else None
+
+
+def _rounding(run: Run) -> float:
+    precisions = (run.config.get("train.mixed_precision"), run.config.get("strategy.communication_dtype"))
+    return max(ROUNDING.get(str(precision), ROUNDING["no"]) for precision in precisions)
+
+
+def _changes(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, str]:
+    """What one says and the other does not, or differently."""
+    return {
+        key: f"{_show(ours.get(key))} → {_show(theirs.get(key))}"
+        for key in dict.fromkeys([*ours, *theirs])
+        if ours.get(key) != theirs.get(key)
+    }
+
+
+def _known(ours: dict[str, str], theirs: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """What both folders tell: an older one, or wandb's, may tell less."""
+    both = ours.keys() & theirs.keys()
+    return {key: ours[key] for key in ours if key in both}, {key: theirs[key] for key in theirs if key in both}
+
+
+def _list(texts: list[str]) -> str:
+    more = len(texts) - _MOST_REASONS
+    return ", ".join(texts[:_MOST_REASONS]) + (f" and {more} more" if more > 0 else "")

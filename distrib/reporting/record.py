@@ -1,0 +1,78 @@
+"""What a run says of itself while it trains: to its folder, the terminal and the trackers. Rank 0 alone speaks."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from distrib.config import TrackingConfig
+from distrib.reporting.progress import ProgressDisplay
+from distrib.reporting.tracking_process import TrackingProcess
+from distrib.state.ledger import Ledger
+from distrib.state.run_dir import RunDir
+from distrib.world import World
+
+
+class Record:
+    """On the other ranks it says nothing, so that nobody has to ask who is speaking."""
+
+    def __init__(self, run: RunDir, world: World, display: ProgressDisplay) -> None:
+        self.run, self.world, self.display = run, world, display
+        self.metrics: dict[str, float] = {}  # the latest of each
+        self.train_seconds = 0.0
+        self._ledger: Ledger | None = None
+        self._tracking: TrackingProcess | None = None
+        self._started = time.perf_counter()
+
+    @property
+    def chain(self) -> str:
+        """The ledger's, after the last step; of rank 0."""
+        return "" if self._ledger is None else self._ledger.chain
+
+    @contextmanager
+    def open(self, chain: str, tracking: TrackingConfig, first_step: int) -> Iterator[None]:
+        """From the first step to the last, in a run folder that ends where we go on. Collective."""
+        self._tracking = TrackingProcess(self.run, tracking, self.world, first_step)
+        if not self.world.is_rank_0:
+            yield
+            return
+        with Ledger(self.run.steps, chain) as self._ledger, self.display:
+            yield
+
+    def step(self, entry: dict[str, Any]) -> None:
+        """One line of steps.jsonl."""
+        self.train_seconds += entry["seconds"]
+        self.metrics["train/loss"] = entry["loss"]
+        if self._ledger is not None:
+            self._ledger.append(entry)
+            self.display.step(entry)
+            self._pass_on()
+
+    def evaluation(self, step: int, count: int, metrics: dict[str, float], seconds: float) -> None:
+        """One line of evals.jsonl."""
+        self.metrics.update(metrics)
+        if self.world.is_rank_0:
+            self.display.evaluation(self.run.evaluation(step, count, metrics, seconds))
+
+    def event(self, name: str, **details: Any) -> None:
+        """One line of events.jsonl."""
+        if self.world.is_rank_0:
+            self.display.event(self.run.event(name, **details))
+
+    def warn(self, reason: str) -> None:
+        self.event("warning", reason=reason)
+
+    def say(self, line: str) -> None:
+        if self.world.is_rank_0:
+            self.display.say(line)
+
+    def close(self, ending: str) -> None:
+        """After the last event, whose name is `ending`: wait until the trackers know it."""
+        if self._tracking is not None:
+            self._tracking.finish(ending)
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """What the tracking process has to say."""
+        while self._tracking is not None and self._tracking.lines:
+            self.display.say(self._tracking.lines.popleft())

@@ -1,0 +1,141 @@
+"""Reading the folder that wandb leaves of an offline run: without wandb's service, without a network.
+
+wandb has no reader of it in Python, so the frame around the records is taken apart here; the records themselves are
+wandb's own protobuf messages.
+"""
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distrib.errors import RunDirError
+
+# LevelDB's log: in blocks, chunks of checksum, length, kind and data; a record is one chunk, or one a block.
+_HEADER = b":W&B\xe1\xbe\x00"
+_BLOCK = 32768
+_CHUNK = struct.Struct("<IHB")
+_FULL, _FIRST, _LAST = 1, 2, 4
+
+
+@dataclass
+class OfflineRun:
+    """What wandb recorded of a run."""
+
+    id: str = ""
+    name: str = ""
+    project: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)  # each with `_step`; nested keys as outer.inner
+    summary: dict[str, Any] = field(default_factory=dict)
+    system: dict[str, float] = field(default_factory=dict)  # metrics of the machine, the newest
+    exit_code: int | None = None  # none: it has not ended, or was killed
+    preempting: bool = False
+
+
+def offline_folders(path: Path) -> list[Path]:
+    """Of the one run that a path means, oldest first: the path itself, or those in it, or in a folder wandb/ in it.
+
+    None where there are none. Raises RunDirError where there are several runs.
+    """
+    for folder in (path, path / "wandb"):
+        if any(folder.glob("run-*.wandb")):
+            return [folder]
+        found = sorted({file.parent for file in folder.glob("*run-*/run-*.wandb") if not file.parent.is_symlink()})
+        if len({each.name.rpartition("-")[2] for each in found}) > 1:
+            raise RunDirError(f"{path}: holds several runs of wandb; give one of them, for example {found[0]}")
+        if found:
+            return found
+    return []
+
+
+def read_offline(folder: Path) -> OfflineRun:
+    """Read one offline folder; what a killed process wrote in part is left out. Raises RunDirError."""
+    file = next(iter(sorted(folder.glob("run-*.wandb"))), None)
+    if file is None:
+        raise RunDirError(f"{folder}: not an offline run of wandb, there is no run-*.wandb in it")
+    from google.protobuf.message import DecodeError  # these take half a second
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+    run = OfflineRun()
+    try:
+        for _, data in _records(file.read_bytes()):
+            _take(run, Record.FromString(data))
+    except OSError as error:
+        raise RunDirError(f"{file}: cannot be read: {error.strerror}") from None
+    except (DecodeError, ValueError) as error:
+        raise RunDirError(f"{file}: cannot be read as wandb's records: {error}") from None
+    return run
+
+
+def mend(folder: Path) -> None:
+    """Cut off, or remove, what a killed process wrote in part: there `wandb sync` stops, without later folders."""
+    for file in folder.glob("run-*.wandb"):
+        data = file.read_bytes()
+        whole = max((end for end, _ in _records(data)), default=0) if data.startswith(_HEADER) else 0
+        if not whole:
+            file.unlink()
+        elif whole < len(data):
+            os.truncate(file, whole)
+
+
+def _records(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Where each ends, and what it is; until the end, or a chunk in the last block that is not whole. Raises ValueError
+    for one before."""
+    if not data.startswith(_HEADER):
+        raise ValueError("it does not begin as such a file does")
+    place, record = len(_HEADER), b""
+    while place + _CHUNK.size <= len(data):
+        left = _BLOCK - place % _BLOCK
+        if left < _CHUNK.size:  # too little for a chunk: padding
+            place += left
+            continue
+        checksum, length, kind = _CHUNK.unpack_from(data, place)
+        start = place + _CHUNK.size
+        chunk = data[start : start + length]
+        if len(chunk) < length or checksum != zlib.crc32(chunk, zlib.crc32(bytes([kind]))):
+            if place // _BLOCK < (len(data) - 1) // _BLOCK:
+                raise ValueError(f"damaged at byte {place}")
+            return  # torn: the process was killed while it wrote
+        place = start + length
+        record = chunk if kind in (_FULL, _FIRST) else record + chunk
+        if kind in (_FULL, _LAST):
+            yield place, record
+
+
+def _take(run: OfflineRun, record: Any) -> None:
+    kind = record.WhichOneof("record_type")
+    if kind == "run":
+        run.id, run.name, run.project = record.run.run_id, record.run.display_name, record.run.project
+        _configure(run, record.run.config.update)
+    elif kind == "config":
+        _configure(run, record.config.update)
+    elif kind == "history":
+        run.history.append({"_step": record.history.step.num, **dict(_values(record.history.item))})
+    elif kind == "summary":
+        run.summary.update(_values(record.summary.update))
+    elif kind == "stats":
+        run.system.update({item.key: json.loads(item.value_json) for item in record.stats.item})
+    elif kind == "exit":
+        run.exit_code = record.exit.exit_code
+    elif kind == "preempting":
+        run.preempting = True
+
+
+def _configure(run: OfflineRun, items: Iterable[Any]) -> None:
+    for item in items:
+        *sections, last = item.nested_key or [item.key]
+        inner = run.config
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        if sections or last != "_wandb":  # its own notes
+            inner[last] = json.loads(item.value_json)
+
+
+def _values(items: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    for item in items:
+        yield ".".join(item.nested_key) or item.key, json.loads(item.value_json)

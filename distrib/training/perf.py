@@ -1,0 +1,119 @@
+"""Where the time of a step goes, and how much work it is. Nothing here waits for a device."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from distrib.data.source import Source
+from distrib.task import Task
+
+if TYPE_CHECKING:
+    from distrib.training.engine import Engine
+
+EVERY_STEPS = 100  # how often `sampled` is looked at: what it asks costs more than a step should
+_FORWARDS = 3  # a backward is twice the work of its forward
+# Dense FLOP/s in bf16 and fp16, as the vendors state them, by a part of the device's name. Not run here.
+_PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "V100": 125e12,
+    "MI300X": 1307e12,
+}
+
+
+class Clock:
+    """Divides a step's time on the host: `lap` says what the time since the last one was spent on.
+
+    On an accelerator the host runs ahead, but for the totals, which it waits for: data and forward_backward are right
+    there, and a part of the optimizer's time is counted to the next step's forward.
+    """
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """A step begins now."""
+        self._began = self._last = time.perf_counter()
+        self._spent = {"data": 0.0, "forward_backward": 0.0, "optimizer": 0.0}
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self._spent[part] += now - self._last
+        self._last = now
+
+    def seconds(self) -> dict[str, float]:
+        """Of the step, and of its parts; the rest is forward and backward."""
+        return {
+            "seconds": round(time.perf_counter() - self._began, 6),
+            "data_seconds": round(self._spent["data"], 6),
+            "optimizer_seconds": round(self._spent["optimizer"], 6),
+        }
+
+
+def sampled(engine: "Engine") -> dict[str, float]:
+    """Of this rank: the most memory that it had at a time, in bytes (on a CPU, of the process), and what its gradients
+    waited for one another, where that is known."""
+    if engine.device.type == "cpu":
+        unit = 1 if sys.platform == "darwin" else 1024
+        values: dict[str, float] = {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    else:  # not run here: see docs/not-run-here.md
+        values = {"peak_memory": torch.accelerator.max_memory_allocated()}
+    communication = engine.placement.communication_seconds()
+    return values if communication is None else {**values, "communication_seconds": round(communication, 6)}
+
+
+def work(task: Task, module: nn.Module, source: Source, mixed_precision: str) -> dict[str, float]:
+    """`flops_per_step`, on all ranks, and `peak_flops` a second, of all devices; nothing where that is not known."""
+    world = source.world
+    if world.device.type == "cpu" or mixed_precision == "no":
+        return {}
+    name = torch.get_device_module(world.device).get_device_name()  # not run here: see docs/not-run-here.md
+    peak = next((peak for part, peak in _PEAKS.items() if part in name), None)
+    flops = None if peak is None else flops_per_step(task, module, source)
+    return {} if peak is None or flops is None else {"flops_per_step": flops, "peak_flops": peak * world.world_size}
+
+
+def flops_per_step(task: Task, module: nn.Module, source: Source) -> float | None:
+    """Of matrix products and convolutions, forward and backward, over the whole window; None where it can't be counted.
+
+    Counted in a forward on torch's meta device, where nothing is computed; one that looks at values cannot go there.
+    """
+    try:
+        batch = _to_meta(source.some_batch())
+        with FlopCounterMode(display=False) as counter:
+            task.forward(_OnMeta(module), batch)
+    except Exception:
+        return None
+    return float(_FORWARDS * counter.get_total_flops() * source.plan.num_micro_batches)
+
+
+class _OnMeta(nn.Module):
+    """The module, with other tensors in its place while it is called."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        own = [*module.named_parameters(), *module.named_buffers()]
+        state = {name: tensor.detach().to("meta") for name, tensor in own}
+        self._call: Callable[..., Any] = lambda *args: torch.func.functional_call(module, state, *args)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(args, kwargs)
+
+
+def _to_meta(batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to("meta")
+    if isinstance(batch, dict):
+        return {key: _to_meta(value) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(_to_meta(value) for value in batch)
+    return batch

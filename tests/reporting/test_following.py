@@ -1,0 +1,76 @@
+"""Who looks on sees everything once, in the order in which it happened, whenever they look."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distrib.reporting.following import Follower, News
+from distrib.state.run_dir import RunDir
+
+
+def described(news: News) -> tuple[str, int]:
+    return news.kind, news.entry.get("step", -1)
+
+
+@given(st.lists(st.sampled_from(["step", "evaluation", "skipped", "look"]), max_size=60), st.data())
+def test_the_order_of_a_run(doings: list[str], data: st.DataObject) -> None:
+    """Lines may be seen in part; what was not seen yet comes later."""
+    with TemporaryDirectory() as folder:
+        run = RunDir(Path(folder))
+        follower, seen, written, steps = Follower(run), [], [], 0
+        for doing in doings:
+            if doing == "look":
+                seen += [described(news) for news in follower.news()]
+                continue
+            if doing == "step":
+                path, entry = run.steps, {"step": steps}
+                steps += 1
+            elif doing == "evaluation":
+                path, entry = run.evals, {"step": steps}
+            else:
+                path, entry = run.events, {"event": doing, "step": steps}
+            line = json.dumps(entry, separators=(",", ":")) + "\n"
+            torn = data.draw(st.integers(0, len(line)))
+            for part in (line[:torn], line[torn:]):
+                with path.open("a") as file:
+                    file.write(part)
+                if data.draw(st.booleans()):
+                    seen += [described(news) for news in follower.news()]
+            written.append((doing, entry["step"]))
+        seen += [described(news) for news in follower.news()]
+    # An event and an evaluation between the same two steps may be seen in either order.
+    assert [one for one in seen if one[0] == "step"] == [one for one in written if one[0] == "step"]
+    assert sorted(seen) == sorted(written)
+    for kind in ("evaluation", "skipped"):
+        of_kind = [one for one in seen if one[0] in ("step", kind)]
+        assert of_kind == [one for one in written if one[0] in ("step", kind)]
+
+
+def test_a_run_that_is_resumed(tmp_path: Path) -> None:
+    """Steps that were cut off are seen again; events of the start before do not wait for them."""
+    run = RunDir(tmp_path)
+
+    def step(number: int) -> None:
+        with run.steps.open("a") as file:
+            file.write(json.dumps({"step": number, "seconds": "x" * number}) + "\n")
+
+    run.event("started")
+    for number in range(4):
+        step(number)
+    run.event("checkpoint", step=4)
+    follower = Follower(run)
+    assert [described(news) for news in follower.news()] == [
+        *(("started", -1), ("step", 0), ("step", 1), ("step", 2), ("step", 3), ("checkpoint", 4)),
+    ]
+    run.event("checkpoint", step=9)
+    whole = run.steps.read_text().splitlines(keepends=True)
+    run.steps.write_text("".join(whole[:2]))
+    run.event("started")
+    run.event("resumed", step=2)
+    step(2)
+    assert [described(news) for news in follower.news()] == [
+        *(("checkpoint", 9), ("started", -1), ("step", 0), ("step", 1), ("resumed", 2), ("step", 2)),
+    ]

@@ -1,0 +1,74 @@
+"""Where a step's time goes, and how much work it is."""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from distrib.config import Config
+from distrib.data.source import source
+from distrib.plan import RunPlan
+from distrib.task import Loss, Task
+from distrib.training.perf import Clock, flops_per_step
+from distrib.world import World
+
+CONFIG = {"task": None, "data": {"global_batch_size": 8, "micro_batch_size": 4}, "train": {"steps": 1}}
+
+
+class Products(Task):
+    """Two matrix products, and nothing else to count."""
+
+    def train_dataset(self) -> TensorDataset:
+        return TensorDataset(torch.ones(16, 3), torch.zeros(16, dtype=torch.long))
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 5, bias=False), nn.BatchNorm1d(5), nn.Linear(5, 7, bias=False))
+
+    def loss(self, output: Any, batch: Any) -> Loss:
+        return Loss(nn.functional.cross_entropy(output, batch[1], reduction="sum"), len(output))
+
+
+class Looks(Products):
+    """At the values of its output."""
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        output = model(batch[0])
+        return output if output.sum().item() > 0 else -output
+
+
+def counted(task: Products) -> tuple[float | None, nn.Module]:
+    config = Config.from_dict(CONFIG)
+    plan = RunPlan.create(config, 1, 16)
+    module = task.model()
+    return flops_per_step(task, module, source(task.train_dataset(), plan, World(), 0, {})), module
+
+
+def test_flops_of_a_step() -> None:
+    """Two for each multiplication and addition, three times for a backward too, of eight samples; the module is as it
+    was."""
+    flops, module = counted(Products())
+    assert flops == 3 * 8 * 2 * (3 * 5 + 5 * 7)
+    assert not any(parameter.is_meta for parameter in module.parameters())
+    assert module[1].num_batches_tracked == 0  # type: ignore[index]
+
+
+def test_a_forward_that_looks_at_values_is_not_counted() -> None:
+    assert counted(Looks())[0] is None
+
+
+def test_a_clock_divides_all_of_a_step() -> None:
+    clock = Clock()
+    clock.start()
+    for part in ("data", "forward_backward", "data", "forward_backward", "optimizer"):
+        time.sleep(0.01)
+        clock.lap(part)
+    seconds = clock.seconds()
+    assert seconds["data_seconds"] >= 0.02
+    assert seconds["optimizer_seconds"] >= 0.01
+    assert seconds["seconds"] >= 0.05
+    assert seconds["seconds"] - seconds["data_seconds"] - seconds["optimizer_seconds"] == pytest.approx(
+        clock._spent["forward_backward"], abs=1e-3
+    )
