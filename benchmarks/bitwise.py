@@ -75,6 +75,7 @@ def run_member(folder: Path) -> None:
             "name": "bitwise",
             "data": {"global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": MICRO_BATCH_SIZE},
             "optim": {"name": "adamw", "lr": 0.001},
+            "tracking": {"wandb": "off"},  # see tracking.py
             "train": {"steps": (1 + BLOCKS) * STEPS + 1, "determinism": "bitwise"},
         }
     )

@@ -66,6 +66,7 @@ def run_member(folder: Path, profiled: bool) -> None:
                 "micro_batch_size": GLOBAL_BATCH_SIZE // World.detect().world_size,
             },
             "optim": {"name": "adamw", "lr": 0.001, "weight_decay": 0.01},  # torch's defaults, which the other has
+            "tracking": {"wandb": "off"},  # see tracking.py
             "train": {"steps": (1 + BLOCKS) * STEPS + 1, "max_grad_norm": None},  # the tutorial does not clip
         }
     )

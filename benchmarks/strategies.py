@@ -129,6 +129,7 @@ def run_member(folder: Path, strategy: str) -> None:
             "name": "strategies",
             "data": {"global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": GLOBAL_BATCH_SIZE // PROCESSES},
             "optim": {"name": "adamw", "lr": 0.001, "weight_decay": 0.01},  # torch's defaults, which the other has
+            "tracking": {"wandb": "off"},  # see tracking.py
             "train": {"steps": (1 + BLOCKS) * STEPS + 1, "max_grad_norm": MAX_GRAD_NORM},
             "strategy": {"name": strategy},
         }

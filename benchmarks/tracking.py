@@ -26,6 +26,7 @@ from distrib.world import World
 
 TARGET = 1.01
 BLOCKS, STEPS = 20, 150
+SECONDS_TO_CATCH_UP = 1.5
 BATCH, WIDTH, DEPTH = 32, 512, 9  # about 10 ms a step on one core
 
 
@@ -48,8 +49,8 @@ class TrackingTrainer(AlternatingTrainer):
     blocks_timed, steps_a_block, learned = BLOCKS, STEPS, 0.5
 
     def _windows(self) -> Iterator[Window]:
-        """`plain` blocks are distrib's too, with the tracking process and wandb's stopped. They have to catch up in the
-        others, so that what is measured there is what they do for two."""
+        """`plain` blocks are distrib's too, with the tracking process and wandb's stopped; before the next block they
+        have time to catch up."""
         self.milliseconds = {"plain": [], "distrib": []}
         self.losses = {"plain": [], "distrib": []}
         windows = Trainer._windows(self)
@@ -58,6 +59,8 @@ class TrackingTrainer(AlternatingTrainer):
         for _ in range(1 + BLOCKS):
             for loop, number in (("plain", signal.SIGSTOP), ("distrib", signal.SIGCONT)):
                 self._signal(number)
+                if loop == "distrib":
+                    time.sleep(SECONDS_TO_CATCH_UP)
                 with self._timed(loop):
                     yield from islice(windows, STEPS)
                 self.losses[loop].append(self.record.metrics.get("train/loss", 0.0))
@@ -95,11 +98,12 @@ def main() -> None:
     if arguments.member is not None:
         run_member(arguments.member)
         return
+    os.environ["OMP_NUM_THREADS"] = "1"
     cases = {processes: measure(__file__, processes, TARGET) for processes in (1, 2)}
     what = (
-        "wandb offline, each step told; against the same with wandb's processes stopped, which catch up afterwards, so "
-        f"that each step costs twice. Medians of {BLOCKS} alternating blocks of {STEPS} steps, and of the ratios of "
-        "neighbouring blocks."
+        "wandb offline, each step told; against the same with its processes stopped, which catch up before the next "
+        f"block. One thread a process, so that with one process a core is free, with two none is. Medians of {BLOCKS} "
+        f"alternating blocks of {STEPS} steps, and of the ratios of neighbouring blocks."
     )
     write_results("tracking", "What tracking costs a step", what, "processes", "without", cases)
 

@@ -46,7 +46,7 @@ class Wandb:
         """`mode`: online or offline. Raises wandb.Error where its server does not answer."""
         import wandb
 
-        self._wandb, tracking = wandb, config.tracking
+        self._wandb, tracking, sweep = wandb, config.tracking, in_sweep()
         self._keeps_checkpoints = tracking.checkpoints
         self.told = last_offline(run)
         if mode == "offline":
@@ -58,7 +58,7 @@ class Wandb:
             dir=str(run.path),
             project=tracking.project,
             entity=tracking.entity,
-            group=tracking.group,
+            group=tracking.group or (sweep and sweep[0]),
             job_type=tracking.job_type,
             name=tracking.name or config.name,
             notes=tracking.notes,
@@ -163,6 +163,12 @@ def wandb_mode(tracking: TrackingConfig) -> str:
             "WANDB_API_KEY, or take auto"
         )
     return "offline" if found is None else "online"
+
+
+def in_sweep() -> tuple[str, str] | None:
+    """Group and name of this run, where an agent of wandb's started it."""
+    sweep, run = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
+    return (f"sweep-{sweep}", run) if sweep and run else None
 
 
 def require_trackers(tracking: TrackingConfig) -> None:

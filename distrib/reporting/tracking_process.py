@@ -172,7 +172,7 @@ def say(line: str) -> None:
 
 def main() -> None:
     shield()
-    os.nice(10)  # training goes first
+    os.nice(19)  # training goes first
     path, run_id, first_step, *host = sys.argv[1:]
     run = RunDir(Path(path))
     if host:

@@ -14,7 +14,7 @@ from distrib.errors import ConfigError, Preempted, TrainingError
 from distrib.plan import RunPlan
 from distrib.reporting.progress import ProgressDisplay, Verbosity, format_summary
 from distrib.reporting.record import Record
-from distrib.reporting.tracking import require_trackers
+from distrib.reporting.tracking import in_sweep, require_trackers
 from distrib.schedule import learning_rate_factor
 from distrib.state.environment import describe
 from distrib.state.ledger import GENESIS
@@ -35,7 +35,7 @@ class Trainer:
     """Trains a task as its config says, in as many processes as the launcher started.
 
     What can be refused is refused on construction, before the processes join and before anything is written:
-    ConfigError, LaunchError. The run folder is `run_dir`, or runs/NAME.
+    ConfigError, LaunchError. The run folder is `run_dir`, or runs/NAME; in a sweep of wandb's runs/sweep-ID/RUN.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Trainer:
         """`resume`: auto, never or a checkpoint's path; `fork`: begin a new run from another run's checkpoint;
         `verbosity`: what rank 0 shows."""
         self.task, self.config, self.resume = task, config, resume
-        self.run = RunDir(Path(run_dir) if run_dir is not None else Path("runs") / config.name)
+        self.run = RunDir(Path(run_dir) if run_dir is not None else Path("runs", *(in_sweep() or [config.name])))
         self.checkpoint, self.origin = named(resume, self.run, fork)
         self.world = World.detect()
         if self.world.is_rank_0:

@@ -184,6 +184,7 @@ def test_an_array_of_two_runs(slurm: Cluster, tmp_path: Path) -> None:
     until(lambda: all((run / "summary.json").exists() for run in runs), "they do not end", 120)
     for number, (run, rate) in enumerate(zip(runs, (0.01, 0.1), strict=True)):
         assert RunDir(run).read_config().optim.lr == rate
+        assert RunDir(run).read_config().tracking.group == "rates"
         assert (tmp_path / f"slurm-{job}_{number}.log").exists()
     left_over = tmp_path / f"slurm-{job}_2.log"
     until(lambda: left_over.exists() and left_over.read_text(), "there is no third task")

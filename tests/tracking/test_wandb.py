@@ -277,3 +277,24 @@ def test_system_metrics_of_every_machine(mark: str, tmp_path: Path) -> None:
         (of_n1,) = [row for row in wandb.history() if "system/n1/proc.memory.rssMB" in row][:1]
         assert of_n1["system/n1/proc.memory.rssMB"] > 100
         assert json.loads(wandb.run()["files"]["wandb-events.jsonl"][0])["system.proc.memory.rssMB"] > 100
+
+
+def test_a_sweep(run: Run, tmp_path: Path) -> None:
+    """The command that wandb's agent makes of launch/sweep.yaml and of the values that it was given."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    sweep = yaml.safe_load((ROOT / "launch" / "sweep.yaml").read_text())
+    values = create_sweep_command_args({"args": {"optim.lr": {"value": 0.002}, "task.dropout": {"value": 0.3}}})
+    command = []
+    for word in create_sweep_command(sweep["command"]):
+        command += values["args_no_hyphens"] if word == "${args_no_hyphens}" else [word]
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    env = environment(tmp_path, WANDB_SWEEP_ID="abc", WANDB_RUN_ID="r1")
+    check(run(*command, "train.epochs=1", **env))
+    folder = tmp_path / "runs" / "sweep-abc" / "r1"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (config["optim"]["lr"], config["task"]["dropout"]) == (0.002, 0.3)
+    (told,) = offline(folder)
+    assert told.id == "r1"
+    assert sweep["metric"]["name"] in told.summary
+    assert set(sweep["parameters"]) <= set(flatten(config))
