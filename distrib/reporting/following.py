@@ -1,11 +1,14 @@
 """What a run writes into its folder, as it comes, in the order in which it happened: for those who look on."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from distrib.state.run_dir import RunDir
+
+_AT_A_TIME = 10_000  # steps that are kept in memory
 
 
 class News(NamedTuple):
@@ -27,17 +30,20 @@ class Follower:
         steps that were done then.
 
         Steps are read first: what belongs before a step is written before it. What is found to come after one that is
-        not read yet, waits for the next call.
+        not read yet, waits.
         """
-        if self._steps.read():
-            self._steps_done = 0
-        self._evals.read()
-        self._events.read()
-        for step in self._steps.take():
+        more = True
+        while more:
+            again, more = self._steps.read(_AT_A_TIME)
+            if again:
+                self._steps_done = 0
+            self._evals.read()
+            self._events.read()
+            for step in self._steps.take():
+                yield from self._others()
+                self._steps_done = step["step"] + 1
+                yield News("step", step)
             yield from self._others()
-            self._steps_done = step["step"] + 1
-            yield News("step", step)
-        yield from self._others()
 
     def _others(self) -> Iterator[News]:
         for evaluation in self._evals.take(self._steps_done):
@@ -56,11 +62,12 @@ class _Lines:
         self._waiting: list[dict[str, Any]] = []
         self._over = 0  # how many of those are of a start that was followed by another: their steps may be cut off
 
-    def read(self) -> bool:
-        """Whole lines; once more from the beginning where what was read last is no longer there: did that happen?"""
-        again = False
+    def read(self, at_most: int = sys.maxsize) -> tuple[bool, bool]:
+        """Whole lines; once more from the beginning where what was read last is no longer there: did that happen? And
+        may there be more?"""
+        again, number = False, 0
         if not self.path.exists():
-            return again
+            return again, False
         with self.path.open("rb") as file:
             file.seek(self._read_to - len(self._last))
             if file.read(len(self._last)) != self._last:
@@ -69,19 +76,24 @@ class _Lines:
                 again = True
                 self._over = 0
             for line in file:
-                if not line.endswith(b"\n"):
+                if number == at_most or not line.endswith(b"\n"):
                     break
                 self._read_to += len(line)
                 self._last = line
                 if b'"event":"started"' in line:
                     self._over = len(self._waiting)
                 self._waiting.append(json.loads(line))
-        return again
+                number += 1
+        return again, number == at_most
 
     def take(self, up_to: float = float("inf")) -> Iterator[dict[str, Any]]:
-        """Those of steps, or after so many steps, in the order of the file."""
+        """Those of steps, or after so many steps, in the order of the file; that a run goes on comes at once."""
         number = 0
-        while number < len(self._waiting) and (number < self._over or self._waiting[number].get("step", 0) <= up_to):
+        while number < len(self._waiting) and (
+            number < self._over
+            or self._waiting[number].get("step", 0) <= up_to
+            or self._waiting[number].get("event") == "resumed"
+        ):
             number += 1
         taken, self._waiting = self._waiting[:number], self._waiting[number:]
         self._over = max(0, self._over - number)

@@ -7,7 +7,7 @@ from typing import Any
 
 from distrib.config import TrackingConfig
 from distrib.reporting.progress import ProgressDisplay
-from distrib.reporting.tracking_process import TrackingProcess
+from distrib.reporting.tracking_process import WARNING, TrackingProcess
 from distrib.state.ledger import Ledger
 from distrib.state.run_dir import RunDir
 from distrib.world import World
@@ -20,6 +20,7 @@ class Record:
         self.run, self.world, self.display = run, world, display
         self.metrics: dict[str, float] = {}  # the latest of each
         self.train_seconds = 0.0
+        self.steps_done = 0
         self._ledger: Ledger | None = None
         self._tracking: TrackingProcess | None = None
         self._started = time.perf_counter()
@@ -41,6 +42,7 @@ class Record:
 
     def step(self, entry: dict[str, Any]) -> None:
         """One line of steps.jsonl."""
+        self.steps_done = entry["step"] + 1
         self.train_seconds += entry["seconds"]
         self.metrics["train/loss"] = entry["loss"]
         if self._ledger is not None:
@@ -70,9 +72,15 @@ class Record:
         """After the last event, whose name is `ending`: wait until the trackers know it."""
         if self._tracking is not None:
             self._tracking.finish(ending)
-            self._pass_on()
+            self._pass_on(ended=True)
 
-    def _pass_on(self) -> None:
-        """What the tracking process has to say."""
-        while self._tracking is not None and self._tracking.lines:
-            self.display.say(self._tracking.lines.popleft())
+    def _pass_on(self, ended: bool = False) -> None:
+        """What the tracking process has to say. Nothing is written into the run folder after its last event."""
+        while self.world.is_rank_0 and self._tracking is not None and self._tracking.lines:
+            line = self._tracking.lines.popleft()
+            if line.startswith(WARNING) and ended:
+                self.display.warn(line.removeprefix(WARNING))
+            elif line.startswith(WARNING):
+                self.warn(line.removeprefix(WARNING))
+            else:
+                self.display.say(line)

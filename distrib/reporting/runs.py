@@ -199,13 +199,18 @@ def _beginning(environment: dict[str, Any]) -> dict[str, Any]:
 
 def _facts(environment: dict[str, Any]) -> dict[str, Any]:
     starts = environment.get("starts", [])
-    code = dict(environment.get("versions", {}))
+    code, machine = (_of_starts(starts, key, environment.get(key, {})) for key in ("versions", "machine"))
     identities = [start.get("code") or {"git_commit": environment.get("git_commit")} for start in starts]
     for key in ("git_commit", "uncommitted", "task"):
         code[key] = _each([_identity(identity, key) for identity in identities])
-    machine = {key: _each([start.get(key) for start in starts]) for key in _OF_A_START}
-    machine |= environment.get("machine", {})
+    machine = {key: _each([start.get(key) for start in starts]) for key in _OF_A_START} | machine
     return {"code": _known(code), "machine": _known(machine), "restarts": max(len(starts) - 1, 0)}
+
+
+def _of_starts(starts: list[dict[str, Any]], key: str, otherwise: dict[str, Any]) -> dict[str, str | None]:
+    """Of older run folders, what the newest start wrote."""
+    facts = [start.get(key, otherwise) for start in starts]
+    return {name: _each([of.get(name) for of in facts]) for name in dict.fromkeys(name for of in facts for name in of)}
 
 
 def _identity(identity: dict[str, str | None], key: str) -> str | None:

@@ -22,6 +22,7 @@ class Tracker(Protocol):
     """`told`: how many steps it knows of from before."""
 
     name: str
+    place: str  # where a user finds it, in words
     told: int
 
     def log(self, steps_done: int, values: dict[str, float]) -> None:
@@ -95,7 +96,7 @@ class Other:
         from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        self.name, self.told = name, told
+        self.name, self.place, self.told = name, str(run.path), told
         PartialState(cpu=True)  # they ask it whether they are on the main process
         kind = LOGGER_TYPE_TO_CLASS[name]
         folder = {"logging_dir": str(run.path)} if kind.requires_logging_directory else {}
@@ -207,5 +208,5 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str) else json.dumps(value)
 
 
-def how_to_upload(run: RunDir) -> str:
-    return f"upload by: wandb sync {run.path / 'wandb'}"
+def how_to_upload(run: RunDir, begun_online: bool = False) -> str:
+    return f"upload by: wandb sync {'--include-online ' if begun_online else ''}{run.path / 'wandb'}"

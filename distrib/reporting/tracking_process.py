@@ -4,7 +4,7 @@ It reads the run folder as the run writes it, so that training waits for no trac
 tracker missed is told by the same code. Of several machines, each other one has such a process too, which has wandb
 watch the machine; the first tells what it finds.
 
-python -m distrib.reporting.tracking_process RUN_FOLDER ID FIRST_STEP [HOST, of a further machine]
+python -m distrib.reporting.tracking_process RUN_FOLDER ID FIRST_STEP PARENT [HOST, of a further machine]
 """
 
 import os
@@ -14,13 +14,15 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from distrib.config import TrackingConfig
-from distrib.processes import shield
+from distrib.errors import RunDirError
+from distrib.processes import ignore_sigterm, shield
 from distrib.reporting.following import Follower
 from distrib.reporting.metrics import Metrics
 from distrib.reporting.tracking import EXIT_CODES, Other, Tracker, Wandb, how_to_upload, wandb_mode, watch_machine
@@ -31,9 +33,10 @@ from distrib.state.run_dir import RunDir
 if TYPE_CHECKING:  # the process itself need not wait for torch
     from distrib.world import World
 
+WARNING = "warning: "  # so begins what the process that trains is to show in any case
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_SECONDS_TO_UPLOAD = {"finished": 60.0, "failed": 10.0, "preempted": 5.0}
-_SECONDS_MORE = 5.0
+_SECONDS_TO_UPLOAD = {"finished": 60.0, "failed": 3.0, "preempted": 3.0}  # who else fails, waits 5 s for rank 0
+_SECONDS_MORE = 1.0
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_BETWEEN_MACHINES = 15.0  # looks at the further ones; as often as wandb looks at its own
 
@@ -45,51 +48,65 @@ class TrackingProcess:
         self.lines: deque[str] = deque()  # that it has said, for the user
         self._process: subprocess.Popen[str] | None = None
         off = config.wandb == "off" or (config.wandb == "auto" and os.environ.get("WANDB_MODE") == "disabled")
-        run_id = world.on_rank_0(lambda: "" if off else _run_id(run))
-        first_of_its_host = world.hosts.index(world.host) == world.rank
-        if not (first_of_its_host if run_id else world.is_rank_0 and config.others):
+        run_id = world.on_rank_0(lambda: "" if off else self._run_id(run))
+        self._first = world.is_rank_0
+        if run_id and world.hosts.index(world.host) == world.rank:  # the first of its machine
+            self._start(run, run_id, str(first_step), str(os.getpid()), *([] if self._first else [world.host]))
+        elif self._first and config.others:
+            self._start(run, "", str(first_step), str(os.getpid()))
+
+    def _start(self, run: RunDir, *arguments: str) -> None:
+        # In a session of its own: a Ctrl-C in the terminal is for those who train, which tell it by an event.
+        name = "tracking.log" if self._first else f"tracking-{arguments[-1]}.log"
+        own = {k: v for k, v in os.environ.items() if k not in _LAUNCHERS and not k.startswith("ACCELERATE_")}
+        try:
+            with (run.path / name).open("ab") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", __name__, str(run.path), *arguments],
+                    env=own,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            self.lines.append(f"{WARNING}no tracking: {error}")
             return
-        host = [] if world.is_rank_0 else [world.host]
-        log = run.path / ("tracking.log" if world.is_rank_0 else f"tracking-{world.host}.log")
-        # Started in a session of its own: a Ctrl-C in the terminal is for those who train, which tell it by an event.
-        with log.open("ab") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(run.path), run_id, str(first_step), *host],
-                env={k: v for k, v in os.environ.items() if k not in _LAUNCHERS and not k.startswith("ACCELERATE_")},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                start_new_session=True,
-            )
-        assert self._process.stdout is not None, "a pipe"
-        self._listener = threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True)
+        self._listener = threading.Thread(target=self._listen, args=(self._process,), daemon=True)
         self._listener.start()
 
     def finish(self, ending: str) -> None:
         """After the event that ends the run: wait until it has told all, a bounded time."""
         if self._process is None:
             return
+        if ending == "failed":  # a launcher may end us now, but this is soon over
+            ignore_sigterm()
         try:
-            self._process.wait(_SECONDS_TO_UPLOAD[ending] + _SECONDS_MORE)
+            self._process.wait(_SECONDS_TO_UPLOAD[ending] + _SECONDS_MORE if self._first else _SECONDS_MORE)
         except subprocess.TimeoutExpired:
-            self.lines.append("the tracking process does not end, and is killed; the run folder has everything")
             self._process.kill()
-            self._process.wait()
         self._listener.join(_SECONDS_MORE)  # until all that it said is heard
 
-    def _listen(self, said: TextIO) -> None:
-        with suppress(ValueError):  # closed
-            self.lines.extend(line.rstrip() for line in said)
+    def _listen(self, process: "subprocess.Popen[str]") -> None:
+        assert process.stdout is not None, "a pipe"
+        self.lines.extend(line.rstrip() for line in process.stdout)
+        if process.wait():
+            self.lines.append(f"{WARNING}tracking ended with exit code {process.returncode}, see tracking.log")
 
-
-def _run_id(run: RunDir) -> str:
-    """wandb's, for the life of the run. A sweep gives one."""
-    path = run.path / "wandb" / "run-id"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
-    return path.read_text()
+    def _run_id(self, run: RunDir) -> str:
+        """wandb's, for the life of the run. A sweep gives one."""
+        path = run.path / "wandb" / "run-id"
+        try:
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                new = path.with_suffix(".partial")
+                new.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
+                new.replace(path)
+            return path.read_text()
+        except OSError as error:
+            self.lines.append(f"{WARNING}no wandb: {error}")
+            return ""
 
 
 def track(run: RunDir, trackers: list[Tracker], metrics: Metrics) -> None:
@@ -124,7 +141,7 @@ def track(run: RunDir, trackers: list[Tracker], metrics: Metrics) -> None:
 
 def _give_up_after(seconds: float, run: RunDir) -> None:
     def give_up() -> None:
-        say(f"not everything could be uploaded within {seconds:g} s; {how_to_upload(run)}")
+        say(f"{WARNING}not everything could be uploaded within {seconds:g} s; {how_to_upload(run, begun_online=True)}")
         os._exit(0)
 
     timer = threading.Timer(seconds, give_up)
@@ -139,26 +156,28 @@ def _or_told_no_more(tracker: Tracker, trackers: list[Tracker]) -> Iterator[None
         yield
     except Exception as error:
         trackers.remove(tracker)
-        say(f"{tracker.name} failed and is told no more: {type(error).__name__}: {error}")
+        say(f"{WARNING}{tracker.name} failed and is told no more: {type(error).__name__}: {error}")
 
 
 class Machines:
     """System metrics of the further machines, as wandb keeps them there."""
 
     def __init__(self, run: RunDir) -> None:
-        self._folder = run.path / "wandb" / "hosts"
-        self._next = 0.0
+        self._folders = [run.path / "wandb" / "hosts" / host for host in run.starts()[-1]["hosts"]]
+        self._next, self._began = 0.0, time.time()
 
     def metrics(self) -> dict[str, float]:
         """system/HOST/…, if it is time to look."""
-        if not self._folder.exists() or time.monotonic() < self._next:
+        if time.monotonic() < self._next:
             return {}
         began = time.monotonic()
         values: dict[str, float] = {}
-        for host in self._folder.iterdir():
-            if files := sorted(host.glob("wandb/offline-run-*/run-*.wandb")):
-                found = read_offline(files[-1].parent).system
-                values |= {f"system/{host.name}/{key}": value for key, value in found.items()}
+        for folder in self._folders:
+            files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+            with suppress(OSError, RunDirError):  # it is being written, elsewhere
+                if files and files[-1].stat().st_mtime > self._began:
+                    found = read_offline(files[-1].parent).system
+                    values |= {f"system/{folder.name}/{key}": value for key, value in found.items()}
         if values:
             took = time.monotonic() - began
             self._next = began + max(_SECONDS_BETWEEN_MACHINES, 20 * took)  # the files grow
@@ -172,26 +191,42 @@ def say(line: str) -> None:
 
 def main() -> None:
     shield()
+    path, run_id, first_step, parent, *host = sys.argv[1:]
+    if os.getppid() != int(parent):  # it ended before it could be promised that we end with it
+        return
     os.nice(19)  # training goes first
-    path, run_id, first_step, *host = sys.argv[1:]
     run = RunDir(Path(path))
     if host:
         watching = watch_machine(run, run_id, host[0])
         track(run, [], Metrics(run.read_config(), {}))
         watching.finish()
         return
+    track(run, _trackers(run, run_id, int(first_step)), Metrics(run.read_config(), run.starts()[-1]))
+
+
+def _trackers(run: RunDir, run_id: str, first_step: int) -> list[Tracker]:
+    """Those that can be had; what cannot is said."""
     config = run.read_config()
     trackers: list[Tracker] = []
-    try:
-        if (mode := wandb_mode(config.tracking)) != "off":
-            wandb = Wandb(run, config, run_id, mode)
-            trackers.append(wandb)
-            say(f"wandb: {wandb.place}")
-    except Exception as error:
-        say(f"wandb: {error}; this part of the run is kept offline, {how_to_upload(run)}")
-        trackers.append(Wandb(run, config, run_id, "offline"))
-    trackers += [Other(name, run, config, int(first_step)) for name in config.tracking.others]
-    track(run, trackers, Metrics(config, run.starts()[-1]))
+
+    def add(make: Callable[[], Tracker], otherwise: str) -> bool:
+        try:
+            trackers.append(make())
+        except Exception as error:
+            say(f"{WARNING}{error}; {otherwise}")
+            return False
+        return True
+
+    if run_id:
+        wandb = partial(Wandb, run, config, run_id)
+        offline = f"this part of the run is kept offline, {how_to_upload(run)}"
+        if not add(lambda: wandb(wandb_mode(config.tracking)), offline):
+            add(lambda: wandb("offline"), "wandb is not told")
+        if trackers:
+            say(f"wandb: {trackers[0].place}")
+    for name in config.tracking.others:
+        add(partial(Other, name, run, config, first_step), f"{name} is not told")
+    return trackers
 
 
 if __name__ == "__main__":

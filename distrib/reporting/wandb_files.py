@@ -6,6 +6,7 @@ wandb's own protobuf messages.
 
 import json
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from distrib.errors import RunDirError
 _HEADER = b":W&B\xe1\xbe\x00"
 _BLOCK = 32768
 _CHUNK = struct.Struct("<IHB")
+_BEFORE_ID = re.compile(r".*run-\d+_\d+-")  # in a folder's name
 _FULL, _FIRST, _LAST = 1, 2, 4
 
 
@@ -46,7 +48,7 @@ def offline_folders(path: Path) -> list[Path]:
         if any(folder.glob("run-*.wandb")):
             return [folder]
         found = sorted({file.parent for file in folder.glob("*run-*/run-*.wandb") if not file.parent.is_symlink()})
-        if len({each.name.rpartition("-")[2] for each in found}) > 1:
+        if len({_BEFORE_ID.sub("", each.name) for each in found}) > 1:
             raise RunDirError(f"{path}: holds several runs of wandb; give one of them, for example {found[0]}")
         if found:
             return found
@@ -86,6 +88,8 @@ def mend(folder: Path) -> None:
 def _records(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Where each ends, and what it is; until the end, or a chunk in the last block that is not whole. Raises ValueError
     for one before."""
+    if _HEADER.startswith(data):  # it has just begun
+        return
     if not data.startswith(_HEADER):
         raise ValueError("it does not begin as such a file does")
     place, record = len(_HEADER), b""

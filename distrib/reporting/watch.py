@@ -33,17 +33,18 @@ def watch_run(path: Path) -> None:
         while in_queue or time.monotonic() - held_at < _SECONDS_TO_COME_BACK or held_at < 0:
             if run.held():
                 held_at = time.monotonic()
+            finished = run.summary.exists()
             for kind, entry in follower.news():
                 _show(display, kind, entry)
                 in_queue = kind == "preempted" and entry["requeue"]
-            if run.summary.exists() or held_at < 0:
+            if finished or (held_at < 0 and not in_queue):
                 break
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         display.flush()
     if run.summary.exists():
         print(format_summary(path, json.loads(run.summary.read_text()), "finished"))
     else:
-        print(f"{path}: nobody trains it now; start it again to go on")
+        print(f"{path}: nobody trains it now, as far as can be seen from here; start it again to go on")
 
 
 def _show(display: ProgressDisplay, kind: str, entry: dict[str, Any]) -> None:

@@ -23,32 +23,34 @@ def describe(
     task: Task,
     work: dict[str, float],
 ) -> dict[str, Any]:
-    """At the first start; later ones are put behind it. `work`: FLOPs of a step, and what the devices can do."""
-    code = identity(task)
+    """At the first start; later ones are put behind it in `starts`. `work`: FLOPs of a step, what devices can do."""
+    code, packages = identity(task), versions()
+    machine = {
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "device": str(world.device),
+        "threads": torch.get_num_threads(),
+    }
+    start = {
+        "time": now(),
+        "launcher": world.launcher,
+        "job": world.job,
+        "hosts": sorted(set(world.hosts)),
+        "world_size": world.world_size,
+        "strategy": strategy,
+        "python": sys.executable,
+        "code": code,
+        "versions": packages,
+        "machine": machine,
+        **work,
+    }
     return {
-        "versions": versions(),
-        "machine": {
-            "host": platform.node(),
-            "platform": platform.platform(),
-            "cores": os.cpu_count(),
-            "device": str(world.device),
-            "threads": torch.get_num_threads(),
-        },
+        "versions": packages,
+        "machine": machine,
         "git_commit": code["git_commit"],
         "training_samples": num_samples,
-        "starts": [
-            {
-                "time": now(),
-                "launcher": world.launcher,
-                "job": world.job,
-                "hosts": sorted(set(world.hosts)),
-                "world_size": world.world_size,
-                "strategy": strategy,
-                "python": sys.executable,
-                "code": code,
-                **work,
-            },
-        ],
+        "starts": [start],
     }
 
 
@@ -60,9 +62,13 @@ def identity(task: Task | None) -> dict[str, str | None]:
     """
     commit = _git("rev-parse", "HEAD")
     changes = _git("diff", "--binary", "--no-ext-diff", "HEAD")
+    if commit is not None and changes is None:  # it took too long
+        uncommitted: str | None = "unknown"
+    else:
+        uncommitted = hashlib.sha256(changes).hexdigest() if changes else None
     return {
         "git_commit": None if commit is None else commit.decode().strip(),
-        "uncommitted": hashlib.sha256(changes).hexdigest() if changes else None,
+        "uncommitted": uncommitted,
         "task": None if task is None else _source(type(task)),
     }
 

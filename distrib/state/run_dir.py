@@ -185,7 +185,6 @@ class RunDir:
 
     def read_environment(self) -> dict[str, Any]:
         """What environment.json says. Raises RunDirError."""
-        """environment.json. Raises RunDirError."""
         try:
             environment: dict[str, Any] = json.loads(self.environment.read_text())
         except (OSError, ValueError) as error:

@@ -1,9 +1,9 @@
 """Where the time of a step goes, and how much work it is. Nothing here waits for a device."""
 
+import copy
 import resource
 import sys
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +21,15 @@ _FORWARDS = 3  # a backward is twice the work of its forward
 # Dense FLOP/s in bf16 and fp16, as the vendors state them, by a part of the device's name. Not run here.
 _PEAKS = {
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
-    "V100": 125e12,
+    "V100-PCIE": 112e12,
+    "V100-SXM": 125e12,
     "MI300X": 1307e12,
 }
 
@@ -33,8 +37,8 @@ _PEAKS = {
 class Clock:
     """Divides a step's time on the host: `lap` says what the time since the last one was spent on.
 
-    On an accelerator the host runs ahead, but for the totals, which it waits for: data and forward_backward are right
-    there, and a part of the optimizer's time is counted to the next step's forward.
+    On an accelerator the host runs ahead, but for the totals, which it waits for: there the device may still work while
+    the host waits for data, and a part of the optimizer's time is counted to the next step's forward.
     """
 
     def __init__(self) -> None:
@@ -66,7 +70,7 @@ def sampled(engine: "Engine") -> dict[str, float]:
         unit = 1 if sys.platform == "darwin" else 1024
         values: dict[str, float] = {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     else:  # not run here: see docs/not-run-here.md
-        values = {"peak_memory": torch.accelerator.max_memory_allocated()}
+        values = {"peak_memory": torch.get_device_module(engine.device).max_memory_allocated()}
     communication = engine.placement.communication_seconds()
     return values if communication is None else {**values, "communication_seconds": round(communication, 6)}
 
@@ -90,23 +94,21 @@ def flops_per_step(task: Task, module: nn.Module, source: Source) -> float | Non
     try:
         batch = _to_meta(source.some_batch())
         with FlopCounterMode(display=False) as counter:
-            task.forward(_OnMeta(module), batch)
+            task.forward(_on_meta(module), batch)
     except Exception:
         return None
     return float(_FORWARDS * counter.get_total_flops() * source.plan.num_micro_batches)
 
 
-class _OnMeta(nn.Module):
-    """The module, with other tensors in its place while it is called."""
+def _on_meta(module: nn.Module) -> nn.Module:
+    """A copy, of which nothing lies in memory; the user's own does not notice."""
+    own: list[Tensor] = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): _like(tensor) for tensor in own})
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        own = [*module.named_parameters(), *module.named_buffers()]
-        state = {name: tensor.detach().to("meta") for name, tensor in own}
-        self._call: Callable[..., Any] = lambda *args: torch.func.functional_call(module, state, *args)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(args, kwargs)
+def _like(tensor: Tensor) -> Tensor:
+    meta = tensor.detach().to("meta")
+    return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
 
 
 def _to_meta(batch: Any) -> Any:

@@ -90,14 +90,14 @@ class Trainer:
             if summary is None:
                 with self._failures_recorded():
                     summary = self._train()
-                self.record.close("finished")
-                self.record.say(format_summary(self.run.path, summary, "finished"))
+                what = "finished"
             else:
-                before = "had finished before; to train again, remove the folder or choose --run-dir"
-                self.record.say(format_summary(self.run.path, summary, before))
+                what = "had finished before; to train again, remove the folder or choose --run-dir"
         finally:
             self.run.release()
         self.world.part()
+        self.record.close("finished")  # rank 0 may wait for trackers, the others need not
+        self.record.say(format_summary(self.run.path, summary, what))
         return summary
 
     def _start(self) -> dict[str, Any] | None:
@@ -279,6 +279,6 @@ class Trainer:
             yield
         except BaseException as error:
             if not isinstance(error, Preempted):
-                self.record.event("failed", error=f"{type(error).__name__}: {error}")
+                self.record.event("failed", step=self.record.steps_done, error=f"{type(error).__name__}: {error}")
                 self.record.close("failed")
             raise

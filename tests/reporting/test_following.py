@@ -72,5 +72,21 @@ def test_a_run_that_is_resumed(tmp_path: Path) -> None:
     run.event("resumed", step=2)
     step(2)
     assert [described(news) for news in follower.news()] == [
-        *(("checkpoint", 9), ("started", -1), ("step", 0), ("step", 1), ("resumed", 2), ("step", 2)),
+        *(("checkpoint", 9), ("started", -1), ("resumed", 2), ("step", 0), ("step", 1), ("step", 2)),
     ]
+
+
+def test_a_fork_that_fails_at_once(tmp_path: Path) -> None:
+    """It goes on after a step of another run, and has none of its own."""
+    run = RunDir(tmp_path)
+    run.event("started")
+    run.event("resumed", step=40)
+    run.event("failed", step=0)
+    assert [described(news) for news in Follower(run).news()] == [("started", -1), ("resumed", 40), ("failed", 0)]
+
+
+def test_more_steps_than_are_kept_in_memory(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.steps.write_text("".join(f'{{"step":{number}}}\n' for number in range(25_001)))
+    run.event("failed", step=25_001)
+    assert [described(news)[1] for news in Follower(run).news()] == [*range(25_001), 25_001]

@@ -85,9 +85,9 @@ def test_a_run_that_failed(folder: Path) -> None:
 
 def test_a_run_of_ours_is_what_its_run_folder_says(folder: Path, tmp_path: Path) -> None:
     """Two starts of one run; what was computed twice counts once."""
-    for name in ("begun", "resumed"):
+    for second, name in enumerate(("begun", "resumed")):
         (at,) = offline_folders(folder / name)
-        shutil.copytree(at, tmp_path / "wandb" / f"{at.name[:-4]}-{name[0]}-abc")
+        shutil.copytree(at, tmp_path / "wandb" / f"offline-run-20260101_00000{second}-abc")
     comparison = compare(load_runs([folder / "run", tmp_path]))
     run, tracked = comparison.runs
     assert (tracked.name, tracked.state, tracked.restarts) == ("tracked", "finished", 1)

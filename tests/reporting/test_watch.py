@@ -11,6 +11,8 @@ import pytest
 import yaml
 from conftest import Run, check, environment, events, refused, start, steps_done, until
 
+from distrib.state.run_dir import RunDir
+
 CONFIG = {
     "task": {"target": "tasks:Slow"},
     "data": {"global_batch_size": 16, "micro_batch_size": 4},
@@ -89,7 +91,7 @@ def test_a_run_that_nobody_trains(mark: str, run: Run, tmp_path: Path, config: P
     training.communicate(timeout=60)
     shown = check(run("distrib", "watch", folder)).splitlines()
     assert shown[-2].startswith(f"step {steps_done(folder)}/120  epoch ")
-    assert shown[-1] == f"{folder}: nobody trains it now; start it again to go on"
+    assert shown[-1] == f"{folder}: nobody trains it now, as far as can be seen from here; start it again to go on"
 
 
 def test_what_is_no_run(run: Run, tmp_path: Path) -> None:
@@ -104,3 +106,20 @@ def test_quiet_and_verbose(run: Run, config: Path) -> None:
     steps = [line for line in lines if line.startswith("step") and "grad_norm" in line]
     assert [line.split()[1] for line in steps] == ["1/3", "2/3", "3/3"]
     assert all(" ms (data " in line and "optimizer " in line for line in steps)
+
+
+def test_a_run_that_waits_in_a_queue(mark: str, run: Run, tmp_path: Path, config: Path) -> None:
+    """Asked to stop and requeued: whoever watches waits for it."""
+    folder = tmp_path / "runs" / "run"
+    check(run("distrib", "train", config, "train.steps=5"))
+    (folder / "summary.json").unlink()
+    RunDir(folder).event("preempted", step=5, requeue=True)
+    watching = start(mark, tmp_path, "watch", folder)
+    assert watching.stdout is not None
+    while "asked to stop; saved after step 5" not in (line := watching.stdout.readline()):
+        assert line, "it has ended"
+    check(run("distrib", "train", config, "train.steps=5"))
+    output, said = watching.communicate(timeout=60)
+    assert watching.returncode == 0, said
+    assert "going on after step 5" in output
+    assert f"{folder} finished: eval/loss " in output

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from conftest import ROOT, Run, check, events, free_port, lines, refused, start, steps_done, until
@@ -150,6 +151,34 @@ def test_offline_as_it_is_without_credentials(run: Run, tmp_path: Path) -> None:
     recorded = next(folder.glob("*.wandb")).read_bytes()
     assert b"checkpoint-from-a-sweep" in recorded
     assert (tmp_path / "runs/run/checkpoints/step-00000003").resolve().as_uri().encode() in recorded
+
+
+def test_a_run_that_fails(run: Run, tmp_path: Path) -> None:
+    write(tmp_path, task={"target": "tasks:Misbehaving", "how": "raise", "on_rank": 0})
+    check(run("distrib", "train", "run.yaml", "tracking.wandb=offline", **environment(tmp_path)), code=1)
+    (failed,) = offline(tmp_path / "runs" / "run")
+    assert (failed.exit_code, failed.preempting) == (1, False)
+    assert [row["_step"] for row in failed.history] == [line["step"] + 1 for line in lines(tmp_path / "runs" / "run")]
+
+
+def test_tracking_that_is_killed(mark: str, tmp_path: Path) -> None:
+    """Training goes on, and says so; the next start tells what is missing."""
+    write(tmp_path, checkpoint={"every_steps": 0})
+    run, env = tmp_path / "runs" / "run", environment(tmp_path, WANDB_MODE="offline")
+    process = start(mark, tmp_path, "train", "run.yaml", **env)
+    until(lambda: written(run) == 1, "wandb writes nothing")
+    (tracking,) = psutil.Process(process.pid).children()
+    for child in [*tracking.children(), tracking]:
+        child.kill()
+    done = steps_done(run)
+    until(lambda: steps_done(run) > done + 20, "training stops")
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert "warning: tracking ended with exit code -9, see tracking.log" in said
+    process = start(mark, tmp_path, "train", "run.yaml", **env)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    check_history([row for start in offline(run) for row in start.history], run)
 
 
 def test_off(run: Run, tmp_path: Path) -> None:
