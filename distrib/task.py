@@ -62,12 +62,19 @@ class Task:
         return {}
 
     def optimizer(self, params: list[tuple[str, nn.Parameter]]) -> Optimizer | None:
-        """An optimizer of your own, for example with parameter groups; None takes the config's.
+        """An optimizer of your own, for example with rates by group; None takes the config's.
 
         `params` are (name, parameter) pairs, which torch's optimizers take as they are. The config's schedule
         scales the rate of each group. Called more than once, also with parameters on torch's meta device.
         """
         return None
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether the config's `optim.weight_decay` is for this parameter; by default it is for each.
+
+        `parameter` may be on torch's meta device, and is a flat shard of it where only memory is counted.
+        """
+        return True
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """The repeated parts of the model, which fsdp2 gathers and activation checkpointing recomputes one by one.

@@ -51,7 +51,7 @@ def eval_dataset(task: Task) -> Dataset[Any] | None:
 
 def optimizer_maker(task: Task, config: Config) -> MakeOptimizer:
     """Makes the task's own optimizer, or the config's, over the parameters that it is given."""
-    return lambda params: task.optimizer(params) or build_optimizer(config.optim, params)
+    return lambda params: task.optimizer(params) or build_optimizer(config.optim, params, task.decays)
 
 
 def loading(config: Config, world: World) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +17,13 @@ _FUSED_FOR_SHARDS = (torch.optim.Adam, torch.optim.AdamW)  # of a DTensor; the o
 _HYPERPARAMETERS = ("weight_decay", "betas", "momentum")
 
 
-def build_optimizer(config: OptimConfig, params: list[tuple[str, nn.Parameter]]) -> Optimizer:
-    """`config.name` among torch.optim's classes, fused where torch has it. Raises ConfigError."""
+def build_optimizer(
+    config: OptimConfig, params: list[tuple[str, nn.Parameter]], decays: Callable[[str, nn.Parameter], bool]
+) -> Optimizer:
+    """`config.name` among torch.optim's classes, fused where torch has it. Raises ConfigError.
+
+    Where the config asks for weight decay, parameters that it is not for (see Task.decays) are a group of their own.
+    """
     optimizer_class = _find(config.name)
     accepted = inspect.signature(optimizer_class).parameters
     arguments: dict[str, Any] = {"lr": config.lr}
@@ -37,8 +43,16 @@ def build_optimizer(config: OptimConfig, params: list[tuple[str, nn.Parameter]])
     if {"foreach", "differentiable"} & config.options.keys():
         arguments.pop("fused", None)
     arguments.update(config.options)
+    groups: Any = params
+    if arguments.get("weight_decay"):
+        spared = {name for name, p in params if not decays(name, p)}
+        both: list[dict[str, Any]] = [
+            {"params": [item for item in params if item[0] not in spared]},
+            {"params": [item for item in params if item[0] in spared], "weight_decay": 0.0},
+        ]
+        groups = [group for group in both if group["params"]]  # DeepSpeed has no use for an empty one
     try:
-        return optimizer_class(params, **arguments)
+        return optimizer_class(groups, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"optim: {optimizer_class.__name__} refuses its arguments: {error}") from None
 

@@ -1,0 +1,163 @@
+"""A GPT on bytes: a decoder of GPT-2's shape and initialisation (Radford et al., 2019), with rotary positions (Su et al.,
+2021). Attention stays within a document, so that a document's loss does not depend on what it is packed beside."""
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distrib.data.tokens import SEPARATOR, VOCABULARY, Windows, find_text, pack
+from distrib.errors import ConfigError
+from distrib.task import Loss, Task
+
+
+class LanguageModel(Task):
+    """Predict the next byte of `text`: globs of files, each a document, or `stdlib`, the source of Python's own library.
+
+    One document in 20 is held out, by its hash. `dropout` is of the embeddings and of what each layer adds.
+    """
+
+    def __init__(
+        self,
+        text: str | Sequence[str] = "stdlib",
+        context_length: int = 256,
+        layers: int = 4,
+        heads: int = 4,
+        width: int = 128,
+        dropout: float = 0.0,
+    ) -> None:
+        given = {"context_length": context_length, "layers": layers, "heads": heads, "width": width}
+        for key, value in given.items():
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"task.{key}: {value!r}; give a whole number, 1 or more")
+        if width % (2 * heads):
+            fitting = max(1, round(width / (2 * heads))) * 2 * heads
+            raise ConfigError(
+                f"task.width: {width} is not an even number for each of {heads} heads; nearest that fits: {fitting}"
+            )
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"task.dropout: {dropout!r}; give 0 or more, less than 1")
+        self.context_length, self.layers, self.heads, self.width, self.dropout = (*given.values(), dropout)
+        self.files = find_text(text)
+
+    @cached_property
+    def packed(self) -> Path:
+        return pack(self.files)
+
+    def train_dataset(self) -> Windows:
+        windows = Windows(self.packed / "train.npy", self.context_length)
+        if len(windows) == 0:
+            raise ConfigError(f"task.text: all of its {len(self.files)} file(s) are held out; give more files")
+        return windows
+
+    def eval_dataset(self) -> Windows | None:
+        windows = Windows(self.packed / "eval.npy", self.context_length)
+        return windows if len(windows) else None
+
+    def model(self) -> nn.Module:
+        return GPT(self.layers, self.heads, self.width, self.dropout)
+
+    def forward(self, model: nn.Module, batch: Tensor) -> Tensor:
+        logits: Tensor = model(batch[:, :-1])
+        return logits
+
+    def loss(self, output: Tensor, batch: Tensor) -> Loss:
+        nats, counted = _nats(output, batch)
+        return Loss(nats.sum(), counted.sum())
+
+    def predict(self, output: Tensor, batch: Tensor) -> dict[str, Tensor]:
+        nats, counted = _nats(output, batch)
+        return {"nats": nats, "bytes": counted}
+
+    def metrics(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        nats, count = rows["nats"].double().sum().item(), rows["bytes"].sum().item()
+        return {"bits_per_byte": nats / math.log(2) / count if count else math.nan}
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Matrices and the embedding, not biases and normalisations."""
+        return parameter.dim() > 1
+
+
+def _nats(logits: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each sample the cross-entropy, summed over the bytes that are predicted, and their number: (batch,) each.
+
+    A separator is no byte of a document, so what comes before it has nothing to predict.
+    """
+    targets = batch[:, 1:]
+    nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=SEPARATOR, reduction="none")
+    return nats.view_as(targets).sum(1), (targets != SEPARATOR).sum(1)
+
+
+class GPT(nn.Module):
+    """Tokens, shape (batch, length), to the logits of the token that follows each, (batch, length, VOCABULARY)."""
+
+    def __init__(self, layers: int, heads: int, width: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(heads, width, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.head.weight = self.embedding.weight
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:  # what is added 2 * layers times starts out so much smaller
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if name.endswith("out.weight") else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        document = (tokens == SEPARATOR).cumsum(1)
+        # A mask costs flash attention; the one kernel without it would be another for windows within a document.
+        mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]
+        rotation = rotary(tokens.shape[1], self.embedding.embedding_dim // self.heads, tokens.device)
+        x = self.dropout(self.embedding(tokens))
+        for block in self.blocks:
+            x = block(x, mask, *rotation)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer, each added to what comes in, shape (batch, length, width)."""
+
+    def __init__(self, heads: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention_in = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward_in = nn.Linear(width, 4 * width)
+        self.feed_forward_out = nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        qkv = self.attention_in(self.attention_norm(x)).unflatten(2, (3, self.heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (batch, heads, length, width / heads) each
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        heard = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        x = x + self.dropout(self.attention_out(heard.transpose(1, 2).flatten(2)))
+        hidden = F.gelu(self.feed_forward_in(self.feed_forward_norm(x)), approximate="tanh")
+        result: Tensor = x + self.dropout(self.feed_forward_out(hidden))
+        return result
+
+
+def rotary(length: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angle at each position, for each pair of a head's channels: (length, width / 2) each.
+
+    Computed in each forward: a buffer would be sent to every rank in each step.
+    """
+    frequencies = 10_000.0 ** (-torch.arange(0, width, 2, device=device) / width)
+    angles = torch.arange(length, device=device)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs of channels (i, i + width / 2), so that products of two depend on their distance alone."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1).type_as(x)
