@@ -127,7 +127,7 @@ class Windows(Dataset[Tensor]):
         return -(-(len(self.tokens) - 1) // self.length)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.__getitems__([index])[0]
+        return self.__getitems__([range(len(self))[index]])[0]  # an IndexError ends who iterates
 
     def __getitems__(self, indices: list[int]) -> Tensor:
         """A whole micro-batch, shape (len(indices), length + 1)."""

@@ -1,5 +1,7 @@
-"""A GPT on bytes: a decoder of GPT-2's shape and initialisation (Radford et al., 2019), with rotary positions (Su et al.,
-2021). Attention stays within a document, so that a document's loss does not depend on what it is packed beside."""
+"""A GPT on bytes: GPT-2's decoder and initialisation (Radford et al., 2019), with rotary positions (Su et al., 2021).
+
+Attention stays within a document, so that a document's loss does not depend on what it is packed beside.
+"""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from distrib.task import Loss, Task
 
 
 class LanguageModel(Task):
-    """Predict the next byte of `text`: globs of files, each a document, or `stdlib`, the source of Python's own library.
+    """Predict the next byte of `text`: files by their globs, each a document; `stdlib` is Python's own library.
 
     One document in 20 is held out, by its hash. `dropout` is of the embeddings and of what each layer adds.
     """

@@ -1,0 +1,149 @@
+"""Text becomes tokens once, whole, whoever asks at the same time, and each byte of it is a target once."""
+
+import hashlib
+import multiprocessing
+import os
+import pickle
+import signal
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distrib.data.tokens import SEPARATOR, Windows, find_text, pack
+from distrib.errors import ConfigError
+
+FORK = multiprocessing.get_context("fork")  # real processes, which need not import torch again
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "distrib" / "tokens"
+
+
+def write(folder: Path, documents: Sequence[bytes]) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    for number, document in enumerate(documents):
+        (folder / f"{number:04}.txt").write_bytes(document)
+    return find_text(str(folder / "*.txt"))
+
+
+def unpacked(folder: Path, split: str) -> list[bytes]:
+    """The documents of a split, read with numpy alone."""
+    tokens = np.load(folder / f"{split}.npy")
+    (separators,) = np.nonzero(tokens == SEPARATOR)
+    assert separators[0] == 0
+    assert separators[-1] == len(tokens) - 1
+    return [bytes(tokens[start + 1 : end].tolist()) for start, end in pairwise(separators)]
+
+
+def held_out(document: bytes) -> bool:
+    return int(hashlib.sha256(document).hexdigest()[:16], 16) % 20 == 0
+
+
+@settings(max_examples=50)
+@given(documents=st.lists(st.binary(max_size=40), min_size=1, max_size=30), length=st.integers(1, 50))
+def test_documents_are_split_by_their_content_and_windows_cover_them(documents: list[bytes], length: int) -> None:
+    with TemporaryDirectory(dir=os.environ["XDG_CACHE_HOME"].removesuffix("cache")) as folder:
+        packed = pack(write(Path(folder), documents))
+        assert unpacked(packed, "train") == [document for document in documents if not held_out(document)]
+        assert unpacked(packed, "eval") == [document for document in documents if held_out(document)]
+        windows, tokens = Windows(packed / "train.npy", length), np.load(packed / "train.npy").astype(np.int64)
+        rows = windows.__getitems__(list(range(len(windows)))).reshape(-1, length + 1).numpy()
+        targets = rows[:, 1:].flatten()
+        filled = len(targets) - (len(tokens) - 1)
+        assert 0 <= filled < length
+        np.testing.assert_array_equal(targets, np.append(tokens[1:], [SEPARATOR] * filled))
+        np.testing.assert_array_equal(rows[1:, 0], rows[:-1, -1])  # and each predicts from what stands before it
+        for window, row in zip(windows, rows, strict=True):  # one after the other
+            np.testing.assert_array_equal(window, row)
+
+
+def test_what_is_packed_is_kept_by_content(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    documents = [b"one", b"two", b"three"]
+    files = write(tmp_path / "text", documents)
+    first = pack(files)
+    inode = (first / "train.npy").stat().st_ino
+    assert "packing 3 files" in capsys.readouterr().err
+    os.utime(files[0])
+    assert pack(files) == pack(write(tmp_path / "copied", documents)) == first
+    assert (first / "train.npy").stat().st_ino == inode
+    assert capsys.readouterr().err == ""
+    files[1].write_bytes(b"2wo")  # of the same length
+    second = pack(files)
+    assert second != first
+    assert b"2wo" in unpacked(second, "train") + unpacked(second, "eval")
+    assert {path.name for path in cache.iterdir() if path.is_dir()} == {first.name, second.name}
+
+
+def side_by_side(count: int, work: Callable[..., None], *arguments: Any) -> list[Any]:
+    """Start so many processes at once, wait for them, and return what they put into the queue."""
+    queue, gate = FORK.SimpleQueue(), FORK.Barrier(count)
+    processes = [FORK.Process(target=work, args=(queue, gate, *arguments)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    found = [queue.get() for _ in processes]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    return found
+
+
+def packs(queue: Any, gate: Any, files: list[Path]) -> None:
+    gate.wait()
+    folder = pack(files)
+    queue.put((folder, hashlib.sha256((folder / "train.npy").read_bytes()).hexdigest()))
+
+
+def test_processes_that_pack_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    files = write(tmp_path / "text", [os.urandom(1_000_000) for _ in range(10)])
+    found = side_by_side(4, packs, files)
+    assert len(set(found)) == 1  # whole, for whoever was first to go on
+    assert capfd.readouterr().err.count("packing") == 1
+
+
+def test_killed_while_packing(tmp_path: Path, cache: Path) -> None:
+    documents = [os.urandom(5_000_000) for _ in range(12)]
+    files = write(tmp_path / "text", documents)
+    process = FORK.Process(target=pack, args=(files,))
+    process.start()
+    until(lambda: list(cache.glob("*.partial")), "packing has not begun")
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    assert [path.suffix for path in cache.iterdir() if path.is_dir()] == [".partial"]
+    packed = pack(files)
+    assert unpacked(packed, "train") == [document for document in documents if not held_out(document)]
+    assert [path for path in cache.iterdir() if path.is_dir()] == [packed]
+
+
+def test_a_worker_gets_the_path_and_not_the_tokens(tmp_path: Path) -> None:
+    windows = Windows(pack(write(tmp_path / "text", [os.urandom(100_000)] * 2)) / "train.npy", 64)
+    sent = pickle.dumps(windows)
+    assert len(sent) < 1000
+    np.testing.assert_array_equal(pickle.loads(sent)[3], windows[3])
+
+
+def test_the_standard_library_is_on_this_machine() -> None:
+    files = find_text("stdlib")
+    assert Path(os.__file__) in files
+    assert not [path for path in files if "site-packages" in path.parts]
+
+
+def test_text_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"task.text: 'no/such/\*' matches no file, looked for from /"):
+        find_text(["stdlib", "no/such/*"])
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"cannot pack into .*file.*; XDG_CACHE_HOME says where"):
+        pack(write(tmp_path / "text", [b"text"]))
