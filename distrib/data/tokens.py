@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock
-from numpy.lib.format import open_memmap
+from numpy.lib.format import write_array_header_1_0
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -26,6 +26,7 @@ from distrib.errors import ConfigError
 
 SEPARATOR = 256
 VOCABULARY = 257
+_DTYPE = "<u2"
 _FORMAT = b"1: uint16, one document in 20 held out"  # whatever changes the files for the same text belongs in here
 _ONE_HELD_OUT_IN = 20
 
@@ -98,18 +99,20 @@ def _pack(documents: list[Document], folder: Path) -> None:
         for split, held_out in (("train", False), ("eval", True)):
             chosen = [document for document in documents if document.held_out == held_out]
             length = sum(1 + document.size for document in chosen) + 1
-            tokens = open_memmap(partial / f"{split}.npy", mode="w+", dtype=np.uint16, shape=(length,))
-            start = 0
-            for path, size, digest in chosen:
-                data = path.read_bytes()
-                if hashlib.sha256(data).digest() != digest:
-                    raise ConfigError(f"task.text: {path} changed while it was packed; start again")
-                tokens[start] = SEPARATOR
-                tokens[start + 1 : start + 1 + size] = np.frombuffer(data, np.uint8)
-                start += 1 + size
-                progress.advance(task, size)
-            tokens[start] = SEPARATOR
-            tokens.flush()
+            # Written through a file: on a full disk a memory map would end us with SIGBUS, and not a word.
+            with open(partial / f"{split}.npy", "wb") as file:
+                write_array_header_1_0(file, {"descr": _DTYPE, "fortran_order": False, "shape": (length,)})
+                separator = np.array([SEPARATOR], _DTYPE).tobytes()
+                for path, size, digest in chosen:
+                    data = path.read_bytes()
+                    if hashlib.sha256(data).digest() != digest:
+                        raise ConfigError(f"task.text: {path} changed while it was packed; start again")
+                    file.write(separator)
+                    file.write(np.frombuffer(data, np.uint8).astype(_DTYPE).tobytes())
+                    progress.advance(task, size)
+                file.write(separator)
+                file.flush()
+                os.fsync(file.fileno())
     partial.rename(folder)
 
 

@@ -114,7 +114,8 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         document = (tokens == SEPARATOR).cumsum(1)
-        # A mask costs flash attention; the one kernel without it would be another for windows within a document.
+        # Also where a window holds one document, and causal attention would do: only the device knows, and would be
+        # waited for. What it costs stands in docs/language-model.md.
         mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]
         rotation = rotary(tokens.shape[1], self.embedding.embedding_dim // self.heads, tokens.device)
         x = self.dropout(self.embedding(tokens))

@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -13,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,7 +52,7 @@ def held_out(document: bytes) -> bool:
 @settings(max_examples=50)
 @given(documents=st.lists(st.binary(max_size=40), min_size=1, max_size=30), length=st.integers(1, 50))
 def test_documents_are_split_by_their_content_and_windows_cover_them(documents: list[bytes], length: int) -> None:
-    with TemporaryDirectory(dir=os.environ["XDG_CACHE_HOME"].removesuffix("cache")) as folder:
+    with TemporaryDirectory() as folder:
         packed = pack(write(Path(folder), documents))
         assert unpacked(packed, "train") == [document for document in documents if not held_out(document)]
         assert unpacked(packed, "eval") == [document for document in documents if held_out(document)]
@@ -110,14 +110,23 @@ def test_processes_that_pack_at_once(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert capfd.readouterr().err.count("packing") == 1
 
 
-def test_killed_while_packing(tmp_path: Path, cache: Path) -> None:
-    documents = [os.urandom(5_000_000) for _ in range(12)]
+def packs_as_far_as(size: int, killed: bool, files: list[Path]) -> None:
+    """The system refuses to let a file grow further, as it does on a full disk; or kills for it."""
+    if killed:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    with pytest.raises(ConfigError, match=r"cannot pack into .* File too large"):
+        pack(files)
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_what_is_packed_in_part_is_packed_anew(tmp_path: Path, cache: Path, killed: bool) -> None:
+    documents = [os.urandom(50_000) for _ in range(20)]
     files = write(tmp_path / "text", documents)
-    process = FORK.Process(target=pack, args=(files,))
+    process = FORK.Process(target=packs_as_far_as, args=(500_000, killed, files))
     process.start()
-    until(lambda: list(cache.glob("*.partial")), "packing has not begun")
-    os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
+    assert process.exitcode == (-signal.SIGXFSZ if killed else 0)
     assert [path.suffix for path in cache.iterdir() if path.is_dir()] == [".partial"]
     packed = pack(files)
     assert unpacked(packed, "train") == [document for document in documents if not held_out(document)]
