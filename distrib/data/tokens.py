@@ -134,7 +134,7 @@ class Windows(Dataset[Tensor]):
 
     def __getitems__(self, indices: list[int]) -> Tensor:
         """A whole micro-batch, shape (len(indices), length + 1)."""
-        places = np.array(indices)[:, None] * self.length + np.arange(self.length + 1)
+        places = np.array(indices, np.int64)[:, None] * self.length + np.arange(self.length + 1)
         return torch.from_numpy(self.tokens[np.minimum(places, len(self.tokens) - 1)].astype(np.int64))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -57,7 +57,7 @@ def test_documents_are_split_by_their_content_and_windows_cover_them(documents: 
         assert unpacked(packed, "train") == [document for document in documents if not held_out(document)]
         assert unpacked(packed, "eval") == [document for document in documents if held_out(document)]
         windows, tokens = Windows(packed / "train.npy", length), np.load(packed / "train.npy").astype(np.int64)
-        rows = windows.__getitems__(list(range(len(windows)))).reshape(-1, length + 1).numpy()
+        rows = windows.__getitems__(list(range(len(windows)))).numpy()
         targets = rows[:, 1:].flatten()
         filled = len(targets) - (len(tokens) - 1)
         assert 0 <= filled < length
