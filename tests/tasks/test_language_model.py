@@ -1,6 +1,7 @@
 """What a byte's loss depends on, what is counted, and that every strategy trains the same model of it."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,13 @@ from distrib.training.verbs import evaluate_run, explain_run
 SHAPE = {"context_length": 32, "layers": 2, "heads": 2, "width": 16}
 # Sums in fp32 of a few hundred terms, and angles of positions up to 100 rounded at 1e-7 of their value.
 ROUNDING = 1e-5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def task(**more: Any) -> LanguageModel:
@@ -187,10 +195,7 @@ def plain(language_model: LanguageModel) -> tuple[list[float], GPT]:
     return found, model
 
 
-def test_one_process_and_two_under_every_strategy_train_what_a_plain_loop_trains(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_one_process_and_two_under_every_strategy_train_what_a_plain_loop_trains(run: Run, tmp_path: Path) -> None:
     values = written(tmp_path / "text")
     (tmp_path / "train.py").write_text(SCRIPT.format(strategies=STRATEGIES, config=values))
     check(run("distrib", "launch", "--processes", 2, "train.py", TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions")))
