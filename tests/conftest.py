@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import shutil
 import signal
 import socket
@@ -99,6 +100,24 @@ def start(mark: str, folder: Path, *command: object, **env: str) -> "subprocess.
     return subprocess.Popen(
         arguments, cwd=folder, env=environment(mark, **env), stdout=pipe, stderr=pipe, text=True, start_new_session=True
     )
+
+
+def on_a_terminal(mark: str, folder: Path, *command: object, **env: str) -> tuple[str, int]:
+    """What `distrib` draws on a terminal until it ends, and its exit code."""
+    ours, theirs = pty.openpty()
+    arguments = [sys.executable, "-m", "distrib", *(str(part) for part in command)]
+    with subprocess.Popen(
+        arguments, cwd=folder, stdout=theirs, stderr=theirs, env=environment(mark, TERM="xterm", **env)
+    ) as process:
+        os.close(theirs)
+        seen = b""
+        while True:
+            try:
+                seen += os.read(ours, 65536)
+            except OSError:  # the other end is closed
+                break
+    os.close(ours)
+    return seen.decode(), process.returncode
 
 
 def until(what: Callable[[], object], why: str, seconds: float = 60) -> None:

@@ -1,6 +1,5 @@
 """What a run says of itself while it trains: to its folder, the terminal and the trackers. Rank 0 alone speaks."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +22,6 @@ class Record:
         self.steps_done = 0
         self._ledger: Ledger | None = None
         self._tracking: TrackingProcess | None = None
-        self._started = time.perf_counter()
 
     @property
     def chain(self) -> str:

@@ -12,8 +12,9 @@ from distrib.errors import ConfigError
 from distrib.plan import RunPlan
 from distrib.reporting.wandb_files import mend, read_offline
 from distrib.state.run_dir import RunDir
+from distrib.stopping import SAVED
 
-EXIT_CODES = {"finished": 0, "failed": 1, "preempted": 75}  # of the events that end a start
+EXIT_CODES = {"finished": 0, "failed": 1, "preempted": SAVED}  # of the events that end a start
 _SECONDS_TO_BEGIN = 30.0  # in which wandb's server must answer
 _WANDB_MODES = {"disabled": "off", "offline": "offline", "dryrun": "offline"}  # what WANDB_MODE says, for auto
 
@@ -140,14 +141,15 @@ def _settings() -> Any:
     )
 
 
-def wandb_mode(tracking: TrackingConfig) -> str:
-    """online, offline or off. Raises ConfigError where online is asked for and cannot be.
+def asked_of_wandb(tracking: TrackingConfig) -> str:
+    """As the config says; `auto` also heeds WANDB_MODE, as wandb itself does."""
+    said = os.environ.get("WANDB_MODE", "")
+    return _WANDB_MODES.get(said, "auto") if tracking.wandb == "auto" else tracking.wandb
 
-    `auto` also heeds WANDB_MODE, as wandb itself does.
-    """
-    asked: str = tracking.wandb
-    if asked == "auto":
-        asked = _WANDB_MODES.get(os.environ.get("WANDB_MODE", ""), "auto")
+
+def wandb_mode(tracking: TrackingConfig) -> str:
+    """online, offline or off. Raises ConfigError where online is asked for and cannot be."""
+    asked = asked_of_wandb(tracking)
     if asked in ("off", "offline"):
         return asked
     import wandb

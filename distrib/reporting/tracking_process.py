@@ -25,7 +25,16 @@ from distrib.errors import RunDirError
 from distrib.processes import ignore_sigterm, shield
 from distrib.reporting.following import Follower
 from distrib.reporting.metrics import Metrics
-from distrib.reporting.tracking import EXIT_CODES, Other, Tracker, Wandb, how_to_upload, wandb_mode, watch_machine
+from distrib.reporting.tracking import (
+    EXIT_CODES,
+    Other,
+    Tracker,
+    Wandb,
+    asked_of_wandb,
+    how_to_upload,
+    wandb_mode,
+    watch_machine,
+)
 from distrib.reporting.wandb_files import read_offline
 from distrib.state.ledger import whole_lines
 from distrib.state.run_dir import RunDir
@@ -47,8 +56,7 @@ class TrackingProcess:
     def __init__(self, run: RunDir, config: TrackingConfig, world: "World", first_step: int) -> None:
         self.lines: deque[str] = deque()  # that it has said, for the user
         self._process: subprocess.Popen[str] | None = None
-        off = config.wandb == "off" or (config.wandb == "auto" and os.environ.get("WANDB_MODE") == "disabled")
-        run_id = world.on_rank_0(lambda: "" if off else self._run_id(run))
+        run_id = world.on_rank_0(lambda: "" if asked_of_wandb(config) == "off" else self._run_id(run))
         self._first = world.is_rank_0
         if run_id and world.hosts.index(world.host) == world.rank:  # the first of its machine
             self._start(run, run_id, str(first_step), str(os.getpid()), *([] if self._first else [world.host]))

@@ -4,10 +4,11 @@ import copy
 import resource
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from distrib.data.source import Source
@@ -92,7 +93,7 @@ def flops_per_step(task: Task, module: nn.Module, source: Source) -> float | Non
     Counted in a forward on torch's meta device, where nothing is computed; one that looks at values cannot go there.
     """
     try:
-        batch = _to_meta(source.some_batch())
+        batch = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), source.some_batch())
         with FlopCounterMode(display=False) as counter:
             task.forward(_on_meta(module), batch)
     except Exception:
@@ -109,13 +110,3 @@ def _on_meta(module: nn.Module) -> nn.Module:
 def _like(tensor: Tensor) -> Tensor:
     meta = tensor.detach().to("meta")
     return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
-
-
-def _to_meta(batch: Any) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to("meta")
-    if isinstance(batch, dict):
-        return {key: _to_meta(value) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(_to_meta(value) for value in batch)
-    return batch

@@ -1,31 +1,17 @@
 """On a real terminal there is a bar, elsewhere there are lines."""
 
-import os
-import pty
 import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT, environment
+from conftest import ROOT, environment, on_a_terminal
 
 TRAIN = ["-m", "distrib", "train", str(ROOT / "configs/digits.yaml"), "train.steps=8"]
 
 
 def test_a_bar_on_a_terminal(mark: str, tmp_path: Path) -> None:
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        [sys.executable, *TRAIN], cwd=tmp_path, stdout=theirs, stderr=theirs, env=environment(mark, TERM="xterm")
-    ) as process:
-        os.close(theirs)
-        seen = b""
-        while True:
-            try:
-                seen += os.read(ours, 65536)
-            except OSError:  # the other end is closed
-                break
-    os.close(ours)
-    text = seen.decode()
-    assert process.returncode == 0, text
+    text, code = on_a_terminal(mark, tmp_path, *TRAIN[2:])
+    assert code == 0, text
     assert "━" in text
     assert "8/8" in text
     assert "runs/digits finished: eval/accuracy" in text

@@ -1,15 +1,11 @@
 """`distrib watch` shows from a run's folder what the run itself shows."""
 
-import os
-import pty
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Run, check, environment, events, refused, start, steps_done, until
+from conftest import Run, check, events, on_a_terminal, refused, start, steps_done, until
 
 from distrib.state.run_dir import RunDir
 
@@ -27,24 +23,6 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(CONFIG))
     return path
-
-
-def watched_on_a_terminal(mark: str, folder: Path) -> tuple[str, int]:
-    """What `distrib watch` draws until it ends, and its exit code."""
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "distrib", "watch", "runs/run"]
-    with subprocess.Popen(
-        command, cwd=folder, stdout=theirs, stderr=theirs, env=environment(mark, TERM="xterm", COLUMNS="150")
-    ) as process:
-        os.close(theirs)
-        seen = b""
-        while True:
-            try:
-                seen += os.read(ours, 65536)
-            except OSError:  # the other end is closed
-                break
-    os.close(ours)
-    return seen.decode(), process.returncode
 
 
 def test_a_run_that_goes_on(mark: str, run: Run, tmp_path: Path, config: Path) -> None:
@@ -68,7 +46,7 @@ def test_a_run_that_goes_on(mark: str, run: Run, tmp_path: Path, config: Path) -
     assert shown[0] == "started on 1 process(es), single, by plain"
     assert f"asked to stop; saved after step {steps_done_at_the_stop(folder)}" in shown
     assert shown[-1].startswith(f"{folder} finished: eval/loss ")
-    drawn, code = watched_on_a_terminal(mark, tmp_path)  # it has finished
+    drawn, code = on_a_terminal(mark, tmp_path, "watch", folder, COLUMNS="150")  # it has finished
     assert code == 0
     for part in ("━", "120/120", "evaluation step 120", "checkpoint step 120", "going on after step"):
         assert part in drawn
