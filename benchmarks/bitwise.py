@@ -58,7 +58,7 @@ class Ddp:
 
     def run_block(self, block: int) -> None:
         for window in islice(self.windows, STEPS):
-            self.loss = torch.tensor(train_step(self.engine, self.task, window, self.engine.base_rate).loss)
+            self.loss = torch.tensor(train_step(self.engine, self.task, window, self.engine.base_rate).read().loss)
 
 
 class BitwiseTrainer(AlternatingTrainer):

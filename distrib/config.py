@@ -19,6 +19,7 @@ StrategyName: TypeAlias = Literal["auto", "single", "ddp", "zero0", "zero1", "ze
 Offload: TypeAlias = Literal["none", "optimizer", "all"]
 Schedule: TypeAlias = Literal["constant", "linear", "cosine"]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -66,7 +67,7 @@ class TrainConfig(_Section):
     epochs: PositiveInt | None = None
     steps: PositiveInt | None = None
     mixed_precision: MixedPrecision = "no"
-    max_grad_norm: NonNegativeFloat | None = None  # none: no clipping
+    max_grad_norm: PositiveFloat | None = None  # none: no clipping
     on_nonfinite: Literal["skip", "stop"] = "skip"
     determinism: Literal["fast", "bitwise"] = "fast"  # bitwise: the same bits from any number of processes
 

@@ -7,14 +7,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from distrib.config import TaskConfig
 from distrib.errors import ConfigError
+
+if TYPE_CHECKING:
+    from distrib.config import TaskConfig  # pydantic takes its time and memory, which a model alone has no use for
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ def _has(items: Iterator[object]) -> bool:
     return next(items, None) is not None
 
 
-def load_task(config: TaskConfig | None) -> Task:
+def load_task(config: "TaskConfig | None") -> Task:
     """Import `target` and build it with the config's arguments. Raises ConfigError."""
     if config is None:
         raise ConfigError('task: missing; name yours as task: {target: "my_file:MyTask"}')

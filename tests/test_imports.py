@@ -18,7 +18,7 @@ LAYERS = [
     {"cli"},
 ]
 ONLY_IN = {
-    "accelerate": {"reporting/tracking.py", "training/engine.py", "training/placement.py", "world.py"},
+    "accelerate": {"reporting/tracking.py", "training/engine.py", "training/replicated.py", "world.py"},
     "deepspeed": {"training/zero.py"},
     "wandb": {"reporting/tracking.py", "reporting/wandb_files.py"},
 }

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +17,11 @@ from distrib.task import Loss, Task
 from distrib.training.perf import Clock
 from distrib.training.placement import Placement, named_state
 from distrib.training.totals import Totals
+from distrib.training.verdict import Step
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-APPLIED = "applied"
 _FIRST_SCALE_OF_A_MEAN = 2.0**16  # GradScaler's
 _UPDATES_TO_GROW = 2000
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step did, the same on every rank. `loss` is the mean over the whole window before the update."""
-
-    verdict: str  # applied | skipped:<reason>
-    loss: float
-    count: float  # whole, unless items have weights
-    grad_norm: float  # before clipping
-    lr: float
-    digest: int  # of the samples read by all ranks, see data/order.py
-    loss_scale: float | None = None  # fp16 only
-    stop: bool = False  # some rank was asked to
-
-    @property
-    def applied(self) -> bool:
-        return self.verdict == APPLIED
 
 
 class LossScale:
@@ -88,6 +69,9 @@ class Engine:
         self.base_rate = float(groups[0]["lr"]) if groups else 0.0
         self._rate_ratios = [group["lr"] / (self.base_rate or 1.0) for group in groups]
         self.loss_scale: LossScale | None = None  # fp16 only, made when the first count is known
+        # On a CPU there is nobody to wait for, and Python's numbers are cheaper than tensors. fp16 has to know whether
+        # a gradient overflowed before it can scale the next loss.
+        self.waits = self.device.type == "cpu" or mixed_precision == "fp16"
         self._generators = [torch.default_generator.manual_seed]
         if self.device.type != "cpu":  # not run here: see docs/not-run-here.md
             self._generators.append(torch.get_device_module(self.device).manual_seed)
@@ -146,25 +130,19 @@ class Engine:
         with nullcontext() if self.dtype is None else torch.autocast(self.device.type, enabled=False):
             self.placement.backward(total, shares, self._last)
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float) -> Step:
         """Normalise by the window's count, clip, update. All ranks see the same numbers, so all decide alike.
 
         `lr` is the first parameter group's rate; the others keep their ratio to it.
         """
-        totals = Totals.unpack(self.placement.totals.result(), self._whole_count)  # waits for the device, and the ranks
-        self.clock.lap("forward_backward")
-        scale = None if self.loss_scale is None else self.loss_scale.value
-        loss, grad_norm = totals.loss / totals.count if totals.count else 0.0, 0.0
-        if totals.count == 0:
-            verdict = "skipped:no_items"
-        elif not math.isfinite(loss):
-            verdict, grad_norm = "skipped:nonfinite_loss", math.nan
-        else:
-            verdict, grad_norm = self._update(totals.count, lr)
-        if verdict in ("skipped:no_items", "skipped:nonfinite_loss"):
-            self.placement.discard()
+        optimizer = self.placement.optimizer
+        assert optimizer is not None, "this engine only evaluates"
+        for group, ratio in zip(optimizer.param_groups, self._rate_ratios, strict=True):
+            group["lr"] = lr * ratio
+        waits = self.waits or not self.placement.updates_unseen
+        step = (self._update_seen if waits else self._update_unseen)(self.placement.totals.result(), lr)
         self.clock.lap("optimizer")
-        return StepResult(verdict, loss, totals.count, grad_norm, lr, totals.digest, scale, totals.stop)
+        return step
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint's manifest keeps besides the shards."""
@@ -199,21 +177,27 @@ class Engine:
         for buffer, before in zip(self._buffers, buffers, strict=True):
             buffer.copy_(before)
 
-    def _update(self, count: float, lr: float) -> tuple[str, float]:
-        """The verdict and the norm of the gradient before clipping."""
-        optimizer, scale = self.placement.optimizer, self.loss_scale
-        assert optimizer is not None, "this engine only evaluates"
-        for group, ratio in zip(optimizer.param_groups, self._rate_ratios, strict=True):
-            group["lr"] = lr * ratio
-        # The ranks' gradients are averaged, and scaled in fp16; what is wanted is their sum by the count.
-        factor = self.world.world_size / count / (1.0 if scale is None else scale.value)
-        grad_norm = self.placement.update(factor, self.max_grad_norm)
-        finite = math.isfinite(grad_norm)
-        if scale is not None:
-            scale.update(overflowed=not finite)
-        if finite:
-            return APPLIED, grad_norm
-        return "skipped:nonfinite_gradient" if scale is None else "skipped:loss_scale", grad_norm
+    def _update_seen(self, totals: Tensor, lr: float) -> Step:
+        """Waits for the device and the ranks, and then decides."""
+        shares, scale, grad_norm = totals.tolist(), self.loss_scale, math.nan
+        self.clock.lap("forward_backward")
+        value = None if scale is None else scale.value
+        known = Totals.unpack(shares, self._whole_count)
+        if known.count and math.isfinite(known.loss):
+            # The ranks' gradients are averaged, and scaled in fp16; what is wanted is their sum by the count.
+            factor = self.world.world_size / known.count / (value or 1.0)
+            grad_norm = self.placement.update(factor, self.max_grad_norm)
+            if scale is not None:
+                scale.update(overflowed=not math.isfinite(grad_norm))
+        else:
+            self.placement.discard()
+        return Step(shares, grad_norm, self._whole_count, lr, value)
+
+    def _update_unseen(self, totals: Tensor, lr: float) -> Step:
+        """Leaves it to the device to decide: the same arithmetic, on numbers that are not there yet."""
+        grad_norm = self.placement.update(Totals.factor(totals) * self.world.world_size, self.max_grad_norm)
+        self.clock.lap("forward_backward")
+        return Step(totals.clone(), grad_norm, self._whole_count, lr, None)
 
     def _first_loss_scale(self, loss: Loss, window: Window) -> LossScale:
         """torch's usual first scale is meant for a mean; ours is of a sum, so divide it by the likely count.

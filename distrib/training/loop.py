@@ -2,10 +2,11 @@
 
 from distrib.data.loader import Window
 from distrib.task import Task
-from distrib.training.engine import Engine, StepResult
+from distrib.training.engine import Engine
+from distrib.training.verdict import Step
 
 
-def train_step(engine: Engine, task: Task, window: Window, lr: float) -> StepResult:
+def train_step(engine: Engine, task: Task, window: Window, lr: float) -> Step:
     """One optimizer step over a window of micro-batches; gradients meet the other ranks' on the last."""
     for index, batch in enumerate(window):
         with engine.microbatch(window, index):

@@ -1,30 +1,28 @@
 """Where parameters, gradients and optimizer state lie, and how gradients of the ranks meet.
 
 Whatever the placement, a step computes the same: the engine decides what is summed, by what it is divided and whether
-it is applied. `strategies.place` chooses among `Replicated` (here), `FullySharded` and the ZeRO stages.
+it is applied. `strategies.place` chooses among `Replicated`, `Reproducible`, `FullySharded` and the ZeRO stages.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from distrib.config import StrategyConfig
 from distrib.errors import ConfigError, TrainingError
 from distrib.state import checkpoint
 from distrib.state.checkpoint import Shard, replicated
-from distrib.training.totals import SummedTotals, WithTotals, ride
+from distrib.training.totals import SummedTotals
 from distrib.world import World
 
 MakeOptimizer = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
+Number = TypeVar("Number", float, Tensor)  # known here, or on the device alone
 
 
 class WindowTotals(Protocol):
@@ -48,6 +46,7 @@ class Placement:
         self.world = world
         self.module = module  # the user's own
         self.optimizer: Optimizer | None = None  # none: only evaluates
+        self._scales = False  # the optimizer's kernel: what it updates with, and whether at all
         self._parameters: list[nn.Parameter] = []
         self._watched: list[str] = []
         self._used: set[str] = set()  # by the micro-batch at hand
@@ -64,6 +63,7 @@ class Placement:
         self.optimizer = make_optimizer(trainable(self.module))
         groups = self.optimizer.param_groups
         self._parameters = [p for group in groups for p in group["params"] if p.requires_grad]
+        self._scales = getattr(self.optimizer, "_step_supports_amp_scaling", False)  # torch's fused ones
 
     def accumulate(self, last: bool) -> AbstractContextManager[object]:
         """Around forward and backward of a micro-batch; gradients meet the other ranks' at the latest on the last."""
@@ -80,20 +80,42 @@ class Placement:
         self.totals.add(shares, last)
         total.backward()  # type: ignore[no-untyped-call]
 
-    def update(self, factor: float, max_grad_norm: float | None) -> float:
+    @property
+    def updates_unseen(self) -> bool:
+        """Can `update` take a factor that only the device knows? Not in a first update: where that is skipped, torch's
+        SGD leaves whatever lay in memory as its momentum (seen with 2.13)."""
+        return self._scales and self.optimizer is not None and len(self.optimizer.state) > 0
+
+    def update(self, factor: Number, max_grad_norm: float | None) -> Number:
         """Multiply the mean gradient over the ranks by `factor`, clip, update; returns the norm before clipping.
 
-        Where the norm is not finite, on any rank, nothing is updated on any.
+        Where the norm is not finite, on any rank, nothing is updated on any. Nobody waits for the device where `factor`
+        is a tensor on it, and so is the norm.
         """
-        assert self.optimizer is not None, "this engine only evaluates"
         gradients = self._gradients()
-        grad_norm = self._norm(gradients) * factor
-        if math.isfinite(grad_norm):
+        grad_norm: Any = self._norm(gradients)
+        if isinstance(factor, Tensor):
+            grad_norm *= factor
             if max_grad_norm is not None:
-                factor *= min(1.0, max_grad_norm / (grad_norm + 1e-6))  # as torch's clip_grad_norm_
+                factor = factor * torch.clamp(max_grad_norm / (grad_norm + 1e-6), max=1.0)
+            self._apply(gradients, factor, skipped=~grad_norm.isfinite())
+        else:
+            grad_norm = grad_norm.item() * factor
+            if math.isfinite(grad_norm):
+                if max_grad_norm is not None:
+                    factor *= min(1.0, max_grad_norm / (grad_norm + 1e-6))  # as torch's clip_grad_norm_
+                self._apply(gradients, factor)
+        return grad_norm  # type: ignore[no-any-return]
+
+    def _apply(self, gradients: list[Tensor], factor: float | Tensor, skipped: Tensor | None = None) -> None:
+        """Update with the gradients times `factor`, in the optimizer's own kernel where it can: GradScaler's way."""
+        optimizer: Any = self.optimizer
+        if self._scales:
+            optimizer.grad_scale = torch.as_tensor(1.0 / factor, dtype=torch.float32, device=self.world.device)
+            optimizer.found_inf = None if skipped is None else skipped.float()
+        else:
             torch._foreach_mul_(gradients, factor)
-            self.optimizer.step()
-        return grad_norm
+        optimizer.step()
 
     def discard(self) -> None:
         """End the window without an update."""
@@ -193,88 +215,8 @@ class Placement:
         """What this rank holds of the gradient."""
         return [p.grad for p in self._parameters if p.grad is not None]
 
-    def _norm(self, gradients: list[Tensor]) -> float:
-        return torch.nn.utils.get_total_norm(gradients).item()
-
-
-class Replicated(Placement):
-    """single and ddp: everything whole on every rank, over accelerate."""
-
-    shares_buffers = True
-
-    def __init__(
-        self, world: World, module: nn.Module, make_optimizer: MakeOptimizer | None, config: StrategyConfig
-    ) -> None:
-        super().__init__(world, module)
-        self.evaluation_model = module.to(world.device)
-        compressed = config.communication_dtype == "bf16" and world.world_size > 1
-        if compressed or config.find_unused_parameters:  # the carrier would be rounded, or taken for unused
-            self.totals = SummedTotals(world)
-            self.model = module
-        else:
-            with_totals = WithTotals(module).to(world.device)
-            self.totals = with_totals
-            self.model = with_totals
-        self._accelerator = Accelerator(
-            cpu=world.use_cpu,
-            mixed_precision="no",  # accelerate ignores fp16 on CPU without a word; precision is the engine's
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # so is the window
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(
-                    gradient_as_bucket_view=True,
-                    find_unused_parameters=config.find_unused_parameters,
-                    static_graph=config.static_graph,
-                )
-            ],
-        )
-        self.use_optimizer(make_optimizer)
-        if world.world_size > 1 and make_optimizer is not None:
-            self.model = self._accelerator.prepare_model(self.model)
-            self.learns_from_its_first_backward = True
-            if compressed:
-                self.model.register_comm_hook(None, _mean_in_bf16)  # type: ignore[operator]
-        # DDP learns a static graph from its first backward, which may not go without a reduction. One more does no
-        # harm: the mean over ranks of what is the same on all of them is what it was.
-        self._graph_is_unknown = config.static_graph
-        self._all_parameters = list(self.model.parameters())  # Module.zero_grad walks through all modules every time
-
-    def accumulate(self, last: bool) -> AbstractContextManager[object]:
-        if last or self._graph_is_unknown:
-            self._graph_is_unknown = False
-            return nullcontext()
-        context: AbstractContextManager[object] = self._accelerator.no_sync(self.model)
-        return context
-
-    def zero_grad(self) -> None:
-        for parameter in self._all_parameters:
-            parameter.grad = None
-
-    def backward(self, total: Tensor, shares: Tensor, last: bool) -> None:
-        if isinstance(self.totals, WithTotals):
-            shares = shares * self.world.world_size  # DDP leaves the mean over the ranks
-            ride(total, self.totals.totals, shares).backward()  # type: ignore[no-untyped-call]
-        else:
-            super().backward(total, shares, last)
-
-    def communication_seconds(self) -> float | None:
-        if not isinstance(self.model, nn.parallel.DistributedDataParallel):
-            return None
-        measured: dict[str, float] = self.model._get_ddp_logging_data()  # type: ignore[no-untyped-call]
-        if "backward_comm_time" not in measured:  # DDP looks at its first steps, and each 100th, after they are over
-            return None
-        return max(0.0, measured["backward_comm_time"] - measured["backward_compute_comm_overlap_time"]) / 1e9
-
-
-def _mean_in_bf16(
-    _: object,
-    bucket: dist.GradBucket,  # type: ignore[name-defined]
-) -> torch.futures.Future[Tensor]:
-    """A bucket's mean over the ranks. DDP lets torch's own bf16_compress_hook run over nccl and xccl only."""
-    gradient = bucket.buffer()
-    compressed = gradient.bfloat16() / dist.get_world_size()
-    future = dist.all_reduce(compressed, async_op=True).get_future()
-    mean: torch.futures.Future[Tensor] = future.then(lambda done: gradient.copy_(done.value()[0]))
-    return mean
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        return torch.nn.utils.get_total_norm(gradients)
 
 
 def named_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

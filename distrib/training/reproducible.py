@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distrib.training.placement import MakeOptimizer, Placement
+from distrib.training.placement import MakeOptimizer, Number, Placement
 from distrib.training.totals import SIZE
 from distrib.world import World
 
@@ -132,7 +132,7 @@ class Reproducible(Placement):
             for bucket in self._buckets:
                 bucket.wait()
 
-    def update(self, factor: float, max_grad_norm: float | None) -> float:
+    def update(self, factor: Number, max_grad_norm: float | None) -> Number:
         # The ranks' gradients are summed here, where the engine takes them for averaged.
         return super().update(factor / self.world.world_size, max_grad_norm)
 

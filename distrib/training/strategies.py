@@ -11,7 +11,8 @@ from distrib.config import Config, StrategyConfig, StrategyName
 from distrib.errors import ConfigError, LaunchError
 from distrib.plan import window_size
 from distrib.training.deepspeed_config import compile_config, stage_of
-from distrib.training.placement import MakeOptimizer, Placement, Replicated
+from distrib.training.placement import MakeOptimizer, Placement
+from distrib.training.replicated import Replicated
 from distrib.training.reproducible import Reproducible
 from distrib.world import World
 

@@ -44,10 +44,18 @@ class Totals:
             values[2] = torch.remainder(loss.count, 2**_LIMB)
         return values
 
+    @staticmethod
+    def factor(shares: Tensor) -> Tensor:
+        """1 / count, on the device where the sum of all shares lies; not finite where there is nothing to update with:
+        no items, or a loss that is not finite."""
+        loss, high, low, *_ = shares.unbind()
+        factor: Tensor = 1.0 / (high * 2**_LIMB + low) + 0.0 * loss
+        return factor
+
     @classmethod
-    def unpack(cls, shares: Tensor, whole_count: bool) -> "Totals":
+    def unpack(cls, shares: list[float], whole_count: bool) -> "Totals":
         """From the sum of all shares; rounds what is known to be whole."""
-        loss, high, low, stop, *limbs = shares.tolist()
+        loss, high, low, stop, *limbs = shares
         digest = sum(round(limb) << (_LIMB * number) for number, limb in enumerate(limbs))
         count = round(high) * 2**_LIMB + (round(low) if whole_count else low)
         return cls(loss, count, digest % 2**64, stop > 0)

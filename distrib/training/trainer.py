@@ -10,7 +10,7 @@ from distrib import slurm
 from distrib.config import Config
 from distrib.data.loader import Window
 from distrib.data.source import source
-from distrib.errors import ConfigError, Preempted, TrainingError
+from distrib.errors import ConfigError, Preempted
 from distrib.plan import RunPlan
 from distrib.reporting.progress import ProgressDisplay, Verbosity, format_summary
 from distrib.reporting.record import Record
@@ -24,7 +24,8 @@ from distrib.state.saver import Saver
 from distrib.stopping import when_asked_to_stop
 from distrib.task import Task
 from distrib.training import agreement, assembly, perf, strategies
-from distrib.training.engine import Engine, StepResult
+from distrib.training.account import Account
+from distrib.training.engine import Engine
 from distrib.training.loop import train_step
 from distrib.training.placement import trainable
 from distrib.training.preemption import Preemption
@@ -74,7 +75,7 @@ class Trainer:
         self.record = Record(self.run, self.world, display)
         self.preemption = Preemption(self.world)
         self.first_step = 0  # of this process
-        self.applied = 0  # updates made: the schedule's clock
+        self.account = Account(self.record, self.plan, self.strategy.name, config.train.on_nonfinite)
 
     def fit(self) -> dict[str, Any]:
         """Train, evaluate, save; returns the summary, the same on every rank.
@@ -129,18 +130,20 @@ class Trainer:
             engine.clock.start()
             for window in self._windows():
                 engine.stop_asked = self.preemption.asked
-                result = train_step(engine, self.task, window, self._learning_rate(engine))
-                self.applied += result.applied
-                self.record.step(self._entry(engine, window.step, result))
-                if not result.applied:
-                    self._skipped(window.step, result)
-                if self._evaluation_is_due(window.step + 1):
-                    self._evaluate(engine, window.step + 1)
-                if self._save_is_due(window.step + 1):
-                    self._save(engine, saver, window.step + 1)
+                step, steps_done = train_step(engine, self.task, window, self._learning_rate(engine)), window.step + 1
+                stop = self.account.read()  # what came of the step before: the device is busy with this one
+                self.account.made(window.step, step, self._seconds(engine, window.step))
+                evaluate = self.eval_dataset is not None and self._is_due(self.config.eval.every_steps, steps_done)
+                save = self._is_due(self.config.checkpoint.every_steps, steps_done)
+                if evaluate or save or stop:
+                    stop |= self.account.read()
+                if evaluate:
+                    self._evaluate(engine, steps_done)
+                if save:
+                    self._save(engine, saver, steps_done)
                 self._report_saves(saver)
-                if result.stop and window.step + 1 < self.plan.num_steps:
-                    self._stop(engine, saver, window.step + 1)
+                if stop and steps_done < self.plan.num_steps:
+                    self._stop(engine, saver, steps_done, saved=save)
                 engine.clock.start()
             saver.wait()
             self._report_saves(saver)
@@ -157,7 +160,8 @@ class Trainer:
         if found is not None:
             engine.load(found.path, found.manifest)
             self.source.load(found.manifest["stream"])
-            self.first_step, self.applied = found.manifest["step"], found.manifest["applied"]
+            self.first_step = found.manifest["step"]
+            self.account.load(found.manifest)
         self.world.on_rank_0(lambda: self._rewind(found))
         return GENESIS if found is None else str(found.manifest["chain"])
 
@@ -169,36 +173,32 @@ class Trainer:
             self.record.event("resumed", step=self.first_step, passed_over=passed_over)
             self.record.metrics = self.run.latest_metrics()
 
-    def _save_is_due(self, steps_done: int) -> bool:
-        every = self.config.checkpoint.every_steps
-        return steps_done == self.plan.num_steps or (every > 0 and steps_done % every == 0)
-
     def _save(self, engine: Engine, saver: Saver, steps_done: int) -> None:
         engine.share_buffers()
         manifest = {
             "chain": self.record.chain,
-            "applied": self.applied,
             "world_size": self.world.world_size,
             "strategy": self.strategy.name,
             "stream": self.source.state(),
+            **self.account.state(),
             **engine.state(),
         }
         saver.save(steps_done, engine.placement.shards(), manifest)
 
-    def _stop(self, engine: Engine, saver: Saver, steps_done: int) -> None:
+    def _stop(self, engine: Engine, saver: Saver, steps_done: int, saved: bool) -> None:
         """Save, where that is not just done, put the job back into SLURM's queue, and end with exit code 75."""
-        if not self._save_is_due(steps_done):
+        if not saved:
             self._save(engine, saver, steps_done)
         saver.wait()
         self._report_saves(saver)
         requeue = self.preemption.requeue()
         self.record.event("preempted", step=steps_done, requeue=requeue)
         self.record.close("preempted")
-        saved = f"{self.run.path}: asked to stop; saved after step {steps_done}"
+        stopped = f"{self.run.path}: asked to stop; saved after step {steps_done}"
         if requeue and self.world.is_rank_0:  # before a task ends, or srun would end the others
-            self.record.say(f"{saved}, {slurm.requeue(str(self.world.job))}")
+            self.record.say(f"{stopped}, {slurm.requeue(str(self.world.job))}")
         self.world.part()
-        raise Preempted(saved if requeue else f"{saved}, start it again to go on")
+        raise Preempted(stopped if requeue else f"{stopped}, start it again to go on")
 
     def _report_saves(self, saver: Saver) -> None:
         for saved in saver.completed():
@@ -210,39 +210,16 @@ class Trainer:
         return self.source.windows(self.first_step)
 
     def _learning_rate(self, engine: Engine) -> float:
-        optim = self.config.optim
-        factor = learning_rate_factor(self.applied, optim.schedule, optim.warmup_steps, self.plan.num_steps)
-        return engine.base_rate * factor
+        optim, clock = self.config.optim, self.account.clock
+        return engine.base_rate * learning_rate_factor(clock, optim.schedule, optim.warmup_steps, self.plan.num_steps)
 
-    def _entry(self, engine: Engine, step: int, result: StepResult) -> dict[str, Any]:
-        """One line of steps.jsonl."""
-        return {
-            "step": step,
-            "epoch": self.plan.epoch(step),
-            "loss": result.loss,
-            "lr": result.lr,
-            "grad_norm": result.grad_norm,
-            "count": result.count,
-            "verdict": result.verdict,
-            "samples": f"{result.digest:016x}",
-            **engine.clock.seconds(),
-            "world_size": self.world.world_size,
-            "strategy": self.strategy.name,
-            **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
-            **(perf.sampled(engine) if (step - self.first_step) % perf.EVERY_STEPS == 1 else {}),
-        }
+    def _seconds(self, engine: Engine, step: int) -> dict[str, float]:
+        """Where a step's time went, and now and then what else is known of it."""
+        seconds = engine.clock.seconds()
+        return {**seconds, **perf.sampled(engine)} if (step - self.first_step) % perf.EVERY_STEPS == 1 else seconds
 
-    def _skipped(self, step: int, result: StepResult) -> None:
-        """The loss scale finding its level is ordinary; anything else may be a reason to stop."""
-        self.record.event("skipped", step=step, verdict=result.verdict)
-        if self.config.train.on_nonfinite == "stop" and "nonfinite" in result.verdict:
-            raise TrainingError(f"step {step} was {result.verdict}, and train.on_nonfinite is stop; skip would go on")
-
-    def _evaluation_is_due(self, steps_done: int) -> bool:
-        if self.eval_dataset is None:
-            return False
-        every = self.config.eval.every_steps
-        return steps_done == self.plan.num_steps or (every > 0 and steps_done % every == 0)
+    def _is_due(self, every_steps: int, steps_done: int) -> bool:
+        return steps_done == self.plan.num_steps or (every_steps > 0 and steps_done % every_steps == 0)
 
     def _evaluate(self, engine: Engine, steps_done: int) -> None:
         assert self.eval_dataset is not None, "evaluation was due"
@@ -259,7 +236,7 @@ class Trainer:
         summary = {
             "name": self.config.name,
             "steps": steps,
-            "skipped": steps - self.applied,
+            "skipped": steps - self.account.applied,
             "metrics": self.record.metrics,
             "samples_per_second": round(
                 (steps - self.first_step) * self.plan.global_batch_size / max(self.record.train_seconds, 1e-9), 1

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from distrib.state.checkpoint import Shard, replicated
-from distrib.training.placement import MakeOptimizer, Placement, trainable
+from distrib.training.placement import MakeOptimizer, Number, Placement, trainable
 from distrib.training.totals import SummedTotals
 from distrib.world import World
 
@@ -68,9 +68,14 @@ class Zero(Placement):
         self._engine.backward(total, scale_wrt_gas=False)
         self._require_use()
 
-    def update(self, factor: float, max_grad_norm: float | None) -> float:
+    @property
+    def updates_unseen(self) -> bool:
+        return self._sharded_optimizer is None and super().updates_unseen
+
+    def update(self, factor: Number, max_grad_norm: float | None) -> Number:
         if self._sharded_optimizer is None:
             return super().update(factor, max_grad_norm)
+        assert isinstance(factor, float), "DeepSpeed waits for the device"
         # max_grad_norm stands in the JSON
         self._sharded_optimizer.override_loss_scale(1.0 / factor)
         self._engine.step()

@@ -7,6 +7,7 @@ from typing import Any
 
 WORLDS = (1, 2, 3, 4)
 SHARDED_WORLDS = (1, 2, 4)
+LATE_WORLDS = (1, 2)
 SHARDED = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
 MASKED = {"target": "tasks:Masked"}
 

@@ -4,16 +4,21 @@ import gc
 import json
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from cases import EVERY, SHARDED_WORLDS, cases, resumed
+import torch
+from cases import EVERY, LATE_WORLDS, SHARDED_WORLDS, cases, resumed
 from conftest import interrupted
-from tasks import Large, Numbered
+from tasks import HOW, Large, Numbered, Uneven
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import Dataset
 
 from distrib import Config, Task, Trainer, World
-from distrib.data.loader import train_windows
+from distrib.data.loader import Window, train_windows
 from distrib.data.sampler import DistributedSampler
 from distrib.task import load_task
 from distrib.training import assembly, strategies
@@ -38,11 +43,12 @@ def go_on_with_cases(folder: Path, world: World) -> None:
         Trainer(load_task(config.task), config, copy).fit()
 
 
-def engine(task: Task, config: Config, world: World, *, training: bool) -> Engine:
+def engine(task: Task, config: Config, world: World, *, training: bool, max_grad_norm: float | None = None) -> Engine:
     strategy = strategies.resolve(config, world)
     module = assembly.model(task, 0)
     make_optimizer = assembly.optimizer_maker(task, config) if training else None
-    return Engine(strategies.place(strategy, config, world, module, task.blocks(module), make_optimizer))
+    placement = strategies.place(strategy, config, world, module, task.blocks(module), make_optimizer)
+    return Engine(placement, max_grad_norm=max_grad_norm)
 
 
 def evaluations(world: World) -> dict[str, dict[str, str]]:
@@ -72,15 +78,7 @@ def memory(world: World) -> dict[str, dict[str, int]]:
         dataset = task.train_dataset()
         before = live_bytes()
         trained = engine(task, config, world, training=True)
-        sampler = DistributedSampler(
-            dataset,
-            global_batch_size=world.world_size,
-            micro_batch_size=1,
-            num_replicas=world.world_size,
-            rank=world.rank,
-            stop=2,
-        )
-        for window in train_windows(sampler):
+        for window in windows(dataset, config, world):
             train_step(trained, task, window, 0.001)
         del window
         trained.placement.zero_grad()
@@ -97,6 +95,59 @@ def memory(world: World) -> dict[str, dict[str, int]]:
         del trained
         gc.collect()
     return found
+
+
+class Reads(TorchDispatchMode):
+    """Counts where a tensor is asked for its value: there a device would be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def late(world: World) -> dict[str, dict[str, Any]]:
+    """Steps of which some are skipped, decided by the host, and by the device as an accelerator would: each step's
+    verdict, loss and norm, the sum of the parameters' squares after the last, and how often a value was asked for."""
+    found = {}
+    for strategy in ("ddp", "zero0", "fsdp2"):
+        for optimizer in ({"name": "adamw"}, {"name": "sgd", "momentum": 0.9}):
+            for waits in (True, False):
+                config = Config.from_dict(
+                    {
+                        "train": {"steps": len(HOW)},
+                        "strategy": {"name": strategy},
+                        "data": {"global_batch_size": 8, "micro_batch_size": 1},
+                        "optim": {**optimizer, "lr": 0.05},
+                    }
+                )
+                task = Uneven()
+                trained = engine(task, config, world, training=True, max_grad_norm=0.5)
+                trained.waits = waits
+                steps, reads = [], Reads()
+                for window in windows(task.train_dataset(), config, world):
+                    with reads if window.step else nullcontext():  # in the first update all have to wait
+                        step = train_step(trained, task, window, 0.05)
+                    result = step.read()
+                    steps.append([result.verdict, result.loss, result.grad_norm])
+                squares = sum(float(local(p.detach()).double().square().sum()) for p in trained.module.parameters())
+                name = f"{strategy} {optimizer['name']} {'host' if waits else 'device'}"
+                found[name] = {"steps": steps, "squares": squares, "reads": reads.count}
+    return found
+
+
+def windows(dataset: Dataset[Any], config: Config, world: World) -> Iterator[Window]:
+    """Of a whole run."""
+    sampler = DistributedSampler(
+        dataset,
+        global_batch_size=config.data.global_batch_size,
+        micro_batch_size=config.data.micro_batch_size,
+        num_replicas=world.world_size,
+        rank=world.rank,
+        stop=config.train.steps or 0,
+    )
+    return train_windows(sampler)
 
 
 def parameter_bytes(trained: Engine) -> int:
@@ -138,6 +189,8 @@ def main() -> None:
     results = {"evaluations": evaluations(world)}
     if world.world_size in SHARDED_WORLDS[1:]:
         results["memory"] = memory(world)
+    if world.world_size in LATE_WORLDS:
+        results["late"] = late(world)
     (folder / f"rank-{world.rank}.json").write_text(json.dumps(results))
     world.wait_for_all()
 

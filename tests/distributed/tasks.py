@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, get_worker_info
 
 from distrib import Loss, Task
+from distrib.data.order import sample_indices
 
 VOCABULARY, LENGTH = 11, 6
 
@@ -90,6 +92,34 @@ class Numbered(Task):
         return {"running": running, "samples": float(len(rows["index"]))}
 
 
+def _gone_wrong(output: Tensor, how: str) -> Tensor:
+    if how == "nan":
+        return output * float("nan")
+    if how == "inf":  # a finite loss with a gradient that is not
+        return output + (output.detach() * 0 + torch.finfo(output.dtype).max) * (output - output.detach())
+    return output
+
+
+HOW = ("inf", "", "", "nan", "", "nothing", "", "")  # what is wrong with each step of Uneven
+
+
+class Uneven(Masked):
+    """Steps of 8 samples, some of which are to be skipped: for the sake of one sample, or because nothing counts."""
+
+    def _data(self, seed: int) -> TensorDataset:
+        size = self.samples
+        self.positions = sample_indices(np.arange(8 * len(HOW), dtype=np.uint64), size, seed=0).tolist()
+        return TensorDataset(*super()._data(seed).tensors, torch.arange(size))
+
+    def loss(self, output: Tensor, batch: Any) -> Loss:
+        tokens, targets, numbers = batch
+        step, place = divmod(self.positions.index(numbers.numpy()[0]), 8)  # asks no tensor for its value
+        how = HOW[step] if place == 7 or HOW[step] == "nothing" else ""
+        if how == "nothing":
+            targets = torch.full_like(targets, -100)
+        return super().loss(_gone_wrong(output, how), (tokens, targets))
+
+
 class Misbehaving(Masked):
     """Goes wrong on one rank, each time that it is asked for its `at`-th micro-batch in a process."""
 
@@ -109,13 +139,9 @@ class Misbehaving(Masked):
             return output + torch.zeros(10**15)[0]
         if self.how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.how == "nan":
-            return output * float("nan")
-        if self.how == "inf":  # a finite loss with a gradient that is not
-            return output + (output.detach() * 0 + torch.finfo(output.dtype).max) * (output - output.detach())
-        assert self.how == "sleep"
-        time.sleep(600)
-        return output
+        if self.how == "sleep":
+            time.sleep(600)
+        return _gone_wrong(output, self.how)
 
 
 class Broken(Dataset[Any]):

@@ -1,0 +1,73 @@
+"""What came of the steps, each read when the next is on its way: the ledger's lines, and the schedule's clock."""
+
+from typing import Any
+
+from distrib.errors import TrainingError
+from distrib.plan import RunPlan
+from distrib.reporting.record import Record
+from distrib.training.verdict import Step, StepResult
+
+
+class Account:
+    """Of one run, the same on every rank. `made` a step, then `read` what came of it, at the latest before what
+    depends on it: an evaluation, a save, the end."""
+
+    def __init__(self, record: Record, plan: RunPlan, strategy: str, on_nonfinite: str) -> None:
+        self.record, self.plan, self.strategy, self.on_nonfinite = record, plan, strategy, on_nonfinite
+        self.applied = 0  # updates, as far as is known
+        self._applied_before = -1  # the last step of which that is known
+        self._unread: tuple[int, Step, dict[str, float]] | None = None
+
+    @property
+    def clock(self) -> int:
+        """The updates made, which is the schedule's position. The last step counts as one: its verdict is not known
+        yet. Where it is, as after a save, that makes no difference, or runs would differ by when they save."""
+        return (self._applied_before if self._unread is None else self.applied) + 1
+
+    def made(self, number: int, step: Step, seconds: dict[str, float]) -> None:
+        """`seconds`: where its time went, and what else a ledger's line says of it."""
+        assert self._unread is None, "the step before is read first"
+        self._unread = number, step, seconds
+
+    def read(self) -> bool:
+        """Note what came of the last step, where that is not done; was someone asked to stop?"""
+        if self._unread is None:
+            return False
+        (number, step, seconds), self._unread = self._unread, None
+        result = step.read()
+        self._applied_before, self.applied = self.applied, self.applied + result.applied
+        self.record.step(self._entry(number, result, seconds))
+        if not result.applied:
+            self._skipped(number, result)
+        return result.stop
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint's manifest keeps of it."""
+        return {"applied": self.applied, "applied_before": self._applied_before}
+
+    def load(self, manifest: dict[str, Any]) -> None:
+        """Go on from it."""
+        self.applied, self._applied_before = manifest["applied"], manifest["applied_before"]
+
+    def _entry(self, number: int, result: StepResult, seconds: dict[str, float]) -> dict[str, Any]:
+        """One line of steps.jsonl."""
+        return {
+            "step": number,
+            "epoch": self.plan.epoch(number),
+            "loss": result.loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "count": result.count,
+            "verdict": result.verdict,
+            "samples": f"{result.digest:016x}",
+            **seconds,
+            "world_size": self.plan.world_size,
+            "strategy": self.strategy,
+            **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
+        }
+
+    def _skipped(self, number: int, result: StepResult) -> None:
+        """The loss scale finding its level is ordinary; anything else may be a reason to stop."""
+        self.record.event("skipped", step=number, verdict=result.verdict)
+        if self.on_nonfinite == "stop" and "nonfinite" in result.verdict:
+            raise TrainingError(f"step {number} was {result.verdict}, and train.on_nonfinite is stop; skip would go on")
