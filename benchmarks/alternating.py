@@ -27,6 +27,7 @@ from torch import nn
 
 from distrib import Trainer
 from distrib.data.loader import Window
+from distrib.training.engine import Engine
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -52,11 +53,11 @@ class AlternatingTrainer(Trainer):
     def other_loop(self, twin: nn.Module) -> Loop:
         raise NotImplementedError
 
-    def _windows(self) -> Iterator[Window]:
+    def _windows(self, engine: Engine) -> Iterator[Window]:
         self.milliseconds: dict[str, list[float]] = {"plain": [], "distrib": []}  # a step, a block
         self.losses: dict[str, list[float]] = {"plain": [], "distrib": []}  # of the last step of each block
         plain = self.other_loop(self.twin)
-        windows = super()._windows()
+        windows = super()._windows(engine)
         for block in range(1 + self.blocks_timed):
             with self._timed("plain"):
                 plain.run_block(block)

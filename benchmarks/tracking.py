@@ -21,6 +21,7 @@ from torch.utils.data import TensorDataset
 
 from distrib import Config, Loss, Task
 from distrib.data.loader import Window
+from distrib.training.engine import Engine
 from distrib.training.trainer import Trainer
 from distrib.world import World
 
@@ -48,12 +49,12 @@ class Busy(Task):
 class TrackingTrainer(AlternatingTrainer):
     blocks_timed, steps_a_block, learned = BLOCKS, STEPS, 0.5
 
-    def _windows(self) -> Iterator[Window]:
+    def _windows(self, engine: Engine) -> Iterator[Window]:
         """`plain` blocks are distrib's too, with the tracking process and wandb's stopped; before the next block they
         have time to catch up."""
         self.milliseconds = {"plain": [], "distrib": []}
         self.losses = {"plain": [], "distrib": []}
-        windows = Trainer._windows(self)
+        windows = Trainer._windows(self, engine)
         yield from islice(windows, STEPS)
         time.sleep(5)  # until wandb has begun
         for _ in range(1 + BLOCKS):

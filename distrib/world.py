@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distrib import slurm
+from distrib import slurm, tuning
 from distrib.accelerate_launch import what_accelerate_was_told
 from distrib.errors import DistribError, LaunchError
 from distrib.presence import Presence, enter, joined, own_address
@@ -114,9 +114,11 @@ class World:
         from accelerate import PartialState
 
         if "OMP_NUM_THREADS" not in os.environ:  # or accelerate sets it for the cores of one process, with a warning
-            threads = max(1, (os.cpu_count() or 1) // self.local_world_size)
-            os.environ["OMP_NUM_THREADS"] = os.environ.get("SLURM_CPUS_PER_TASK", str(threads))
+            threads = os.environ.get("SLURM_CPUS_PER_TASK", str(tuning.threads(self.local_world_size)))
+            os.environ["OMP_NUM_THREADS"] = threads
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        if self.use_cpu:
+            tuning.keep_freed_memory()
         if self.world_size > 1:
             if "RANK" not in os.environ:  # a script of the user's, started by srun
                 os.environ.update(slurm.as_member(os.environ))

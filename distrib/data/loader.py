@@ -41,9 +41,45 @@ class Window:
             yield read.batch
 
 
-def train_windows(sampler: DistributedSampler, **loading: Any) -> Iterator[Window]:
+class Ahead:
+    """Batches that are on the device when they are asked for: each is copied, on a stream of its own, while the one
+    before is computed with."""
+
+    def __init__(self, device: torch.device, copy: Callable[[Any], Any]) -> None:
+        """`copy` gives a batch on the device, without waiting for the copy."""
+        self._device, self._copy = device, copy
+        self._stream = None if device.type == "cpu" else torch.Stream(device)
+
+    def read(self, reads: Iterator[Read]) -> Iterator[Read]:
+        """The same, in the same order; one more than was asked for is read."""
+        copied: tuple[Read, torch.Event | None] | None = None
+        for read in reads:
+            following = self._copied(read)
+            if copied is not None:
+                yield self._there(*copied)
+            copied = following
+        if copied is not None:
+            yield self._there(*copied)
+
+    def _copied(self, read: Read) -> tuple[Read, torch.Event | None]:
+        if self._stream is None:
+            return read._replace(batch=self._copy(read.batch)), None
+        # Not run here: see docs/not-run-here.md. What was sent to the device may still use memory that this will take.
+        self._stream.wait_stream(torch.accelerator.current_stream(self._device))
+        with self._stream:
+            return read._replace(batch=self._copy(read.batch)), self._stream.record_event()
+
+    def _there(self, read: Read, copied: torch.Event | None) -> Read:
+        if copied is not None:  # not run here, either
+            torch.accelerator.current_stream(self._device).wait_event(copied)
+        return read
+
+
+def train_windows(sampler: DistributedSampler, ahead: Ahead | None = None, **loading: Any) -> Iterator[Window]:
     """One window a step, from the sampler's `start` to its `stop`. `loading` as for `data_loader`."""
-    reads = iter(data_loader(sampler.dataset, sampler.micro_batches(), seed=sampler.seed, **loading))
+    reads: Iterator[Read] = iter(data_loader(sampler.dataset, sampler.micro_batches(), seed=sampler.seed, **loading))
+    if ahead is not None:
+        reads = ahead.read(reads)
     length = sampler.num_samples // sampler.micro_batch_size
     for step in range(sampler.start, sampler.stop):
         yield Window(step, sampler.rank * length, length, reads)
@@ -89,7 +125,7 @@ class _Reader(Dataset[Any]):
     def __getitems__(self, micro_batch: MicroBatch) -> Read:
         if self.tensors is not None:
             chosen = torch.from_numpy(micro_batch.indices.view(np.int64))
-            return Read(micro_batch, tuple(tensor[chosen] for tensor in self.tensors))
+            return Read(micro_batch, tuple(tensor.index_select(0, chosen) for tensor in self.tensors))
         if self.fetch is not None:
             self._seed_for(micro_batch.positions[0], micro_batch.indices[0])
             batch = self.fetch(micro_batch.indices.tolist())

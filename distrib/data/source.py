@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from distrib.data.loader import Read, Window, data_loader, train_windows
+from distrib.data.loader import Ahead, Read, Window, data_loader, train_windows
 from distrib.data.sampler import DistributedSampler, MicroBatch
 from distrib.errors import CheckpointError, ConfigError
 from distrib.plan import RunPlan
@@ -26,8 +26,8 @@ class Source:
         """`loading` as for `data_loader`."""
         self.dataset, self.plan, self.world, self.seed, self.loading = dataset, plan, world, seed, loading
 
-    def windows(self, start: int) -> Iterator[Window]:
-        """One for each step from `start` to the end of the run."""
+    def windows(self, start: int, ahead: Ahead | None = None) -> Iterator[Window]:
+        """One for each step from `start` to the end of the run; their batches `ahead` on a device, if given."""
         sampler = DistributedSampler(
             self.dataset,
             global_batch_size=self.plan.global_batch_size,
@@ -38,7 +38,7 @@ class Source:
             start=start,
             stop=self.plan.num_steps,
         )
-        return train_windows(sampler, **self.loading)
+        return train_windows(sampler, ahead, **self.loading)
 
     def some_batch(self) -> Any:
         """A micro-batch of the first samples, to see what one looks like."""
@@ -62,7 +62,8 @@ class Stream(Source):
     _loader: Any = None
     _state: dict[str, Any] | None = None
 
-    def windows(self, start: int) -> Iterator[Window]:
+    def windows(self, start: int, ahead: Ahead | None = None) -> Iterator[Window]:
+        """Never ahead: the state of a stream is where it was read to."""
         reads = self._reads(start)
         length = self.plan.grad_accum_steps
         for step in range(start, self.plan.num_steps):

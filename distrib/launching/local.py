@@ -21,7 +21,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, Rend
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import RendezvousTimeout
 
-from distrib import presence
+from distrib import presence, tuning
 from distrib.config import Config
 from distrib.errors import LaunchError
 from distrib.launching.agent import USER_CODES, Agent, NodeRendezvous, StoppedBeforeRanks, first_failure, how, say
@@ -99,7 +99,7 @@ def launch(arguments: Sequence[str], options: Options) -> int:
     is started.
     """
     options.check()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(tuning.threads(options.processes)))
     os.environ.update(
         DISTRIB_LAUNCHER="distrib",
         DISTRIB_GRACE=f"{options.grace:g}",

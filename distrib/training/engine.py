@@ -11,7 +11,7 @@ import torch.distributed as dist
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from distrib.data.loader import Window
+from distrib.data.loader import Ahead, Window
 from distrib.data.order import derive_seed
 from distrib.task import Loss, Task
 from distrib.training.perf import Clock
@@ -82,8 +82,13 @@ class Engine:
         self._whole_count = True
         self._last = False
 
+    @property
+    def ahead(self) -> Ahead | None:
+        """To have batches copied before they are needed, where there is something to copy them to."""
+        return None if self.device.type == "cpu" else Ahead(self.device, self.to_device)
+
     def to_device(self, batch: Any) -> Any:
-        """Move a nested batch to this rank's device, without waiting for the copy."""
+        """Move a nested batch to this rank's device, without waiting for the copy; one that is there stays there."""
         return batch if self.device.type == "cpu" else send_to_device(batch, self.device, non_blocking=True)
 
     @contextmanager

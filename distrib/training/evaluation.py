@@ -13,7 +13,7 @@ from distrib.data.loader import data_loader
 from distrib.data.order import derive_seed
 from distrib.data.sampler import MicroBatch
 from distrib.errors import ConfigError
-from distrib.task import Task
+from distrib.task import Loss, Task
 from distrib.training.engine import Engine
 from distrib.world import World
 
@@ -72,16 +72,24 @@ def _rows(engine: Engine, task: Task, model: nn.Module, loader: Any, num_own: in
     """The task's rows of this rank's `num_own` batches on the CPU, and (total, count) of their loss, (num_own, 2)."""
     parts: dict[str, list[Tensor]] = {}
     losses: list[Tensor] = []
+    unread: list[tuple[Loss, dict[str, Tensor]]] = []  # of the last batch: read when the next is on its way
+
+    def read_last() -> None:
+        for loss, predicted in unread:
+            losses.append(torch.tensor([float(loss.total), float(loss.count)], dtype=torch.float64))
+            for key, value in predicted.items():
+                parts.setdefault(key, []).append(value.cpu())
+        unread.clear()
+
     with torch.no_grad(), engine.autocast():
         for number, read in enumerate(loader):
             batch = engine.to_device(read.batch)
             engine.seed_random(derive_seed(engine.seed, int(read.micro_batch.positions[0])))
             output = task.forward(model, batch)
-            if number >= num_own:
-                continue
-            loss = task.loss(output, batch)
-            losses.append(torch.tensor([float(loss.total), float(loss.count)], dtype=torch.float64))
-            for key, value in task.predict(output, batch).items():
-                parts.setdefault(key, []).append(value.cpu())
+            if number < num_own:
+                made = task.loss(output, batch), task.predict(output, batch)
+                read_last()
+                unread.append(made)
+    read_last()
     rows = {key: torch.cat(values) for key, values in parts.items()}
     return rows, torch.stack(losses) if losses else torch.empty(0, 2, dtype=torch.float64)

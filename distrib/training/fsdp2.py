@@ -72,7 +72,7 @@ class FullySharded(Placement):
         return [g.to_local() if isinstance(g, DTensor) else g for g in super()._gradients()]
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        square = torch.nn.utils.get_total_norm(gradients).double() ** 2
+        square = super()._norm(gradients).double() ** 2
         if self.world.world_size > 1:
             dist.all_reduce(square, group=self.world.control if square.device.type == "cpu" else None)
         return square.sqrt()

@@ -216,7 +216,11 @@ class Placement:
         return [p.grad for p in self._parameters if p.grad is not None]
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        return torch.nn.utils.get_total_norm(gradients)
+        """As torch's get_total_norm, which takes half as long again to group tensors that lie on one device."""
+        if not gradients:
+            return torch.zeros((), device=self.world.device)
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        return norm
 
 
 def named_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

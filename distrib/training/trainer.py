@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from distrib import slurm
+from distrib import slurm, tuning
 from distrib.config import Config
 from distrib.data.loader import Window
 from distrib.data.source import source
@@ -127,10 +127,13 @@ class Trainer:
         with ExitStack() as stack:
             stack.enter_context(when_asked_to_stop(self.preemption.take_note))
             stack.enter_context(self.record.open(chain, self.config.tracking, self.first_step))
+            stack.enter_context(tuning.settled())
             engine.clock.start()
-            for window in self._windows():
+            for window in self._windows(engine):
                 engine.stop_asked = self.preemption.asked
-                step, steps_done = train_step(engine, self.task, window, self._learning_rate(engine)), window.step + 1
+                steps_done = window.step + 1
+                with tuning.no_collection():
+                    step = train_step(engine, self.task, window, self._learning_rate(engine))
                 stop = self.account.read()  # what came of the step before: the device is busy with this one
                 self.account.made(window.step, step, self._seconds(engine, window.step))
                 evaluate = self.eval_dataset is not None and self._is_due(self.config.eval.every_steps, steps_done)
@@ -206,8 +209,8 @@ class Trainer:
             if (reason := self.preemption.too_long(saved["seconds"] + saved["stall"])) is not None:
                 self.record.warn(reason)
 
-    def _windows(self) -> Iterator[Window]:
-        return self.source.windows(self.first_step)
+    def _windows(self, engine: Engine) -> Iterator[Window]:
+        return self.source.windows(self.first_step, engine.ahead)
 
     def _learning_rate(self, engine: Engine) -> float:
         optim, clock = self.config.optim, self.account.clock

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
-from distrib.data.loader import train_windows
+from distrib.data.loader import Ahead, train_windows
 from distrib.data.order import digest
 from distrib.data.sampler import DistributedSampler
 
@@ -91,3 +91,24 @@ def test_the_digest_is_of_what_was_read() -> None:
     window, batches = ranks[1][2]
     indices = torch.cat([batch[0] for batch in batches]).numpy().astype(np.uint64)
     assert digest(np.arange(10, 12, dtype=np.uint64), indices) == window.digest  # step 2, second half
+
+
+def test_reading_ahead_changes_nothing() -> None:
+    """What is copied ahead comes in the same order, as the same samples, one for each that was read."""
+    dataset = TensorDataset(torch.arange(10))
+    options = {"global_batch_size": 4, "micro_batch_size": 2, "stop": 7}
+    copies: list[int] = []
+
+    def copy(batch: Any) -> Any:
+        copies.append(len(copies))
+        return [tensor + 100 for tensor in batch]
+
+    found = {}
+    for ahead in (None, Ahead(torch.device("cpu"), copy)):
+        windows = list(train_windows(DistributedSampler(dataset, **options), ahead))
+        found[ahead] = [([batch[0].tolist() for batch in window], window.digest) for window in windows]
+        assert len(found[ahead]) == 7
+    plain, copied = found.values()
+    assert [digest for _, digest in copied] == [digest for _, digest in plain]
+    assert [samples for samples, _ in copied] == [[[s + 100 for s in b] for b in window] for window, _ in plain]
+    assert len(copies) == 14
