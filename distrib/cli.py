@@ -234,9 +234,12 @@ def compare(
 @_as_member
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/digits.")],
-    out: Annotated[Path, typer.Option(help="The folder to write model.safetensors into.")],
+    out: Annotated[Path, typer.Option(help="The folder to write them into.")],
 ) -> None:
-    """Write a run's newest weights as one file, under the module's own names, for plain torch."""
+    """Write a run's newest weights: as model.safetensors, under the module's own names, for plain torch.
+
+    A task may have a form of its own; those of Hugging Face's models become a folder that from_pretrained reads.
+    """
     from distrib.training.verbs import export_run
 
     export_run(run, out)

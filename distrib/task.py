@@ -7,8 +7,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
@@ -77,6 +79,18 @@ class Task:
         `parameter` may be on torch's meta device, and is a flat shard of it where only memory is counted.
         """
         return True
+
+    def export(self, weights: dict[str, Tensor], folder: Path) -> None:
+        """Write trained weights into an empty folder, in the form that their readers know: what `distrib export` does.
+
+        `weights` are named as in the model's state_dict; a parameter with two names is one tensor under both. By
+        default they become `model.safetensors`, for plain torch.
+        """
+        written: dict[int, str] = {}
+        for name, tensor in weights.items():
+            written.setdefault(id(tensor), name)
+        apart = {name: tensor if written[id(tensor)] == name else tensor.clone() for name, tensor in weights.items()}
+        save_file(apart, folder / "model.safetensors")
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """The repeated parts of the model, which fsdp2 gathers and activation checkpointing recomputes one by one.

@@ -20,6 +20,8 @@ LAYERS = [
 ONLY_IN = {
     "accelerate": {"reporting/tracking.py", "training/engine.py", "training/replicated.py", "world.py"},
     "deepspeed": {"training/zero.py"},
+    "datasets": {"data/rows.py", "tasks/pretrained.py"},
+    "transformers": {"tasks/hugging_face.py", "tasks/pretrained.py"},
     "wandb": {"reporting/tracking.py", "reporting/wandb_files.py"},
 }
 MODULES = sorted((ROOT / "distrib").rglob("*.py"))

@@ -13,7 +13,7 @@ from distrib.state import verification
 from distrib.state.export import export
 from distrib.state.resume import Found, newest_whole
 from distrib.state.run_dir import RunDir
-from distrib.task import load_task
+from distrib.task import Task, find, load_task
 from distrib.training import assembly, strategies
 from distrib.training.deepspeed_config import compile_config
 from distrib.training.engine import Engine
@@ -81,10 +81,23 @@ def verify_run(run_dir: str | Path) -> None:
 
 
 def export_run(run_dir: str | Path, out: Path) -> None:
-    """Copy a run's newest weights to `out/model.safetensors`, and say so. RunDirError, CheckpointError."""
+    """Write a run's newest weights to `out` in the form that its task gives them, and name the files.
+
+    Raises RunDirError, ConfigError and CheckpointError.
+    """
     run = RunDir(Path(run_dir))
-    run.read_config()  # or it is no run folder
-    print(export(_newest(run, World()).path, out))
+    task = _exporter(run.read_config())
+    for file in export(_newest(run, World()).path, out, task):
+        print(file)
+
+
+def _exporter(config: Config) -> Task:
+    """The run's task, built only where it has an export of its own: the data that it looks for need not be here."""
+    if config.task is None:
+        return Task()
+    found = find(config.task.target, "task")
+    plain = isinstance(found, type) and issubclass(found, Task) and found.export is Task.export
+    return Task() if plain else load_task(config.task)
 
 
 def _newest(run: RunDir, world: World) -> Found:

@@ -19,6 +19,7 @@ from distrib.state import checkpoint
 from distrib.state.checkpoint import Shard, replicated
 from distrib.state.export import export
 from distrib.state.saver import Saver
+from distrib.task import Task
 from distrib.world import World
 
 on_disk = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -163,7 +164,7 @@ def exported(path: Path) -> dict[str, Tensor]:
 def test_an_exported_file_is_verified_and_never_overwritten(tmp_path: Path) -> None:
     tensors = some_tensors()
     path = save(tmp_path / "run", tensors, world_size=3, tied={"head.weight": "weight"})
-    file = export(path, tmp_path / "out")
+    (file,) = export(path, tmp_path / "out")
     names = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     assert exported(file).keys() == {*names, "head.weight"}  # both names of the tied one, and no optimizer
     for name, tensor in {**names, "head.weight": names["weight"]}.items():
@@ -175,6 +176,36 @@ def test_an_exported_file_is_verified_and_never_overwritten(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="damaged"):
         export(path, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+class Fancy(Task):
+    """Writes a file of its own beside the weights; the disk may be full then."""
+
+    full = False
+
+    def export(self, weights: dict[str, Tensor], folder: Path) -> None:
+        super().export(weights, folder)
+        if self.full:
+            raise OSError(28, "No space left on device")
+        (folder / "names.txt").write_text(" ".join(sorted(weights)))
+
+
+def test_a_task_exports_in_its_own_form_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = save(tmp_path / "run", some_tensors(), tied={"head.weight": "weight"})
+    task, out = Fancy(), tmp_path / "out"
+    task.full = True
+    with pytest.raises(CheckpointError, match="out: cannot export the weights: No space left on device"):
+        export(path, out, task)
+    assert not list(out.glob("[!.]*"))
+    task.full = False
+    files = export(path, out, task)
+    assert files == [out / "names.txt", out / "model.safetensors"]  # the weights last
+    assert sorted(out.iterdir()) == sorted(files)
+    assert set((out / "names.txt").read_text().split()) == exported(files[1]).keys()
+    assert len({file.stat().st_mode for file in files}) == 1
+    files[1].unlink()
+    with pytest.raises(RunDirError, match=r"names.txt: is there already; choose another folder with --out"):
+        export(path, out, task)
 
 
 def saver(folder: Path) -> Saver:

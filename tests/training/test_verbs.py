@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from tasks import Masked
 
 from distrib import Config, Trainer
-from distrib.training.verbs import explain_run
+from distrib.task import load_task
+from distrib.training.verbs import explain_run, export_run
 
 SMALL = {"task": {"target": "tasks:Masked"}, "train": {"steps": 1}}
 LARGE = {  # 21,008,899 parameters
@@ -78,6 +79,23 @@ def test_export_writes_the_newest_weights(run: Run, tmp_path: Path) -> None:
     assert check(run("distrib", "export", "run", "--out", "out")) == "out/model.safetensors\n"
     model = Masked().model()
     model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_export_needs_the_task_where_it_has_a_form_of_its_own_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    text.write_text("other text " * 50)
+    task = {"target": "distrib.tasks.language_model:LanguageModel", "text": str(text), "layers": 1, "width": 8}
+    config = Config.from_dict(
+        {"task": task, "train": {"steps": 1}, "data": {"global_batch_size": 2, "micro_batch_size": 2}}
+    )
+    Trainer(load_task(config.task), config, tmp_path / "run").fit()
+    text.unlink()
+    capsys.readouterr()
+    export_run(tmp_path / "run", tmp_path / "out")
+    assert capsys.readouterr().out == f"{tmp_path / 'out/model.safetensors'}\n"
 
 
 def test_export_refuses_what_is_no_run(run: Run, tmp_path: Path) -> None:

@@ -1,0 +1,171 @@
+"""Rows of local files, read with Hugging Face's `datasets`, and packed as tokenised documents on first use."""
+
+import glob
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from distrib.data.documents import DocumentWriter
+from distrib.data.token_cache import fingerprint, held_out, kept
+from distrib.data.tokens import find_text
+from distrib.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_FORMAT = 1  # whatever changes what is packed for the same files and settings raises it
+_KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+_PACKED = (".gz", ".bz2", ".xz", ".zst")  # which datasets unpacks as it reads
+_ROWS = 1000  # at a time
+
+Row = dict[str, Any]
+Columns = dict[str, tuple[type, ...]]  # what may stand in them
+Encode = Callable[[list[Row]], list[tuple[Sequence[int], int]]]  # the tokens of each row, and the document's number
+
+
+class Source(NamedTuple):
+    """Files of one kind, or a folder of `Dataset.save_to_disk`."""
+
+    kind: str  # json | csv | parquet | arrow | text | saved
+    paths: list[Path]
+    key: str  # of the config, which named it
+
+    def __str__(self) -> str:
+        return str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0]} and {len(self.paths) - 1} more"
+
+
+def find_sources(files: Any, key: str) -> list[Source]:
+    """What globs match, in the order in which they are given, files of one glob by their paths. A folder is one of
+    `Dataset.save_to_disk`; a file is what its name says, else text, which is one row. Raises ConfigError."""
+    patterns = [files] if isinstance(files, str) else files
+    if not isinstance(patterns, list) or not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(f"{key}: {files!r}; give local files: a glob, or a list of them")
+    found: list[Source] = []
+    for pattern in patterns:
+        folder = Path(pattern).expanduser()
+        if folder.is_dir():
+            found.append(Source("saved", [_saved(folder, key)], key))
+        else:
+            files_of_a_kind = itertools.groupby(find_text(pattern, key), _kind)
+            found.extend(Source(kind, list(paths), key) for kind, paths in files_of_a_kind)
+    return found
+
+
+def _kind(path: Path) -> str:
+    named = path.with_suffix("") if path.suffix in _PACKED else path
+    return _KINDS.get(named.suffix, "text")
+
+
+def pack_rows(
+    train: list[Source],
+    evaluation: list[Source] | None,
+    columns: Columns,
+    encode: Encode,
+    dtype: str,
+    settings: dict[str, Any],
+) -> Path:
+    """The folder with the splits `train` and `eval`, in which the tokens of these rows lie, packed where needed.
+
+    Without files for evaluation one row in 20 is held out, by its `columns`. What is kept is found again by the content
+    of the files, the dtype and the `settings`, which say all that `encode` depends on. Raises ConfigError.
+    """
+    contents = _contents(train, evaluation)
+    name = json.dumps([_FORMAT, contents, evaluation is None, list(columns), dtype, settings], sort_keys=True)
+
+    def pack(folder: Path, progress: "Progress") -> None:
+        task = progress.add_task("packing rows", total=None)
+        with DocumentWriter(folder, "train", dtype) as trained, DocumentWriter(folder, "eval", dtype) as evaluated:
+            for sources, default in ((train, trained), (evaluation or [], evaluated)):
+                for rows in itertools.chain.from_iterable(_read(source, columns) for source in sources):
+                    for row, (tokens, number) in zip(rows, encode(rows), strict=True):
+                        aside = evaluation is None and held_out(hashlib.sha256(_content(row)).digest())
+                        (evaluated if aside else default).add(tokens, number)
+                    progress.advance(task, len(rows))
+                    done = progress.tasks[0].completed
+                    progress.update(task, description=f"packing: {done:,.0f} rows")
+        if _contents(train, evaluation) != contents:
+            raise ConfigError(f"{train[0].key}: {train[0]} or another file changed while it was packed; start again")
+
+    return kept(hashlib.sha256(name.encode()).hexdigest(), pack, train[0].key)
+
+
+def _contents(train: list[Source], evaluation: list[Source] | None) -> list[Any]:
+    """What all files hold, by their SHA-256."""
+    return [
+        [[source.kind, [fingerprint(path, source.key)[1].hex() for path in _files(source)]] for source in sources]
+        for sources in (train, evaluation or [])
+    ]
+
+
+def _content(row: Row) -> bytes:
+    return json.dumps(list(row.values())).encode()
+
+
+def _saved(folder: Path, key: str) -> Path:
+    if (folder / "dataset_dict.json").exists():
+        splits = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        raise ConfigError(f"{key}: {folder} holds several splits; name one of them: {', '.join(splits)}")
+    if not (folder / "state.json").exists():
+        raise ConfigError(f"{key}: {folder} is a folder, not one of Dataset.save_to_disk; give a glob: {folder}/*")
+    return folder
+
+
+def _files(source: Source) -> list[Path]:
+    return sorted(source.paths[0].glob("*.*")) if source.kind == "saved" else source.paths
+
+
+def _read(source: Source, columns: Columns) -> Iterator[list[Row]]:
+    """Some rows at a time, of each the `columns` alone. Raises ConfigError, which says where."""
+    from datasets.exceptions import DatasetsError
+
+    before = 0
+    batches = _batches(source, columns)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (DatasetsError, OSError, ValueError, TypeError) as error:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"{source.key}: {source} cannot be read as {source.kind}: {said}") from None
+        if batch is None:
+            return
+        if missing := [column for column in columns if column not in batch]:
+            raise ConfigError(
+                f"{source.key}: {source} has no column {missing[0]!r}; it has: {', '.join(map(str, batch))}; "
+                "keys that end in _column say what they are called"
+            )
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*map(batch.get, columns), strict=True)]
+        for number, row in enumerate(rows, before + 1):
+            for column, value in row.items():
+                if not isinstance(value, columns[column]):
+                    kinds = " or ".join(kind.__name__ for kind in columns[column])
+                    raise ConfigError(
+                        f"{source.key}: row {number} of {source} has {value!r} in column {column!r}, which is no "
+                        f"{kinds}; leave such rows out, or name another column"
+                    )
+        before += len(rows)
+        yield rows
+
+
+def _batches(source: Source, columns: Columns) -> Iterator[dict[str, Any]]:
+    """Columns of some rows at a time. Nothing is copied to `datasets`' own cache."""
+    import datasets
+
+    if source.kind == "saved":
+        yield from datasets.load_from_disk(str(source.paths[0])).iter(_ROWS)
+        return
+    options: dict[str, Any] = {}
+    if source.kind == "text":
+        options = {"sample_by": "document"}
+    elif source.kind == "csv":  # or a text of digits would be a number, and "NA" nothing
+        options = {"converters": dict.fromkeys(columns, str), "keep_default_na": False}
+    with TemporaryDirectory() as cache:  # for the lock that it takes
+        paths = [glob.escape(os.path.abspath(path)) for path in source.paths]
+        read = datasets.load_dataset(
+            source.kind, data_files=paths, split="train", streaming=True, cache_dir=cache, **options
+        )
+    yield from read.iter(_ROWS)

@@ -1,0 +1,287 @@
+"""Hugging Face's models on local data, by config alone: causal language models and classifiers of sequences.
+
+Needs `pip install 'distrib[huggingface]'`. Other Auto classes have losses and samples of their own: derive from
+`HuggingFace`.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distrib.data.documents import NOT_COUNTED, Classified, Documents, TokenWindows
+from distrib.data.rows import Columns, Row, find_sources, pack_rows
+from distrib.errors import ConfigError
+from distrib.task import Loss, Task
+from distrib.tasks import pretrained
+
+Encoded = list[tuple[Sequence[int], int]]
+
+
+class HuggingFace(Task):
+    """What the tasks here share: model, tokenizer, data, export.
+
+    `model`: the folder of a model, whose weights training begins with; or a config, as a mapping with its `model_type`
+    or as the path of a config.json: then with random ones, from the run's seed. `tokenizer`: its folder, by default the
+    model's, or `bytes`. `files`: globs of json, jsonl, csv, parquet, arrow and text files, or a folder of
+    `Dataset.save_to_disk`. `eval_files`: likewise; without them one row in 20 is held out, by its hash.
+    """
+
+    auto_class: str  # of transformers
+    new_head = False  # may be made for a model that has none
+
+    def __init__(
+        self,
+        model: str | dict[str, Any],
+        files: str | list[str],
+        eval_files: str | list[str] | None,
+        tokenizer: str | None,
+        context_length: int,
+        columns: Columns,
+    ) -> None:
+        """`columns`: what is read of each row, and what may stand there."""
+        if isinstance(context_length, bool) or not isinstance(context_length, int) or context_length < 2:
+            raise ConfigError(f"task.context_length: {context_length!r}; give a whole number, 2 or more")
+        pretrained.require_installed()
+        self.files, self.eval_files, self.context_length, self.columns = files, eval_files, context_length, columns
+        self.config, self.folder = pretrained.find_config(model)
+        self.tokenizer = pretrained.find_tokenizer(tokenizer, self.folder)
+        if isinstance(model, dict):  # an architecture's usual numbers are of another vocabulary
+            own = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            for name, value in {"vocab_size": len(self.tokenizer), **own}.items():
+                setattr(self._text_config, name, model.get(name, value))
+        if len(self.tokenizer) > self._text_config.vocab_size:
+            raise ConfigError(
+                f"task.tokenizer: it has {len(self.tokenizer)} tokens, and the model {self._text_config.vocab_size}; "
+                "they do not belong together"
+            )
+        longest = getattr(self._text_config, "max_position_embeddings", None)
+        if longest is not None and context_length > longest:
+            raise ConfigError(f"task.context_length: {context_length}; the model has {longest} positions, give no more")
+
+    @property
+    def _text_config(self) -> Any:
+        """Where the vocabulary stands, also in a config of several parts."""
+        return self.config.get_text_config()
+
+    @property
+    def _auto_class(self) -> Any:
+        import transformers
+
+        return getattr(transformers, self.auto_class)
+
+    @cached_property
+    def packed(self) -> Path:
+        sources = find_sources(self.files, "task.files")
+        evaluation = None if self.eval_files is None else find_sources(self.eval_files, "task.eval_files")
+        dtype = "<u2" if self._text_config.vocab_size <= 2**16 else "<u4"
+        settings = {"tokenizer": pretrained.tokenizer_digest(self.tokenizer), **self._settings()}
+        return pack_rows(sources, evaluation, self.columns, self._encode, dtype, settings)
+
+    def train_dataset(self) -> Documents:
+        samples = self._samples("train")
+        if len(samples) == 0:  # type: ignore[arg-type]
+            raise ConfigError("task.files: there is nothing to train on in what is not held out; give more rows")
+        return samples
+
+    def eval_dataset(self) -> Documents | None:
+        samples = self._samples("eval")
+        return samples if len(samples) or self.eval_files is not None else None  # type: ignore[arg-type]
+
+    def model(self) -> nn.Module:
+        return pretrained.build(self._auto_class, self.config, self.folder, self.new_head)
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Matrices and embeddings, not biases and normalisations."""
+        return parameter.dim() > 1
+
+    def export(self, weights: dict[str, Tensor], folder: Path) -> None:
+        """A folder that `from_pretrained` reads, with the tokenizer beside the weights."""
+        pretrained.export(self._auto_class, self.config, self.tokenizer, self.folder, weights, folder)
+
+    def _settings(self) -> dict[str, Any]:
+        """What `_encode` depends on besides the tokenizer."""
+        return {}
+
+    def _encode(self, rows: list[Row]) -> Encoded:
+        raise NotImplementedError
+
+    def _samples(self, split: str) -> Documents:
+        raise NotImplementedError
+
+    def _tokenize(self, texts: list[str], **options: Any) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(texts, return_attention_mask=False, **options)["input_ids"]
+        return ids
+
+
+class CausalLM(HuggingFace):
+    """Predict the next token: AutoModelForCausalLM.
+
+    A document is the text of a row, with the tokenizer's own special tokens, and its eos_token. With `prompt_column`
+    the loss is of the text, which follows the prompt, alone. `packing` fills windows of `context_length` with
+    documents, which do not see one another; without it, none holds two.
+    """
+
+    auto_class = "AutoModelForCausalLM"
+
+    def __init__(
+        self,
+        model: str | dict[str, Any],
+        files: str | list[str],
+        eval_files: str | list[str] | None = None,
+        tokenizer: str | None = None,
+        text_column: str = "text",
+        prompt_column: str | None = None,
+        context_length: int = 512,
+        packing: bool = True,
+    ) -> None:
+        if not isinstance(packing, bool):
+            raise ConfigError(f"task.packing: {packing!r}; give true or false")
+        self.text_column, self.prompt_column, self.packing = text_column, prompt_column, packing
+        prompt = {} if prompt_column is None else {"prompt_column": prompt_column}
+        columns: Columns = dict.fromkeys(_named(**prompt, text_column=text_column), (str,))
+        super().__init__(model, files, eval_files, tokenizer, context_length, columns)
+        if self.tokenizer.eos_token_id is None:
+            raise ConfigError("task.tokenizer: it has no eos_token to end a document with; give one that has")
+
+    def _encode(self, rows: list[Row]) -> Encoded:
+        end = self.tokenizer.eos_token_id
+        texts = [row[self.text_column] for row in rows]
+        if self.prompt_column is None:
+            return [([*_without(end, ids), end], 1) for ids in self._tokenize(texts)]
+        prompts = self._tokenize([row[self.prompt_column] for row in rows])
+        answers = self._tokenize(texts, add_special_tokens=False)
+        begun = [_without(end, ids) for ids in prompts]
+        return [([*prompt, *ids, end], max(1, len(prompt))) for prompt, ids in zip(begun, answers, strict=True)]
+
+    def _settings(self) -> dict[str, Any]:
+        return {"prompt": self.prompt_column}
+
+    def _samples(self, split: str) -> Documents:
+        return TokenWindows(self.packed, split, self.context_length, self.packing)
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        if next(model.parameters()).device.type != "meta":
+            pretrained.require_order(model, self.packing)
+        return model
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        positions = {"position_ids": batch["position_ids"]} if self.packing else {}
+        logits: Tensor = model(input_ids=batch["input_ids"], **positions).logits
+        return logits
+
+    def loss(self, output: Tensor, batch: dict[str, Tensor]) -> Loss:
+        nats, counted = _nats(output, batch["targets"])
+        return Loss(nats.sum(), counted.sum())
+
+    def predict(self, output: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        nats, counted = _nats(output, batch["targets"])
+        return {"nats": nats, "tokens": counted}
+
+    def metrics(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        return {"perplexity": (rows["nats"].double().sum() / rows["tokens"].sum()).exp().item()}
+
+
+class SequenceClassification(HuggingFace):
+    """Say of which class a text is: AutoModelForSequenceClassification.
+
+    `classes`: their names, or how many there are; a label is a name or a number from 0. A model that classifies already
+    has its own. Texts are cut at `context_length` tokens.
+    """
+
+    auto_class = "AutoModelForSequenceClassification"
+    new_head = True
+
+    def __init__(
+        self,
+        model: str | dict[str, Any],
+        files: str | list[str],
+        classes: int | list[str] | None = None,
+        eval_files: str | list[str] | None = None,
+        tokenizer: str | None = None,
+        text_column: str = "text",
+        label_column: str = "label",
+        context_length: int = 512,
+    ) -> None:
+        self.text_column, self.label_column = text_column, label_column
+        text, label = _named(text_column=text_column, label_column=label_column)
+        columns: Columns = {label: (str, int), text: (str,)}
+        super().__init__(model, files, eval_files, tokenizer, context_length, columns)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if self.tokenizer.pad_token is None:
+            raise ConfigError("task.tokenizer: it has neither a pad_token nor an eos_token to fill up with; give one")
+        if self._text_config.pad_token_id is None:
+            self._text_config.pad_token_id = self.tokenizer.pad_token_id
+        self.classes = self._classes(classes)
+        self.config.id2label = dict(enumerate(self.classes))
+        self.config.label2id = {name: number for number, name in self.config.id2label.items()}
+        self.config.problem_type = "single_label_classification"
+
+    def _classes(self, given: Any) -> list[str]:
+        names = list(range(given)) if isinstance(given, int) else given
+        names = [str(name) for name in names] if isinstance(names, list) else names
+        trained = any(name.endswith("ForSequenceClassification") for name in self.config.architectures or [])
+        own = [self.config.id2label[number] for number in range(self.config.num_labels)] if trained else None
+        if own is not None:
+            if given is not None and names != own and given != len(own):
+                raise ConfigError(f"task.classes: {given!r}; leave it out, the model tells apart {', '.join(own)}")
+            return own
+        if not isinstance(names, list) or len(names) < 2 or len(set(names)) < len(names):
+            raise ConfigError(f"task.classes: {given!r}; give the names of the classes, or how many: 2 or more")
+        return names
+
+    def _encode(self, rows: list[Row]) -> Encoded:
+        texts = [row[self.text_column] for row in rows]
+        tokens = self._tokenize(texts, truncation=True, max_length=self.context_length)
+        filler = [self.tokenizer.pad_token_id]  # of a text without any token
+        return [(ids or filler, self._class(row[self.label_column])) for ids, row in zip(tokens, rows, strict=True)]
+
+    def _class(self, label: str | int) -> int:
+        name = str(label)
+        if name in self.config.label2id:
+            return int(self.config.label2id[name])
+        if name.isdecimal() and int(name) < len(self.classes):
+            return int(name)
+        raise ConfigError(f"task.label_column: {label!r} is none of the classes {', '.join(self.classes)}")
+
+    def _settings(self) -> dict[str, Any]:
+        return {"classes": self.classes, "context_length": self.context_length}
+
+    def _samples(self, split: str) -> Documents:
+        return Classified(self.packed, split, self.tokenizer.pad_token_id)
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return logits
+
+    def loss(self, output: Tensor, batch: dict[str, Tensor]) -> Loss:
+        return Loss(F.cross_entropy(output.float(), batch["labels"], reduction="sum"), len(output))
+
+    def predict(self, output: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"right": output.argmax(1) == batch["labels"]}
+
+    def metrics(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        return {"accuracy": rows["right"].double().mean().item()}
+
+
+def _named(**columns: Any) -> list[str]:
+    for key, column in columns.items():
+        if not isinstance(column, str):
+            raise ConfigError(f"task.{key}: {column!r}; give the name of a column")
+    return list(columns.values())
+
+
+def _without(end: int, tokens: list[int]) -> list[int]:
+    """Some tokenizers end a text themselves."""
+    return tokens[:-1] if tokens and tokens[-1] == end else tokens
+
+
+def _nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each sample the cross-entropy, summed over what is counted, and the number of it: (batch,) each."""
+    nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=NOT_COUNTED, reduction="none")
+    return nats.view_as(targets).sum(1), (targets != NOT_COUNTED).sum(1)

@@ -1,0 +1,219 @@
+"""Models and tokenizers of Hugging Face's `transformers`, from this machine alone: nothing is downloaded, no code that
+comes with a model is run, and weights are read from safetensors, which hold no code."""
+
+import copy
+import difflib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from distrib.errors import ConfigError
+
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+_ROUNDING = 1e-3  # of what logits differ by, at most; where documents see one another they differ by 1e-2 or more
+
+
+def require_installed() -> None:
+    """Raises ConfigError where the extra is not installed."""
+    try:
+        import datasets
+        import transformers
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"task.target: this task needs {error.name}, which is not installed; pip install 'distrib[huggingface]'"
+        ) from None
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or it warns wherever a process that has used it forks
+    # Each rank would draw bars of its own, and most of what is warned of is refused here, or none of the user's doing.
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+
+
+def find_config(model: Any) -> tuple[Any, Path | None]:
+    """The model's config, and where its weights lie; nowhere: it begins with random ones.
+
+    `model`: the local folder of a model, or for random weights a config, as a mapping or as a JSON file's path.
+    """
+    from transformers import AutoConfig
+
+    if isinstance(model, dict):
+        return _made_config(model), None
+    path = _path(model, "task.model")
+    if path.suffix == ".json" and path.is_file():
+        with refused("task.model"):
+            values = json.loads(path.read_text())
+            _require_known(values)
+            return AutoConfig.for_model(**values), None
+    _require_folder(path, "task.model", "config.json")
+    with refused("task.model"):
+        _require_known(json.loads((path / "config.json").read_text()))
+        config = AutoConfig.from_pretrained(path, **_LOCAL)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"task.model: the weights in {path} are quantized, and cannot be trained; give the originals")
+    if not any((path / f"model.safetensors{suffix}").exists() for suffix in ("", ".index.json")):
+        if pickled := sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth")):
+            raise ConfigError(
+                f"task.model: {path} has its weights in {pickled[0]}, a pickle, which can run code; convert what you "
+                "trust: AutoModel….from_pretrained(…).save_pretrained(…) writes model.safetensors"
+            )
+        raise ConfigError(
+            f"task.model: {path} has no model.safetensors; for random weights give {path / 'config.json'}"
+        )
+    return config, path
+
+
+def _made_config(values: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    _require_known(values)
+    with refused("task.model"):
+        config = AutoConfig.for_model(**values)
+        usual = type(config)()
+    known = {*usual.to_dict(), *usual.attribute_map}
+    for name in values:
+        if name not in known:  # transformers would keep it, and nothing would look at it
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f", did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"task.model.{name}: {values['model_type']} has no such key{hint}")
+    return config
+
+
+def _require_known(values: dict[str, Any]) -> None:
+    """An architecture that transformers has: code that comes with a model is not run."""
+    from transformers import CONFIG_MAPPING
+
+    if "model_type" not in values:
+        raise ConfigError("task.model: the config has no model_type; it says which architecture, for example llama")
+    kind = str(values["model_type"])
+    if kind not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(kind, CONFIG_MAPPING.keys(), n=1)
+        hint = f"did you mean {close[0]}?" if close else "and code that comes with a model is not run"
+        raise ConfigError(f"task.model.model_type: {kind!r} is none that transformers has, {hint}")
+
+
+def find_tokenizer(tokenizer: Any, model_folder: Path | None) -> Any:
+    """From a local folder, by default the model's; `bytes` is ByT5's, without its extra ids, which needs no files."""
+    from transformers import AutoTokenizer, ByT5Tokenizer
+
+    if tokenizer == "bytes":
+        return ByT5Tokenizer(extra_ids=0)
+    if tokenizer is None and model_folder is None:
+        raise ConfigError("task.tokenizer: missing, and task.model is a config; give a local folder, or bytes")
+    path = model_folder if tokenizer is None else _path(tokenizer, "task.tokenizer")
+    assert path is not None, "one of the two is given"
+    _require_folder(path, "task.tokenizer", "tokenizer_config.json")
+    with refused("task.tokenizer"):
+        return AutoTokenizer.from_pretrained(path, **_LOCAL)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of what it would be saved as."""
+    digest = hashlib.sha256()
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).iterdir()):
+            digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def build(auto_class: Any, config: Any, folder: Path | None, new_head: bool = False) -> nn.Module:
+    """In fp32: with the weights in `folder`, else with random ones, from torch's generator. On torch's meta device it
+    has no weights either way. Raises ConfigError where the folder lacks some; those of a `new_head` are random."""
+    config = copy.deepcopy(config)
+    with refused("task.model"):
+        if folder is None or torch.get_default_device().type == "meta":
+            model = auto_class.from_config(config, dtype=torch.float32)
+        else:
+            model, found = auto_class.from_pretrained(
+                folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **_LOCAL
+            )
+            body = f"{model.base_model_prefix}."
+            missing = [name for name in sorted(found["missing_keys"]) if not new_head or name.startswith(body)]
+            if missing:
+                raise ConfigError(f"task.model: {folder} lacks {len(missing)} of the weights, first {missing[0]}")
+    for part in (model.config, model.config.get_text_config()):
+        part.use_cache = False  # of keys and values, for generation
+    return model  # type: ignore[no-any-return]
+
+
+def require_order(model: Any, packed: bool) -> None:
+    """Raises ConfigError where a prediction depends on what follows, or, `packed`, on another document beside it.
+
+    Found by trying: architectures differ in what they make of positions that begin anew, and none says so.
+    """
+    tokens = torch.arange(3, 11)[None]
+    positions = {"position_ids": torch.arange(4).repeat(2)[None]}
+    name = f"{type(model).__name__} of {model.config.model_type}"
+    training = model.training
+    model.eval()
+    with torch.no_grad(), refused("task.model"):
+        if _differ(model(tokens).logits[:, :-1], model(tokens[:, :-1]).logits):
+            raise ConfigError(f"task.model: {name} sees what it is to predict; where it has is_decoder, make it true")
+    if packed:
+        with torch.no_grad(), refused("task.packing"):
+            beside = model(tokens, **positions).logits[:, 4:]
+            if _differ(beside, model(tokens[:, 4:], position_ids=positions["position_ids"][:, 4:]).logits):
+                raise ConfigError(
+                    f"task.packing: {name} does not keep documents apart that are packed into one window; give "
+                    "packing: false, which gives each windows of its own"
+                )
+    model.train(training)
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() > _ROUNDING * one.std())
+
+
+def export(
+    auto_class: Any, config: Any, tokenizer: Any, source: Path | None, weights: dict[str, Tensor], folder: Path
+) -> None:
+    """Write a folder that `from_pretrained` of the Auto classes reads, under the names that transformers has."""
+    # It asks DeepSpeed about a model that is none of its own.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+    with torch.device("meta"), refused("task.model"):
+        model = auto_class.from_config(copy.deepcopy(config), dtype=torch.float32)
+    model.save_pretrained(folder, state_dict=weights)
+    generation = "generation_config.json"
+    if source is not None and (source / generation).exists():
+        shutil.copyfile(source / generation, folder / generation)
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def refused(key: str) -> Iterator[None]:
+    """What a library says to what the user gave, in one line that names the config's key."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    usual = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError)
+    try:
+        yield
+    except (*usual, SafetensorError, StrictDataclassError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{key}: {said[:300]}") from None
+
+
+def _path(given: Any, key: str) -> Path:
+    if not isinstance(given, str) or not given:
+        raise ConfigError(f"{key}: {given!r}; give the path of a local folder")
+    return Path(given).expanduser()
+
+
+def _require_folder(path: Path, key: str, file: str) -> None:
+    if not path.is_dir():
+        raise ConfigError(
+            f"{key}: {str(path)!r} is no folder here, and nothing is downloaded; fetch what is on the Hub before: "
+            "hf download ORGANISATION/NAME --local-dir FOLDER"
+        )
+    if not (path / file).exists():
+        raise ConfigError(f"{key}: {path} has no {file}; give a folder that save_pretrained wrote")
