@@ -32,17 +32,6 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def settled() -> Iterator[None]:
-    """What is there by now stays: the garbage collector need not look through it again and again."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-@contextmanager
 def no_collection() -> Iterator[None]:
     """Garbage is collected after, not within: in a step all ranks would wait for the one that does."""
     collects = gc.isenabled()

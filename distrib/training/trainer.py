@@ -127,7 +127,6 @@ class Trainer:
         with ExitStack() as stack:
             stack.enter_context(when_asked_to_stop(self.preemption.take_note))
             stack.enter_context(self.record.open(chain, self.config.tracking, self.first_step))
-            stack.enter_context(tuning.settled())
             engine.clock.start()
             for window in self._windows(engine):
                 engine.stop_asked = self.preemption.asked

@@ -1,0 +1,72 @@
+"""A contender's side of the benchmark: it makes its steps when it is its turn, and says how long they took.
+
+All contenders are running at once; all but one wait, block by block. So a slow moment of the machine meets them all.
+"""
+
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Client
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+ADDRESS = "DISTRIB_BENCHMARK_ADDRESS"
+CHECKED = 8  # steps whose losses are compared; the first of them ends the start-up
+LEAD = 2  # steps of each block that are not counted: they find caches that another one filled
+
+
+@dataclass(frozen=True)
+class Length:
+    blocks: int
+    steps: int  # counted, a block
+
+    @property
+    def total(self) -> int:
+        return CHECKED + self.blocks * (LEAD + self.steps)
+
+
+class Turns:
+    """One a rank. The other end, in peers.py, gives all ranks their turn at once."""
+
+    def __init__(self, length: Length, rank: int) -> None:
+        self.length = length
+        self._connection = Client(os.environ[ADDRESS])
+        self._connection.send(rank)
+        self._steps = 0
+        self._losses: list[float] = []
+        self._began = 0.0
+
+    def stepped(self, loss: Callable[[], float]) -> None:
+        """To be called after each step; `loss` gives that of this rank's part of the batch."""
+        self._steps += 1
+        place = (self._steps - CHECKED) % (LEAD + self.length.steps)
+        if self._steps <= CHECKED:
+            self._losses.append(loss())
+            if self._steps == 1:
+                self._wait(time.time())
+            elif self._steps == CHECKED:
+                self._wait(self._losses)
+        elif place == LEAD:
+            self._began = time.perf_counter()
+        elif place == 0:
+            self._wait((time.perf_counter() - self._began) / self.length.steps)
+
+    @property
+    def over(self) -> bool:
+        return self._steps >= self.length.total
+
+    def finish(self, evaluate: Callable[[], float]) -> None:
+        """After the last step: the most memory that was held, and the time and result of evaluating the whole set."""
+        self._wait(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        evaluate()
+        self._wait(None)
+        began = time.perf_counter()
+        loss = evaluate()
+        self._wait((time.perf_counter() - began, loss))
+
+    def _wait(self, value: Any) -> None:
+        self._connection.send(value)
+        self._connection.recv()

@@ -1,0 +1,234 @@
+"""distrib against what a user would take instead, see README.md.
+
+python benchmarks/peers.py                  all of it, half an hour; writes results/DATE-peers.json, .md and .png
+python benchmarks/peers.py --only "gpt 2"   one workload on so many processes, printed
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent / "contenders"
+sys.path.insert(0, str(HERE))
+
+from alternating import RESULTS, write_table  # noqa: E402
+from turns import ADDRESS, CHECKED, Length  # noqa: E402
+
+PLAIN, OURS = "plain DDP loop", "distrib"
+CONTENDERS = {  # by name: the module of contenders/, and the package that it is about
+    PLAIN: ("plain", "torch"),
+    OURS: ("with_distrib", "distrib"),
+    "accelerate": ("with_accelerate", "accelerate"),
+    "Lightning": ("with_lightning", "pytorch-lightning"),
+    "transformers": ("with_transformers", "transformers"),
+}
+CASES = {  # a workload on so many processes, and what it is run for
+    "digits 1": Length(6, 400),
+    "digits 2": Length(6, 200),
+    "gpt 1": Length(3, 8),
+    "gpt 2": Length(3, 8),
+}
+SESSIONS = 5  # in each of which all are started anew
+TOLERANCE = 1e-3  # of losses, relative: sums of 32-bit numbers in another order, in CHECKED steps of AdamW
+_TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+@dataclass
+class Running:
+    """A contender's processes, each at the other end of a connection, in rank order."""
+
+    launcher: subprocess.Popen[bytes]
+    ranks: list[Connection]
+    started: float
+
+    def answers(self) -> list[Any]:
+        """What each rank has to say where it waits next."""
+        return [rank.recv() for rank in self.ranks]
+
+    def go(self) -> None:
+        for rank in self.ranks:
+            rank.send(None)
+
+    def turn(self) -> list[Any]:
+        self.go()
+        return self.answers()
+
+
+@contextmanager
+def running(name: str, workload: str, processes: int, length: Length) -> Iterator[Running]:
+    """From its start to its end, with exit code 0; `answers` first gives when each rank had made its first step."""
+    with tempfile.TemporaryDirectory() as folder, Listener(str(Path(folder) / "turns")) as listener:
+        launcher = ["distrib", "launch", "--processes"] if name == OURS else _TORCHRUN
+        member = [HERE / "member.py", CONTENDERS[name][0], workload, length.blocks, length.steps, folder]
+        command = [sys.executable, "-m", *launcher, processes, *member]
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        environment = {**os.environ, ADDRESS: str(listener.address), "OMP_NUM_THREADS": str(threads)}
+        log = Path(folder) / "log"
+        started = time.time()
+        with log.open("wb") as output:
+            process = subprocess.Popen(list(map(str, command)), env=environment, stdout=output, stderr=output)
+        try:
+            connections = [listener.accept() for _ in range(processes)]
+            by_rank = {connection.recv(): connection for connection in connections}
+            yield Running(process, [by_rank[rank] for rank in range(processes)], started)
+            if process.wait(60):
+                raise RuntimeError(f"{name} ended with exit code {process.returncode}")
+        except BaseException:
+            print(log.read_text()[-3000:], file=sys.stderr)
+            raise
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def session(case: str, length: Length) -> dict[str, dict[str, list[float]]]:
+    """All contenders are started, one after the other, take turns in steps, and evaluate; by name what was measured."""
+    workload, processes = case.split()
+    with ExitStack() as stack:
+        contenders: dict[str, Running] = {}
+        found: dict[str, dict[str, list[float]]] = {}
+        for name in CONTENDERS:
+            one = contenders[name] = stack.enter_context(running(name, workload, int(processes), length))
+            found[name] = {"start-up s": [max(one.answers()) - one.started], "step ms": []}
+        losses = {name: _mean(one.turn()) for name, one in contenders.items()}
+        _require_same(losses)
+        for _ in range(length.blocks):
+            for name, one in contenders.items():
+                found[name]["step ms"].append(max(one.turn()) * 1000)
+        for name, one in contenders.items():
+            found[name]["memory MB"] = [max(one.turn()) / 1e6]
+        for one in contenders.values():
+            one.turn()  # it has warmed up
+        for name, one in contenders.items():
+            found[name]["evaluation ms"] = [max(seconds for seconds, _ in one.turn()) * 1000]
+        for one in contenders.values():
+            one.go()
+    return found
+
+
+def _mean(ranks: list[list[float]]) -> list[float]:
+    return [statistics.fmean(losses) for losses in zip(*ranks, strict=True)]
+
+
+def _require_same(losses: dict[str, list[float]]) -> None:
+    """Who computes something else, or does not learn, is not compared."""
+    for name, found in losses.items():
+        off = max(abs(one - other) / other for one, other in zip(found, losses[PLAIN], strict=True))
+        if len(found) != CHECKED or off > TOLERANCE or found[-1] >= found[0]:
+            raise RuntimeError(f"{name} does not compute what {PLAIN} does: {found}, there {losses[PLAIN]}")
+
+
+def summary(sessions: list[dict[str, dict[str, list[float]]]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """For each figure and contender the median, and that of its ratio to the plain loop's turn just before."""
+    result: dict[str, dict[str, dict[str, Any]]] = {}
+    for figure in sessions[0][PLAIN]:
+        values = {name: [v for one in sessions for v in one[name][figure]] for name in CONTENDERS}
+        result[figure] = {}
+        for name, own in values.items():
+            ratios = [mine / plain for mine, plain in zip(own, values[PLAIN], strict=True)]
+            result[figure][name] = {"median": statistics.median(own), "ratio": statistics.median(ratios), "all": own}
+    return result
+
+
+def verdicts(case: str, figures: dict[str, dict[str, dict[str, Any]]]) -> list[tuple[str, float, float]]:
+    """The targets of this case: what, the figure, and what it may be at most."""
+    steps, starts, memory = (figures[key] for key in ("step ms", "start-up s", "memory MB"))
+    peers = [name for name in CONTENDERS if name != OURS]
+    best = min(peers, key=lambda name: steps[name]["ratio"])
+    ratios = [a / b for a, b in zip(steps[OURS]["all"], steps[best]["all"], strict=True)]
+    of_steps = (
+        ("step, of the plain loop's", steps[OURS]["ratio"], 0.95)
+        if case.startswith("digits")
+        else (f"step, of the best peer's ({best})", statistics.median(ratios), 0.98)
+    )
+    later = statistics.median(a - b for a, b in zip(starts[OURS]["all"], starts[PLAIN]["all"], strict=True))
+    return [
+        of_steps,
+        ("start-up, seconds after the plain script's", later, 0.5),
+        ("memory of a rank, of the plain loop's", memory[OURS]["ratio"], 1.03),
+    ]
+
+
+def table(case: str, figures: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    workload, processes = case.split()
+    rows = [
+        f"\n## {workload}, {processes} process(es)\n",
+        f"| | {' | '.join(figures)} |",
+        "|---|" + "---|" * len(figures),
+    ]
+    for name in CONTENDERS:
+        cells = [f"{found[name]['median']:.4g} ({found[name]['ratio']:.3f})" for found in figures.values()]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    rows += ["", "| distrib | figure | target |", "|---|---|---|"]
+    for what, value, target in verdicts(case, figures):
+        rows.append(f"| {what} | {value:.3f} | {target:.2f} {'met' if value <= target else 'missed'} |")
+    return rows
+
+
+def plot(cases: dict[str, dict[str, dict[str, dict[str, Any]]]], path: Path) -> None:
+    """A step's time by the plain loop's, each turn a dot, the median a bar."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * len(cases), 4), layout="constrained")
+    for number, (case, figures) in enumerate(cases.items(), start=1):
+        axes = figure.add_subplot(1, len(cases), number)
+        steps = figures["step ms"]
+        for place, name in enumerate(CONTENDERS):
+            ratios = [own / plain for own, plain in zip(steps[name]["all"], steps[PLAIN]["all"], strict=True)]
+            color = "C1" if name == OURS else "C0"
+            axes.bar(place, steps[name]["ratio"], color=color, alpha=0.6)
+            axes.plot([place] * len(ratios), ratios, ".", color="black", markersize=3)
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.set_xticks(range(len(CONTENDERS)), list(CONTENDERS), rotation=60, ha="right")
+        axes.set_title(f"{case} process(es)", fontsize=10)
+        if number == 1:
+            axes.set_ylabel("time of a step, by the plain loop's")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="distrib against what a user would take instead")
+    parser.add_argument("--only", choices=CASES, help="one case; writes nothing")
+    parser.add_argument("--sessions", type=int, default=SESSIONS, help="how often all are started anew")
+    arguments = parser.parse_args()
+    cases: dict[str, Any] = {}
+    rows: list[str] = []
+    for case in [arguments.only] if arguments.only else CASES:
+        cases[case] = summary([session(case, CASES[case]) for _ in range(arguments.sessions)])
+        rows += table(case, cases[case])
+        print("\n".join(table(case, cases[case])), flush=True)
+    if arguments.only:
+        return
+    what = (
+        "The same model, data, batch, optimizer and number of processes for all, from the same weights; the losses of "
+        f"the first {CHECKED} steps agree. Medians, and in brackets those of the ratio to the plain loop's turn just "
+        f"before. {arguments.sessions} sessions, in each of which all are started anew, wait for one another and take "
+        "turns block by block."
+    )
+    write_table("peers", "Side by side with the peers", what, rows, {"cases": cases}, _versions())
+    plot(cases, next(RESULTS.glob(f"{time.strftime('%Y-%m-%d')}-peers.json")).with_suffix(".png"))
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("distrib", *(package for _, package in CONTENDERS.values())):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+if __name__ == "__main__":
+    main()
