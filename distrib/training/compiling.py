@@ -27,8 +27,8 @@ _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"fallback_random":
 
 
 def require_tools(mode: str, world: World) -> None:
-    """Raises ConfigError where this machine cannot compile as `mode` asks. For an accelerator torch brings a compiler
-    along, for a CPU it needs one of C++ and Python's headers."""
+    """Raises ConfigError where this machine cannot compile as `mode` asks. For a CPU torch needs a C++ compiler and
+    Python's headers; what it needs for an accelerator it says itself, in the first step."""
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1" or os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         raise ConfigError(
             f"train.compile: {mode}, but TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE is set, so torch would compile "

@@ -11,6 +11,8 @@ import pytest
 import yaml
 from conftest import check, events, losses, no_process_left, processes_of, start, starter, tensors, until
 
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("compiled")]
+
 STEPS = 6
 ROUNDING = 1e-5  # see test_parity
 BLOCKS, MODEL = {"compile": "blocks"}, {"compile": "model"}
@@ -84,7 +86,8 @@ def test_every_strategy_goes_on_with_it(stopped: Path, mark: str, tmp_path: Path
         shutil.copytree(stopped / "stopped", tmp_path / name)
     (tmp_path / "train.py").write_text(SCRIPT.format(cases=CASES, values=values()))
     run = starter(mark, tmp_path)
-    check(run("distrib", "launch", "--processes", 2, "train.py", TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions")))
+    extensions = str(tmp_path / "extensions")
+    check(run("distrib", "launch", "--processes", 2, "train.py", timeout=400, TORCH_EXTENSIONS_DIR=extensions))
     expected = losses(stopped / "plain")
     for name in CASES:
         np.testing.assert_allclose(losses(tmp_path / name), expected, rtol=ROUNDING, err_msg=name)
@@ -105,6 +108,6 @@ def test_mixed_precision(mark: str, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(
         SCRIPT.format(cases={"plain": (train, {}), "compiled": ({**train, **MODEL}, {})}, values=values())
     )
-    check(starter(mark, tmp_path)("distrib", "launch", "--processes", 1, "train.py"))
+    check(starter(mark, tmp_path)("distrib", "launch", "--processes", 1, "train.py", timeout=400))
     np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), rtol=BF16)
     assert counted(tmp_path / "compiled", 0) == (1, 0, 2)

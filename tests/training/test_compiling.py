@@ -15,6 +15,8 @@ from tasks import Masked, Stacked
 from distrib import Config, Trainer
 from distrib.errors import ConfigError
 
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("compiling")]
+
 STEPS, SAVED = 12, 5
 # Sums of a few dozen terms in another order, 12 steps of feedback: as between strategies, see test_parity.
 ROUNDING = 1e-5
@@ -39,7 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with no_process_left() as mark:
         run = starter(mark, folder)
         check(run("distrib", "train", "config.yaml", "--run-dir", "plain"))
-        said = check(run("distrib", "train", "config.yaml", "train.compile=blocks", "--run-dir", "compiled"))
+        compiled = ("train.compile=blocks", "--run-dir", "compiled")
+        said = check(run("distrib", "train", "config.yaml", *compiled, timeout=400))
         assert "compiling (blocks)" in said
         yield folder
 
