@@ -18,6 +18,7 @@ MixedPrecision: TypeAlias = Literal["no", "bf16", "fp16"]
 StrategyName: TypeAlias = Literal["auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]
 Offload: TypeAlias = Literal["none", "optimizer", "all"]
 Schedule: TypeAlias = Literal["constant", "linear", "cosine"]
+Compile: TypeAlias = Literal[False, "blocks", "model"]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -70,6 +71,7 @@ class TrainConfig(_Section):
     max_grad_norm: PositiveFloat | None = None  # none: no clipping
     on_nonfinite: Literal["skip", "stop"] = "skip"
     determinism: Literal["fast", "bitwise"] = "fast"  # bitwise: the same bits from any number of processes
+    compile: Compile = False  # by torch.compile: each of the task's blocks, or the model's whole forward
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
@@ -173,6 +175,7 @@ class Config(_Section):
         values = self.model_dump(mode="json", include={"seed", "task", "data", "optim", "train"})
         for key in ("num_workers", "prefetch_factor"):
             del values["data"][key]
+        del values["train"]["compile"]
         values["strategy"] = {"communication_dtype": self.strategy.communication_dtype}
         return flatten(values)
 

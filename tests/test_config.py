@@ -119,5 +119,6 @@ def test_function_leaves_out_what_only_changes_speed() -> None:
     one = Config.from_dict(base)
     other = Config.from_dict({**base, "data": {"num_workers": 3}, "eval": {"every_steps": 9}, "name": "x"})
     assert one.function() == other.function()
+    assert one.function() == Config.from_dict({**base, "train": {"steps": 1, "compile": "model"}}).function()
     assert one.function() != Config.from_dict({**base, "seed": 1}).function()
     assert one.function()["optim.lr"] == 0.001

@@ -74,9 +74,7 @@ def run_and_end(program: Callable[[], object]) -> NoReturn:
         code = 1
     if isinstance(code, str):
         print(code, file=sys.stderr)
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    threading._shutdown()  # type: ignore[attr-defined]  # as Python itself: tells idle pools to end, then joins threads
     atexit._run_exitfuncs()
     _end(None, code if isinstance(code, int) else int(code is not None))
 

@@ -79,6 +79,8 @@ class ProgressDisplay:
             for problem in entry["passed_over"]:
                 self.warn(f"passed over: {problem}")
             self.say(f"going on after step {step}")
+        elif kind == "compiling":
+            self.say(f"compiling ({entry['what']}) while the first step runs")
         elif kind == "skipped":
             self.say(f"step {step + 1} {entry['verdict']}: the weights were left as they are")
         elif kind == "checkpoint":

@@ -27,6 +27,7 @@ class RunDir:
         self.evals = path / "evals.jsonl"
         self.events = path / "events.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.compiled = path / "compiled"  # torch.compile's
         self.summary = path / "summary.json"
         self.curves = path / "curves.png"
         self._lock: TextIO | None = None

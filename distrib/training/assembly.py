@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
-from distrib.config import Config, StrategyConfig
+from distrib.config import Compile, Config, StrategyConfig
 from distrib.errors import ConfigError
 from distrib.task import Task
 from distrib.training import evaluation
@@ -22,14 +22,16 @@ def model(task: Task, seed: int) -> nn.Module:
     return task.model()
 
 
-def blocks(task: Task, module: nn.Module, strategy: StrategyConfig) -> list[nn.Module]:
-    """The task's blocks. Raises ConfigError where the strategy needs some and there are none."""
+def blocks(task: Task, module: nn.Module, strategy: StrategyConfig, compile: Compile = False) -> list[nn.Module]:
+    """The task's blocks. Raises ConfigError where something is to be done to each and there are none."""
     found = task.blocks(module)
-    if strategy.activation_checkpointing and not found:
-        raise ConfigError(
-            f"strategy.activation_checkpointing: {type(module).__name__} has no repeated blocks that distrib finds; "
-            "name them in Task.blocks(model)"
-        )
+    needed = {"strategy.activation_checkpointing": strategy.activation_checkpointing, "train.compile": compile}
+    for key, value in needed.items():
+        if value in (True, "blocks") and not found:
+            raise ConfigError(
+                f"{key}: {type(module).__name__} has no repeated blocks that distrib finds; name them in "
+                "Task.blocks(model)"
+            )
     return found
 
 

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from distrib.config import Config, StrategyConfig, StrategyName
 from distrib.errors import ConfigError, LaunchError
 from distrib.plan import window_size
+from distrib.training.compiling import compile_forwards
 from distrib.training.deepspeed_config import compile_config, stage_of
 from distrib.training.placement import MakeOptimizer, Placement
 from distrib.training.replicated import Replicated
@@ -76,6 +77,10 @@ def place(
     make_optimizer: MakeOptimizer | None = None,
 ) -> Placement:
     """Wrap, shard and replicate. Without `make_optimizer` only for evaluation. Collective."""
+    compiled = []
+    if config.train.compile and make_optimizer is not None:
+        compiled = blocks if config.train.compile == "blocks" else [module]
+        compile_forwards(compiled)
     if strategy.activation_checkpointing and make_optimizer is not None:
         for block in blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -86,7 +91,8 @@ def place(
     if strategy.name in _ZERO:
         from distrib.training.zero import Zero
 
-        return Zero(world, module, make_optimizer, compile_config(config, strategy, world.world_size))
+        options = compile_config(config, strategy, world.world_size)
+        return Zero(world, module, make_optimizer, options, whole=compiled)
     if config.train.determinism == "bitwise":
         return Reproducible(world, module, make_optimizer)
     return Replicated(world, module, make_optimizer, strategy)
@@ -122,6 +128,8 @@ def _check(strategy: StrategyConfig, config: Config, world: World) -> None:
         raise ConfigError(f"optim.name: {config.optim.name} cannot update the shards of {name}; take another, or ddp")
     if config.train.determinism == "bitwise":
         _check_bitwise(strategy, config)
+    if config.train.compile:
+        _check_compile(strategy, config)
     if name in _ZERO:
         compile_config(config, strategy, world.world_size)
 
@@ -143,6 +151,25 @@ def _check_bitwise(strategy: StrategyConfig, config: Config) -> None:
         raise ConfigError(
             f"train.determinism: bitwise sums in a binary tree, and a step has {micro_batches} micro-batches "
             f"({config.data.global_batch_size} / {config.data.micro_batch_size}); make it a power of two"
+        )
+
+
+def _check_compile(strategy: StrategyConfig, config: Config) -> None:
+    compile, name = config.train.compile, strategy.name
+    if config.train.determinism == "bitwise":
+        raise ConfigError(
+            f"train.compile: {compile} is not for train.determinism: bitwise, as the order of sums in compiled code is "
+            "the compiler's choice on each process; give false, or fast"
+        )
+    if compile == "model" and name in ("zero3", "fsdp2"):
+        raise ConfigError(
+            f"train.compile: model, but {name} gathers the model's parameters part by part as the forward goes on, "
+            "which one graph of it cannot; take blocks"
+        )
+    if compile == "model" and strategy.activation_checkpointing:
+        raise ConfigError(
+            "train.compile: model, which itself chooses what the backward computes again; leave "
+            "strategy.activation_checkpointing out, or take blocks"
         )
 
 

@@ -23,7 +23,7 @@ from distrib.state.run_dir import RunDir
 from distrib.state.saver import Saver
 from distrib.stopping import when_asked_to_stop
 from distrib.task import Task
-from distrib.training import agreement, assembly, perf, strategies
+from distrib.training import agreement, assembly, compiling, perf, strategies
 from distrib.training.account import Account
 from distrib.training.engine import Engine
 from distrib.training.loop import train_step
@@ -65,7 +65,9 @@ class Trainer:
         self.source = source(self.train_dataset, self.plan, self.world, config.seed, loading)
         self.module = assembly.model(task, config.seed)
         strategies.check_module(self.module, config)
-        self.blocks = assembly.blocks(task, self.module, self.strategy)
+        self.blocks = assembly.blocks(task, self.module, self.strategy, config.train.compile)
+        if config.train.compile:
+            compiling.require_tools(config.train.compile, self.world)
         params = trainable(self.module)
         if not params:
             raise ConfigError(f"task.model: {type(self.module).__name__} has no parameter to train")
@@ -108,6 +110,9 @@ class Trainer:
 
     def _train(self) -> dict[str, Any]:
         started = time.perf_counter()
+        if self.config.train.compile:
+            compiling.keep_in(self.run.compiled)
+            self.record.event("compiling", what=self.config.train.compile)
         engine = Engine(
             strategies.place(self.strategy, self.config, self.world, self.module, self.blocks, self.make_optimizer),
             mixed_precision=self.config.train.mixed_precision,

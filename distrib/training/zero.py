@@ -26,8 +26,14 @@ class Zero(Placement):
     """
 
     def __init__(
-        self, world: World, module: nn.Module, make_optimizer: MakeOptimizer | None, config: dict[str, Any]
+        self,
+        world: World,
+        module: nn.Module,
+        make_optimizer: MakeOptimizer | None,
+        config: dict[str, Any],
+        whole: list[nn.Module],
     ) -> None:
+        """`whole`: modules whose parameters stage 3 is to gather at once, so that no hook of its is inside."""
         super().__init__(world, module)
         self.stage: int = config["zero_optimization"]["stage"]
         self.forward_is_collective = self.stage == 3
@@ -39,6 +45,8 @@ class Zero(Placement):
         world.require_group()
         self.use_optimizer(make_optimizer)
         deepspeed = _import_deepspeed(world)
+        for part in whole if self.stage == 3 else ():
+            deepspeed.utils.set_z3_leaf_module(part, True)
         engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
         self.model = engine
         self.evaluation_model = engine if self.stage == 3 else module

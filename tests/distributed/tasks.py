@@ -240,6 +240,50 @@ class Large(Task):
         return Loss((output**2).sum(), len(output))
 
 
+class Stacked(Masked):
+    """Two equal blocks."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Embedding(VOCABULARY, 16),
+            nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Dropout(self.dropout)) for _ in range(2))),
+            nn.Linear(16, VOCABULARY),
+        )
+
+
+class Asking(Masked):
+    """Its forward asks for a value, which no graph can hold."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(super().model(), Answer())
+
+
+class Answer(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.sum().item() > 0 else x
+
+
+class Counting(Masked):
+    """Its forward depends on how often it was called."""
+
+    def model(self) -> nn.Module:
+        torch._dynamo.config.recompile_limit = 1  # not 8, to save the time
+        return nn.Sequential(nn.Embedding(VOCABULARY, VOCABULARY), Counter())
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        return [model[1]]  # type: ignore[index]
+
+
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
 class Slow(Masked):
     """Takes its time for each micro-batch."""
 

@@ -43,6 +43,18 @@ def test_two_processes_join(run: Run, config: Path, tmp_path: Path, launcher: st
     assert {line["world_size"] for line in lines(run_dir)} == {2}
 
 
+def test_a_script_may_leave_threads_behind(run: Run, tmp_path: Path) -> None:
+    """A pool's threads wait for ever, unless they are told that the program is over; others are waited for."""
+    (tmp_path / "script.py").write_text(
+        "import threading, time\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "pool = ThreadPoolExecutor(1)\n"
+        "pool.submit(print, 'pool')\n"
+        "threading.Thread(target=lambda: (time.sleep(0.5), print('late'))).start()\n"
+    )
+    assert sorted(check(run("distrib", "launch", "--processes", 1, "script.py")).split()) == ["late", "pool"]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
