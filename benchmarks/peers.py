@@ -14,7 +14,8 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,14 @@ from alternating import RESULTS, write_table  # noqa: E402
 from turns import ADDRESS, CHECKED, Length  # noqa: E402
 
 PLAIN, OURS = "plain DDP loop", "distrib"
-CONTENDERS = {  # by name: the module of contenders/, and the package that it is about
+KNOWN = {  # by name: the module of contenders/, and the package that it is about
     PLAIN: ("plain", "torch"),
     OURS: ("with_distrib", "distrib"),
     "accelerate": ("with_accelerate", "accelerate"),
-    "Lightning": ("with_lightning", "pytorch-lightning"),
+    "Lightning": ("with_lightning", "pytorch_lightning"),
     "transformers": ("with_transformers", "transformers"),
 }
+CONTENDERS = {name: known for name, known in KNOWN.items() if find_spec(known[1]) is not None}
 CASES = {  # a workload on so many processes, and what it is run for
     "digits 1": Length(6, 400),
     "digits 2": Length(6, 200),
@@ -202,6 +204,8 @@ def main() -> None:
     parser.add_argument("--only", choices=CASES, help="one case; writes nothing")
     parser.add_argument("--sessions", type=int, default=SESSIONS, help="how often all are started anew")
     arguments = parser.parse_args()
+    if missing := KNOWN.keys() - CONTENDERS:
+        print(f"left out, as not installed: {', '.join(sorted(missing))}; pip install -e '.[benchmarks]'")
     cases: dict[str, Any] = {}
     rows: list[str] = []
     for case in [arguments.only] if arguments.only else CASES:
@@ -216,18 +220,9 @@ def main() -> None:
         f"before. {arguments.sessions} sessions, in each of which all are started anew, wait for one another and take "
         "turns block by block."
     )
-    write_table("peers", "Side by side with the peers", what, rows, {"cases": cases}, _versions())
+    versions = {package: version(package.replace("_", "-")) for _, package in CONTENDERS.values()}
+    write_table("peers", "Side by side with the peers", what, rows, {"cases": cases}, versions)
     plot(cases, next(RESULTS.glob(f"{time.strftime('%Y-%m-%d')}-peers.json")).with_suffix(".png"))
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("distrib", *(package for _, package in CONTENDERS.values())):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 if __name__ == "__main__":

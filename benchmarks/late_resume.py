@@ -1,0 +1,145 @@
+"""The time from a process's start to its first step: resumed at the millionth step of a dataset of a billion samples,
+against a fresh start. See README.md.
+
+python benchmarks/late_resume.py   measure, write results/DATE-late-resume.json and .md
+"""
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from alternating import write_table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from distrib import Config, Loss, Task, Trainer
+from distrib.data.loader import Window
+from distrib.training.engine import Engine
+from distrib.training.verdict import Step
+
+SAMPLES, LATE = 10**9, 10**6
+ROUNDS, TARGET, PROCESSES = 7, 1.05, 2
+_STARTED = "DISTRIB_BENCHMARK_STARTED"
+
+
+class Synthetic(Dataset[Any]):
+    """A billion samples, each computed from its number."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        return torch.tensor(indices, dtype=torch.float32)[:, None] / SAMPLES * torch.arange(1.0, 17.0)
+
+
+class Numbers(Task):
+    def train_dataset(self) -> Synthetic:
+        return Synthetic()
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 1))
+
+    def forward(self, model: nn.Module, batch: Tensor) -> Tensor:
+        output: Tensor = model(batch)
+        return output
+
+    def loss(self, output: Tensor, batch: Tensor) -> Loss:
+        return Loss(F.mse_loss(output, batch[:, :1], reduction="sum"), len(batch))
+
+
+def trainer(kind: type[Trainer], folder: str) -> Trainer:
+    config = {
+        "name": "late",
+        "data": {"global_batch_size": 64, "micro_batch_size": 32},
+        "train": {"steps": 2 * LATE},
+        "checkpoint": {"every_steps": LATE},
+        "tracking": {"wandb": "off"},
+    }
+    return kind(Numbers(), Config.from_dict(config), folder)
+
+
+class Prepare(Trainer):
+    """Makes the run folder of a run that was stopped after its millionth step: a million lines in its ledger, and a
+    checkpoint. Only the last step is computed."""
+
+    def _windows(self, engine: Engine) -> Iterator[Window]:
+        for number in range(LATE - 1):
+            shares = [1.0, 0.0, 64.0, 0.0, *[float(number % 4096)] * 6]
+            self.account.made(number, Step(shares, 1.0, True, 0.001, None), engine.clock.seconds())
+            self.account.read()
+        self.preemption.asked = True  # so that it saves and ends
+        yield from self.source.windows(LATE - 1)
+
+
+class Timed(Trainer):
+    """Ends after its first step, and says how long that took from the start of the launcher."""
+
+    def _windows(self, engine: Engine) -> Iterator[Window]:
+        windows = super()._windows(engine)
+        first = next(windows)
+        yield first
+        if self.world.is_rank_0:
+            print(f"step {first.step} after {time.time() - float(os.environ[_STARTED])} s", flush=True)
+        self.world.wait_for_all()
+        os._exit(0)
+
+
+def launched(folder: Path, kind: str) -> tuple[int, float]:
+    """The step that was made, and after how many seconds."""
+    command = [sys.executable, "-m", "distrib", "launch", "--processes", str(PROCESSES), __file__, kind, str(folder)]
+    environment = {**os.environ, _STARTED: str(time.time())}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    said = next((line for line in done.stdout.splitlines() if line.startswith("step ") and " after " in line), None)
+    if kind == "prepare":
+        return 0, 0.0
+    if said is None:
+        raise RuntimeError(f"{' '.join(command)} ended with exit code {done.returncode}: {done.stdout}")
+    return int(said.split()[1]), float(said.split()[3])
+
+
+def main() -> None:
+    if len(sys.argv) == 3:
+        trainer({"prepare": Prepare, "timed": Timed}[sys.argv[1]], sys.argv[2]).fit()
+        return
+    times: dict[str, list[float]] = {"fresh": [], "resumed": []}
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as temporary:
+        late, fresh = Path(temporary) / "late", Path(temporary) / "fresh"
+        launched(late, "prepare")
+        for _ in range(ROUNDS):
+            for name, folder, expected in (("fresh", fresh, 0), ("resumed", late, LATE)):
+                step, seconds = launched(folder, "timed")
+                if step != expected:
+                    raise RuntimeError(f"{name}: began at step {step}, not {expected}")
+                times[name].append(seconds)
+            shutil.rmtree(fresh)
+        megabytes = (late / "steps.jsonl").stat().st_size / 1e6
+    ratio = statistics.median(b / a for a, b in zip(times["fresh"], times["resumed"], strict=True))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    rows = [
+        "| fresh, s | resumed, s | resumed / fresh | target |",
+        "|---|---|---|---|",
+        f"| {medians['fresh']:.2f} | {medians['resumed']:.2f} | {ratio:.3f} "
+        f"| {TARGET:.2f} {'met' if ratio <= TARGET else 'missed'} |",
+    ]
+    what = (
+        f"From the launcher's start to the end of the first step, {PROCESSES} processes: of a fresh run, and of one "
+        f"that goes on at step {LATE:,} of a dataset of {SAMPLES:,} samples, with a ledger of {megabytes:.0f} MB. "
+        f"Medians of {ROUNDS} alternating rounds, and of their ratios."
+    )
+    figures = {"seconds": times, "medians": medians, "ratio": ratio, "target": TARGET}
+    versions = {package: version(package) for package in ("distrib", "torch")}
+    write_table("late-resume", "Resuming late", what, rows, figures, versions)
+
+
+if __name__ == "__main__":
+    main()
