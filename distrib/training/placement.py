@@ -82,9 +82,12 @@ class Placement:
 
     @property
     def updates_unseen(self) -> bool:
-        """Can `update` take a factor that only the device knows? Not in a first update: where that is skipped, torch's
-        SGD leaves whatever lay in memory as its momentum (seen with 2.13)."""
-        return self._scales and self.optimizer is not None and len(self.optimizer.state) > 0
+        """Can `update` take a factor that only the device knows? Not where gradients lie elsewhere (offloaded), and not
+        in a first update: where that is skipped, torch's SGD keeps whatever lay in memory as its momentum (seen).
+        """
+        if self.optimizer is None or not self._scales or not self.optimizer.state:
+            return False
+        return self._parameters[0].device.type == self.world.device.type
 
     def update(self, factor: Number, max_grad_norm: float | None) -> Number:
         """Multiply the mean gradient over the ranks by `factor`, clip, update; returns the norm before clipping.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Run, check, lines, losses
+from conftest import ROOT, Run, check, check_same, interrupted, lines, losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -221,6 +221,18 @@ def test_one_process_and_two_under_every_strategy_train_what_a_plain_loop_trains
         exported.load_state_dict(weights)
         assert bits_per_byte(exported, list(held_out)) == pytest.approx(bits, rel=ROUNDING)
     assert evaluate_run(tmp_path / "runs/ddp")["eval/bits_per_byte"] == pytest.approx(bits, rel=ROUNDING)
+
+
+def test_a_run_that_goes_on_is_the_run_that_was_not_interrupted(tmp_path: Path) -> None:
+    values = written(tmp_path / "text")
+    values["task"] = {**values["task"], "dropout": 0.1}
+    config = Config.from_dict({**values, "checkpoint": {"every_steps": 7, "keep": 3}})
+    undisturbed = tmp_path / "undisturbed"
+    Trainer(load_task(config.task), config, undisturbed).fit()
+    resumed = interrupted(undisturbed, tmp_path / "resumed", after=7)
+    Trainer(load_task(config.task), config, resumed).fit()
+    check_same(resumed, undisturbed)
+    assert [line["event"] for line in lines(resumed, "events.jsonl")].count("resumed") == 1
 
 
 def bits_per_byte(model: GPT, rows: list[Tensor]) -> float:
