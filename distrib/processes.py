@@ -1,6 +1,7 @@
 """No process is left behind: what the kernel can promise about parents and children."""
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -15,7 +16,11 @@ def shield_worker(_worker_id: int) -> None:
 
 
 def shield() -> None:
-    """Leave signals to the rank, which may need this process to reach the end of a step and save; end when it ends."""
+    """Leave signals to the rank, which may need this process to reach the end of a step and save; end when it ends.
+
+    Collect garbage, which a rank that forks within a step has put off.
+    """
+    gc.enable()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()

@@ -34,8 +34,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Tests of tracking ask for it.
 os.environ["WANDB_MODE"] = "disabled"
 
-# Tests that were begun by nohup would hand on that hangups do no harm.
+# Tests that were begun by nohup, or in the background, would hand on that a hangup, or Ctrl-C, does no harm.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No test is a timed one: the machine has other things to do, among them the other tests.
 settings.register_profile("distrib", deadline=None)

@@ -41,13 +41,19 @@ class Account:
             self._skipped(number, result)
         return result.stop
 
+    def close(self) -> None:
+        """However the run ends: a step that was made before it failed is noted, where nobody has to be waited for."""
+        if self._unread is not None and self._unread[1].known:
+            self.read()
+
     def state(self) -> dict[str, int]:
         """What a checkpoint's manifest keeps of it."""
         return {"applied": self.applied, "applied_before": self._applied_before}
 
     def load(self, manifest: dict[str, Any]) -> None:
         """Go on from it."""
-        self.applied, self._applied_before = manifest["applied"], manifest["applied_before"]
+        self.applied = manifest["applied"]
+        self._applied_before = manifest.get("applied_before", self.applied - 1)  # older ones counted all they knew
 
     def _entry(self, number: int, result: StepResult, seconds: dict[str, float]) -> dict[str, Any]:
         """One line of steps.jsonl."""

@@ -22,6 +22,7 @@ from distrib.training.verdict import Step
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FIRST_SCALE_OF_A_MEAN = 2.0**16  # GradScaler's
 _UPDATES_TO_GROW = 2000
+_WITHOUT_STREAMS = ("cpu", "mps")
 
 
 class LossScale:
@@ -69,9 +70,9 @@ class Engine:
         self.base_rate = float(groups[0]["lr"]) if groups else 0.0
         self._rate_ratios = [group["lr"] / (self.base_rate or 1.0) for group in groups]
         self.loss_scale: LossScale | None = None  # fp16 only, made when the first count is known
-        # On a CPU there is nobody to wait for, and Python's numbers are cheaper than tensors. fp16 has to know whether
-        # a gradient overflowed before it can scale the next loss.
-        self.waits = self.device.type == "cpu" or mixed_precision == "fp16"
+        # On a CPU there is nobody to wait for, and Python's numbers are cheaper than tensors; Metal has no streams.
+        # fp16 has to know whether a gradient overflowed before it can scale the next loss.
+        self.waits = self.device.type in _WITHOUT_STREAMS or mixed_precision == "fp16"
         self._generators = [torch.default_generator.manual_seed]
         if self.device.type != "cpu":  # not run here: see docs/not-run-here.md
             self._generators.append(torch.get_device_module(self.device).manual_seed)
@@ -85,7 +86,7 @@ class Engine:
     @property
     def ahead(self) -> Ahead | None:
         """To have batches copied before they are needed, where there is something to copy them to."""
-        return None if self.device.type == "cpu" else Ahead(self.device, self.to_device)
+        return None if self.device.type in _WITHOUT_STREAMS else Ahead(self.device, self.to_device)
 
     def to_device(self, batch: Any) -> Any:
         """Move a nested batch to this rank's device, without waiting for the copy; one that is there stays there."""
@@ -200,8 +201,8 @@ class Engine:
 
     def _update_unseen(self, totals: Tensor, lr: float) -> Step:
         """Leaves it to the device to decide: the same arithmetic, on numbers that are not there yet."""
-        grad_norm = self.placement.update(Totals.factor(totals) * self.world.world_size, self.max_grad_norm)
         self.clock.lap("forward_backward")
+        grad_norm = self.placement.update(Totals.factor(totals) * self.world.world_size, self.max_grad_norm)
         return Step(totals.clone(), grad_norm, self._whole_count, lr, None)
 
     def _first_loss_scale(self, loss: Loss, window: Window) -> LossScale:

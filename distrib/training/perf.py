@@ -38,8 +38,8 @@ _PEAKS = {
 class Clock:
     """Divides a step's time on the host: `lap` says what the time since the last one was spent on.
 
-    On an accelerator the host runs ahead, but for the totals, which it waits for: there the device may still work while
-    the host waits for data, and a part of the optimizer's time is counted to the next step's forward.
+    On an accelerator the host runs ahead, and waits for a step when it has sent the next: what the parts say there is
+    the host's own time, and where it waits for data the device may still have work.
     """
 
     def __init__(self) -> None:

@@ -22,6 +22,7 @@ from distrib.training.totals import SummedTotals
 from distrib.world import World
 
 MakeOptimizer = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
+_DEVICES_THAT_SCALE = ("cpu", "cuda")  # Metal's kernels ignored both until 2026 (pytorch/pytorch#186360)
 Number = TypeVar("Number", float, Tensor)  # known here, or on the device alone
 
 
@@ -63,7 +64,7 @@ class Placement:
         self.optimizer = make_optimizer(trainable(self.module))
         groups = self.optimizer.param_groups
         self._parameters = [p for group in groups for p in group["params"] if p.requires_grad]
-        self._scales = getattr(self.optimizer, "_step_supports_amp_scaling", False)  # torch's fused ones
+        self._scales = _scales_itself(self.optimizer)
 
     def accumulate(self, last: bool) -> AbstractContextManager[object]:
         """Around forward and backward of a micro-batch; gradients meet the other ranks' at the latest on the last."""
@@ -83,11 +84,13 @@ class Placement:
     @property
     def updates_unseen(self) -> bool:
         """Can `update` take a factor that only the device knows? Not where gradients lie elsewhere (offloaded), and not
-        in a first update: where that is skipped, torch's SGD keeps whatever lay in memory as its momentum (seen).
-        """
-        if self.optimizer is None or not self._scales or not self.optimizer.state:
+        where torch's SGD has no momentum yet: were that update skipped, it would keep whatever lay in memory (seen)."""
+        if self.optimizer is None or not self._scales or self._parameters[0].device.type != self.world.device.type:
             return False
-        return self._parameters[0].device.type == self.world.device.type
+        if not any(group.get("momentum") for group in self.optimizer.param_groups):
+            return True
+        state = self.optimizer.state
+        return all(state[p].get("momentum_buffer") is not None for p in self._parameters if p.grad is not None)
 
     def update(self, factor: Number, max_grad_norm: float | None) -> Number:
         """Multiply the mean gradient over the ranks by `factor`, clip, update; returns the norm before clipping.
@@ -113,8 +116,8 @@ class Placement:
     def _apply(self, gradients: list[Tensor], factor: float | Tensor, skipped: Tensor | None = None) -> None:
         """Update with the gradients times `factor`, in the optimizer's own kernel where it can: GradScaler's way."""
         optimizer: Any = self.optimizer
-        if self._scales:
-            optimizer.grad_scale = torch.as_tensor(1.0 / factor, dtype=torch.float32, device=self.world.device)
+        if self._scales and gradients:
+            optimizer.grad_scale = torch.as_tensor(1.0 / factor, dtype=torch.float32, device=gradients[0].device)
             optimizer.found_inf = None if skipped is None else skipped.float()
         else:
             torch._foreach_mul_(gradients, factor)
@@ -224,6 +227,17 @@ class Placement:
             return torch.zeros((), device=self.world.device)
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         return norm
+
+
+def _scales_itself(optimizer: Any) -> bool:
+    """Does its kernel divide the gradient by `grad_scale`, and leave all as it is where `found_inf` says so? Those of
+    torch's fused optimizers do; a class derived from one, or one that wraps it, may make of it what it likes."""
+    return (
+        type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+        and getattr(optimizer, "_step_supports_amp_scaling", False)
+        and not optimizer._optimizer_step_pre_hooks  # of the task, and to see the gradient that is applied
+        and optimizer.param_groups[0]["params"][0].device.type in _DEVICES_THAT_SCALE
+    )
 
 
 def named_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

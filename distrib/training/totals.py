@@ -37,7 +37,9 @@ class Totals:
         high, low = (0, 0) if isinstance(loss.count, Tensor) else divmod(loss.count, 2**_LIMB)
         limbs = [digest >> (_LIMB * number) & (2**_LIMB - 1) for number in range(_NUM_LIMBS)]
         host = [float(value) for value in (0, high, low, stop, *limbs)]
-        values = torch.tensor(host, device=loss.total.device)
+        # Pinned where there is a device, or the copy would wait for all that was sent to it before.
+        pinned = torch.tensor(host, pin_memory=loss.total.device.type != "cpu")
+        values = pinned.to(loss.total.device, non_blocking=True)
         values[0] = loss.total.detach()
         if isinstance(loss.count, Tensor):  # without waiting for a device to say what it is
             values[1] = torch.floor_divide(loss.count, 2**_LIMB)

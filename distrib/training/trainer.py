@@ -132,6 +132,7 @@ class Trainer:
         with ExitStack() as stack:
             stack.enter_context(when_asked_to_stop(self.preemption.take_note))
             stack.enter_context(self.record.open(chain, self.config.tracking, self.first_step))
+            stack.callback(self.account.close)
             engine.clock.start()
             for window in self._windows(engine):
                 engine.stop_asked = self.preemption.asked
@@ -139,9 +140,11 @@ class Trainer:
                 with tuning.no_collection():
                     step = train_step(engine, self.task, window, self._learning_rate(engine))
                 stop = self.account.read()  # what came of the step before: the device is busy with this one
-                self.account.made(window.step, step, self._seconds(engine, window.step))
                 evaluate = self.eval_dataset is not None and self._is_due(self.config.eval.every_steps, steps_done)
                 save = self._is_due(self.config.checkpoint.every_steps, steps_done)
+                if evaluate or save or stop:
+                    step.wait()  # as part of its own time
+                self.account.made(window.step, step, self._seconds(engine, window.step))
                 if evaluate or save or stop:
                     stop |= self.account.read()
                 if evaluate:

@@ -47,10 +47,19 @@ class Step:
             self._there = torch.Event(device=shares.device)
             self._there.record()
 
-    def read(self) -> StepResult:
-        """Waits until this step is over, not for what came after it."""
+    @property
+    def known(self) -> bool:
+        """Could `read` say it at once?"""
+        return self._there is None or self._there.query()
+
+    def wait(self) -> None:
+        """Until this step is over, not for what came after it."""
         if self._there is not None:
             self._there.synchronize()
+
+    def read(self) -> StepResult:
+        """What came of it, once that is known."""
+        self.wait()
         shares = self._shares.tolist() if isinstance(self._shares, Tensor) else self._shares
         totals, grad_norm = Totals.unpack(shares, self._whole_count), float(self._grad_norm)
         loss = totals.loss / totals.count if totals.count else 0.0

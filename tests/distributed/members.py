@@ -5,7 +5,6 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +126,7 @@ def late(world: World) -> dict[str, dict[str, Any]]:
                 trained.waits = waits
                 steps, reads = [], Reads()
                 for window in windows(task.train_dataset(), config, world):
-                    with reads if window.step else nullcontext():  # in the first update all have to wait
+                    with reads:
                         step = train_step(trained, task, window, 0.05)
                     result = step.read()
                     steps.append([result.verdict, result.loss, result.grad_norm])

@@ -51,8 +51,9 @@ def test_the_run_is_the_same(folder: Path) -> None:
     """With dropout, accumulation, clipping; and the evaluation, whose last batch is smaller, is not compiled at all."""
     compiled, plain = folder / "compiled", folder / "plain"
     np.testing.assert_allclose(losses(compiled), losses(plain), rtol=ROUNDING)
-    assert losses(compiled) != losses(plain)  # it was compiled
-    assert tensors(compiled).keys() == tensors(plain).keys()
+    found, other = tensors(compiled), tensors(plain)
+    assert found.keys() == other.keys()
+    assert any((found[key] != other[key]).any() for key in found)  # it was compiled, and rounded otherwise
     assert events(compiled)[:2] == ["started", "compiling"]
     assert "compiling" not in events(plain)
 
@@ -85,7 +86,8 @@ def test_a_run_may_change_its_mind(folder: Path, run: Run, tmp_path: Path) -> No
         config = tmp_path / name / "config.yaml"
         check(run("distrib", "train", config, f"train.compile={compile}", "--run-dir", name, "--resume", checkpoint))
         np.testing.assert_allclose(losses(tmp_path / name), losses(folder / name), rtol=ROUNDING)
-        assert losses(tmp_path / name)[SAVED:] != losses(folder / name)[SAVED:]
+        found, other = tensors(tmp_path / name), tensors(folder / name)
+        assert any((found[key] != other[key]).any() for key in found)  # it was compiled, or was not: rounded otherwise
 
 
 @pytest.mark.parametrize(
