@@ -135,8 +135,8 @@ def write_results(name: str, title: str, what: str, column: str, plain: str, cas
 
 def write_table(
     name: str, title: str, what: str, rows: list[str], figures: dict[str, Any], versions: dict[str, str]
-) -> None:
-    """benchmarks/results/DATE-name.json, with the figures, and .md, with the rows of a table."""
+) -> Path:
+    """benchmarks/results/DATE-name.json, with the figures, and .md, with the rows of a table; returns the former."""
     result: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": _describe_machine(),
@@ -159,7 +159,8 @@ def write_table(
     path = RESULTS / f"{result['date']}-{name}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     path.with_suffix(".md").write_text(text)
-    print(f"{text}\n{path.relative_to(ROOT)}")
+    print(f"{text}\n{path.relative_to(ROOT)}", flush=True)
+    return path
 
 
 _LOAD_BEFORE = round(os.getloadavg()[0], 2)
