@@ -117,6 +117,8 @@ class World:
             threads = os.environ.get("SLURM_CPUS_PER_TASK", str(tuning.threads(self.local_world_size)))
             os.environ["OMP_NUM_THREADS"] = threads
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        if self.use_cpu:
+            tuning.keep_freed_memory()
         if self.world_size > 1:
             if "RANK" not in os.environ:  # a script of the user's, started by srun
                 os.environ.update(slurm.as_member(os.environ))

@@ -1,7 +1,8 @@
-"""Cores of a process, and when it collects garbage."""
+"""Cores and memory of a process, and when it collects garbage."""
 
 import gc
 import os
+import platform
 import subprocess
 import sys
 from contextlib import suppress
@@ -20,6 +21,32 @@ def test_cores_are_shared() -> None:
         "from distrib.tuning import threads; print(threads(1))"
     )
     assert subprocess.run([sys.executable, "-c", one], capture_output=True, text=True, check=True).stdout == "1\n"
+
+
+# A step's tensors, made and freed four times: the pages that the kernel had to give for each.
+STEPS = """
+import resource, torch
+from distrib.tuning import keep_freed_memory
+keep_freed_memory()
+def pages(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for step in range(4):
+    before = pages()
+    tensors = [torch.ones(2**20) for _ in range(20)]
+    del tensors
+    print(pages() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
+@pytest.mark.parametrize("asked_otherwise", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}])
+def test_what_a_step_frees_is_kept_for_the_next_unless_the_user_has_set_it(asked_otherwise: dict[str, str]) -> None:
+    environment = {**os.environ, **asked_otherwise}
+    done = subprocess.run([sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True, check=True)
+    first, *_, last = map(int, done.stdout.split())
+    if asked_otherwise:
+        assert last > first / 2
+    else:
+        assert last < first / 100
 
 
 @pytest.mark.parametrize("collects", [True, False])

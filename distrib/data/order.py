@@ -18,7 +18,10 @@ Positions: TypeAlias = NDArray[np.uint64]
 _ROUNDS, _ROUNDS_IF_SMALL, _SMALL_BITS = 6, 12, 8
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-_WEYL = 0xD1342543DE82EF95  # odd, so that pairs of neighbours stay far apart
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64's multipliers
+# As numpy has them: to make them of Python's numbers in each call takes as long as the arithmetic of a micro-batch.
+_STEPS = tuple(map(np.uint64, (_GOLDEN, 30, _FIRST, 27, _SECOND, 31)))
+_WEYL = np.uint64(0xD1342543DE82EF95)  # odd, so that pairs of neighbours stay far apart
 
 
 def derive_seed(*values: int) -> int:
@@ -26,8 +29,8 @@ def derive_seed(*values: int) -> int:
     state = len(values)
     for value in values:
         state = (state + (value & _MASK) * _GOLDEN + _GOLDEN) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state = ((state ^ (state >> 30)) * _FIRST) & _MASK
+        state = ((state ^ (state >> 27)) * _SECOND) & _MASK
         state ^= state >> 31
     return state
 
@@ -41,7 +44,7 @@ def sample_indices(positions: Positions, size: int, seed: int, shuffle: bool = T
 
 def digest(positions: Positions, indices: Positions) -> int:
     """An order-free 64-bit digest of (position, index) pairs: digests of disjoint parts add up modulo 2^64."""
-    return int(_mix(positions * np.uint64(_WEYL) + indices).sum(dtype=np.uint64))
+    return int(_mix(positions * _WEYL + indices).sum(dtype=np.uint64))
 
 
 def _permute(offsets: Positions, size: int, epochs: Positions, seed: int) -> Positions:
@@ -72,8 +75,11 @@ def _feistel(values: Positions, bits: int, keys: list[Positions]) -> Positions:
 
 def _mix(values: Positions) -> Positions:
     """splitmix64's finalizer, elementwise."""
-    values = values * np.uint64(_GOLDEN)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    result: Positions = values ^ (values >> np.uint64(31))
-    return result
+    golden, shift, first, second_shift, second, last_shift = _STEPS
+    values = values * golden
+    values ^= values >> shift
+    values *= first
+    values ^= values >> second_shift
+    values *= second
+    values ^= values >> last_shift
+    return values

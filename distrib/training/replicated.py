@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distrib.config import StrategyConfig
 from distrib.training.placement import MakeOptimizer, Placement
-from distrib.training.totals import SummedTotals, WithTotals, ride
+from distrib.training.totals import SummedTotals, WithTotals
 from distrib.world import World
 
 
@@ -70,7 +70,7 @@ class Replicated(Placement):
     def backward(self, total: Tensor, shares: Tensor, last: bool) -> None:
         if isinstance(self.totals, WithTotals):
             shares = shares * self.world.world_size  # DDP leaves the mean over the ranks
-            ride(total, self.totals.totals, shares).backward()  # type: ignore[no-untyped-call]
+            self.totals.carry(total, shares).backward()  # type: ignore[no-untyped-call]
         else:
             super().backward(total, shares, last)
 

@@ -36,9 +36,9 @@ class Totals:
         """One micro-batch's shares, shape (SIZE,), to be summed over the window."""
         high, low = (0, 0) if isinstance(loss.count, Tensor) else divmod(loss.count, 2**_LIMB)
         limbs = [digest >> (_LIMB * number) & (2**_LIMB - 1) for number in range(_NUM_LIMBS)]
-        host = [float(value) for value in (0, high, low, stop, *limbs)]
         # Pinned where there is a device, or the copy would wait for all that was sent to it before.
-        pinned = torch.tensor(host, pin_memory=loss.total.device.type != "cpu")
+        host = (0, high, low, stop, *limbs)
+        pinned = torch.tensor(host, dtype=torch.float32, pin_memory=loss.total.device.type != "cpu")
         values = pinned.to(loss.total.device, non_blocking=True)
         values[0] = loss.total.detach()
         if isinstance(loss.count, Tensor):  # without waiting for a device to say what it is
@@ -97,25 +97,11 @@ class WithTotals(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
+    def carry(self, total: Tensor, shares: Tensor) -> Tensor:
+        """`total` as it is; its backward also gives the parameter, which is 0, the gradient `shares`."""
+        return total + self.totals.dot(shares)
+
     def result(self) -> Tensor:
         """The sum over window and ranks, after the last backward."""
         assert self.totals.grad is not None, "no backward since the last step"
         return self.totals.grad
-
-
-class _Ride(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, total: Tensor, parameter: Tensor, shares: Tensor) -> Tensor:
-        ctx.save_for_backward(shares)
-        return total.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        (shares,) = ctx.saved_tensors
-        return gradient, shares, None
-
-
-def ride(total: Tensor, parameter: Tensor, shares: Tensor) -> Tensor:
-    """`total` as it is; its backward also gives `parameter` the gradient `shares`."""
-    result: Tensor = _Ride.apply(total, parameter, shares)  # type: ignore[no-untyped-call]
-    return result
