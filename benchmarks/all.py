@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("peers", "overhead", "strategies", "compiling", "bitwise", "tracking", "saving", "late_resume")
+SCRIPTS = ("peers", "overhead", "strategies", "compiling", "bitwise", "tracking", "saving", "resuming", "late_resume")
 
 
 def main() -> None:

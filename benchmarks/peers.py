@@ -68,15 +68,18 @@ class Running:
 
 
 @contextmanager
-def running(name: str, workload: str, processes: int, length: Length) -> Iterator[Running]:
-    """From its start to its end, with exit code 0; `answers` first gives when each rank had made its first step."""
-    with tempfile.TemporaryDirectory() as folder, Listener(str(Path(folder) / "turns")) as listener:
-        launcher = ["distrib", "launch", "--processes"] if name == OURS else _TORCHRUN
-        member = [HERE / "member.py", CONTENDERS[name][0], workload, length.blocks, length.steps, folder]
+def running(contender: str, processes: int, script: str, *arguments: Any, folder: Path) -> Iterator[Running]:
+    """From its start to its end, with exit code 0; `answers` first gives what each rank says of its first step.
+
+    `contender` is its module. A rank is `contenders/SCRIPT CONTENDER *arguments FOLDER`.
+    """
+    with Listener(family="AF_UNIX") as listener:
+        launcher = ["distrib", "launch", "--processes"] if contender == KNOWN[OURS][0] else _TORCHRUN
+        member = [HERE / script, contender, *arguments, folder]
         command = [sys.executable, "-m", *launcher, processes, *member]
         threads = max(1, (os.cpu_count() or 1) // processes)
         environment = {**os.environ, ADDRESS: str(listener.address), "OMP_NUM_THREADS": str(threads)}
-        log = Path(folder) / "log"
+        log = folder / "log"
         started = time.time()
         with log.open("wb") as output:
             process = subprocess.Popen(list(map(str, command)), env=environment, stdout=output, stderr=output)
@@ -85,7 +88,7 @@ def running(name: str, workload: str, processes: int, length: Length) -> Iterato
             by_rank = {connection.recv(): connection for connection in connections}
             yield Running(process, [by_rank[rank] for rank in range(processes)], started)
             if process.wait(60):
-                raise RuntimeError(f"{name} ended with exit code {process.returncode}")
+                raise RuntimeError(f"{contender} ended with exit code {process.returncode}")
         except BaseException:
             print(log.read_text()[-3000:], file=sys.stderr)
             raise
@@ -100,8 +103,10 @@ def session(case: str, length: Length) -> dict[str, dict[str, list[float]]]:
     with ExitStack() as stack:
         contenders: dict[str, Running] = {}
         found: dict[str, dict[str, list[float]]] = {}
-        for name in CONTENDERS:
-            one = contenders[name] = stack.enter_context(running(name, workload, int(processes), length))
+        for name, (module, _) in CONTENDERS.items():
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            member = running(module, int(processes), "member.py", workload, length.blocks, length.steps, folder=folder)
+            one = contenders[name] = stack.enter_context(member)
             found[name] = {"start-up s": [max(one.answers()) - one.started], "step ms": []}
         losses = {name: _mean(one.turn()) for name, one in contenders.items()}
         _require_same(losses)
@@ -180,23 +185,31 @@ def table(case: str, figures: dict[str, dict[str, dict[str, Any]]]) -> list[str]
 
 def plot(cases: dict[str, dict[str, dict[str, dict[str, Any]]]], path: Path) -> None:
     """A step's time by the plain loop's, each turn a dot, the median a bar."""
+    ratios: dict[str, dict[str, list[float]]] = {}
+    for case, figures in cases.items():
+        steps = {name: found["all"] for name, found in figures["step ms"].items()}
+        of_plain = {name: [a / b for a, b in zip(own, steps[PLAIN], strict=True)] for name, own in steps.items()}
+        ratios[f"{case} process(es)"] = of_plain
+    figure = bars(ratios)
+    for axes in figure.axes:
+        axes.axhline(1, color="grey", linewidth=0.8)
+    figure.axes[0].set_ylabel("time of a step, by the plain loop's")
+    figure.savefig(path, dpi=120)
+
+
+def bars(values: dict[str, dict[str, list[float]]]) -> Any:
+    """A figure with, for each title, a bar a contender, at the median of its values, each of which is a dot."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3 * len(cases), 4), layout="constrained")
-    for number, (case, figures) in enumerate(cases.items(), start=1):
-        axes = figure.add_subplot(1, len(cases), number)
-        steps = figures["step ms"]
-        for place, name in enumerate(CONTENDERS):
-            ratios = [own / plain for own, plain in zip(steps[name]["all"], steps[PLAIN]["all"], strict=True)]
-            color = "C1" if name == OURS else "C0"
-            axes.bar(place, steps[name]["ratio"], color=color, alpha=0.6)
-            axes.plot([place] * len(ratios), ratios, ".", color="black", markersize=3)
-        axes.axhline(1, color="grey", linewidth=0.8)
-        axes.set_xticks(range(len(CONTENDERS)), list(CONTENDERS), rotation=60, ha="right")
-        axes.set_title(f"{case} process(es)", fontsize=10)
-        if number == 1:
-            axes.set_ylabel("time of a step, by the plain loop's")
-    figure.savefig(path, dpi=120)
+    figure = Figure(figsize=(3 * len(values), 4), layout="constrained")
+    for number, (title, by_name) in enumerate(values.items(), start=1):
+        axes = figure.add_subplot(1, len(values), number)
+        for place, (name, own) in enumerate(by_name.items()):
+            axes.bar(place, statistics.median(own), color="C1" if name == OURS else "C0", alpha=0.6)
+            axes.plot([place] * len(own), own, ".", color="black", markersize=3)
+        axes.set_xticks(range(len(by_name)), list(by_name), rotation=60, ha="right")
+        axes.set_title(title, fontsize=10)
+    return figure
 
 
 def main() -> None:

@@ -4,11 +4,26 @@ import pytest
 from conftest import ROOT, Run, check
 
 pytestmark = pytest.mark.timeout(900)
+CONTENDERS = ("plain DDP loop", "distrib", "accelerate", "transformers")
 
 
 def test_peers_compute_the_same_and_take_turns(run: Run) -> None:
     """Losses that differ end it."""
     said = check(run("python", ROOT / "benchmarks" / "peers.py", "--only", "digits 2", "--sessions", 1, timeout=600))
     assert "## digits, 2 process(es)" in said
-    for contender in ("plain DDP loop", "distrib", "accelerate", "transformers"):
+    for contender in CONTENDERS:
         assert f"| {contender} |" in said
+
+
+@pytest.mark.parametrize("case", ["large", "late"])
+def test_those_who_resume_where_they_were_are_told_from_those_who_do_not(run: Run, case: str) -> None:
+    script = ROOT / "benchmarks" / "resuming.py"
+    said = check(run("python", script, "--only", case, "--rounds", 1, "--small", timeout=850))
+    assert f"## {case}: resumed at step " in said
+    rows = {line.split("|")[1].strip(): line for line in said.splitlines() if line.startswith("| ")}
+    for contender in CONTENDERS:
+        assert rows[contender].endswith("| yes | yes |"), said
+    if "Lightning" in rows:
+        assert rows["Lightning"].endswith("| **no** | **no** |"), said
+        assert "Lightning: after its resume it began its epoch again." in said
+        assert rows["Lightning, stateful"].endswith("| yes | yes |"), said

@@ -4,9 +4,9 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from tasks import WORKLOADS
 from turns import Length
-from workload import workload
 
 if __name__ == "__main__":
     contender, name, blocks, steps, folder = sys.argv[1:]
-    import_module(contender).run(workload(name), Length(int(blocks), int(steps)), Path(folder))
+    import_module(contender).run(WORKLOADS[name](), Length(int(blocks), int(steps)), Path(folder))

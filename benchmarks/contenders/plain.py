@@ -1,9 +1,15 @@
-"""The DDP loop of the PyTorch tutorial: pytorch.org/tutorials/beginner/ddp_series_multigpu.html"""
+"""The DDP loop of the PyTorch tutorial: pytorch.org/tutorials/beginner/ddp_series_multigpu.html
 
+With a snapshot as in the one after it, ddp_series_fault_tolerance.html, which also has the optimizer and the step.
+"""
+
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from numbered import Numbered
+from saves import Part, Saves
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, DistributedSampler, Subset
@@ -51,3 +57,41 @@ def run(work: Workload, length: Length, folder: Path) -> None:
         epoch += 1
     turns.finish(evaluate)
     dist.destroy_process_group()
+
+
+def save(work: Numbered, part: Part) -> None:
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    saves = Saves(work, rank, part)
+    sampler = DistributedSampler(work.train)
+    loader = DataLoader(work.train, work.global_batch_size // world_size, sampler=sampler, drop_last=True)
+    model = DistributedDataParallel(work.model())
+    optimizer = work.optimizer(model.parameters())
+    path, step = part.folder / "snapshot.pt", 0
+    if part.resumed:
+        snapshot = torch.load(path)
+        model.module.load_state_dict(snapshot["model"])
+        optimizer.load_state_dict(snapshot["optimizer"])
+        step = snapshot["step"]
+    epoch, seen = divmod(step, len(loader))
+    sampler.set_epoch(epoch)
+    for batch in islice(loader, seen, None):
+        optimizer.zero_grad()
+        loss = work.loss(model(work.inputs(batch)), batch)
+        loss.backward()
+        optimizer.step()
+        step += 1
+        saves.stepped()
+        if saves.due:
+            saves.asked()
+            if rank == 0:
+                snapshot = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+                torch.save(snapshot, path)
+            dist.barrier()
+            saves.saved()
+
+
+def renumber(folder: Path, step: int) -> None:
+    """Has the checkpoint say that it was made after `step` steps."""
+    snapshot = torch.load(folder / "snapshot.pt")
+    torch.save({**snapshot, "step": step}, folder / "snapshot.pt")

@@ -28,13 +28,23 @@ class Length:
         return CHECKED + self.blocks * (LEAD + self.steps)
 
 
-class Turns:
+class Line:
     """One a rank. The other end, in peers.py, gives all ranks their turn at once."""
 
-    def __init__(self, length: Length, rank: int) -> None:
-        self.length = length
+    def __init__(self, rank: int) -> None:
         self._connection = Client(os.environ[ADDRESS])
         self._connection.send(rank)
+
+    def wait(self, value: Any) -> None:
+        """Say `value`, until it is our turn."""
+        self._connection.send(value)
+        self._connection.recv()
+
+
+class Turns(Line):
+    def __init__(self, length: Length, rank: int) -> None:
+        super().__init__(rank)
+        self.length = length
         self._steps = 0
         self._losses: list[float] = []
         self._began = 0.0
@@ -46,13 +56,13 @@ class Turns:
         if self._steps <= CHECKED:
             self._losses.append(loss())
             if self._steps == 1:
-                self._wait(time.time())
+                self.wait(time.time())
             elif self._steps == CHECKED:
-                self._wait(self._losses)
+                self.wait(self._losses)
         elif place == LEAD:
             self._began = time.perf_counter()
         elif place == 0:
-            self._wait((time.perf_counter() - self._began) / self.length.steps)
+            self.wait((time.perf_counter() - self._began) / self.length.steps)
 
     @property
     def over(self) -> bool:
@@ -60,13 +70,9 @@ class Turns:
 
     def finish(self, evaluate: Callable[[], float]) -> None:
         """After the last step: the most memory that was held, and the time and result of evaluating the whole set."""
-        self._wait(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        self.wait(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         evaluate()
-        self._wait(None)
+        self.wait(None)
         began = time.perf_counter()
         loss = evaluate()
-        self._wait((time.perf_counter() - began, loss))
-
-    def _wait(self, value: Any) -> None:
-        self._connection.send(value)
-        self._connection.recv()
+        self.wait((time.perf_counter() - began, loss))

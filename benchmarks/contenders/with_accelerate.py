@@ -1,12 +1,18 @@
-"""accelerate's idiomatic loop: huggingface.co/docs/accelerate/basic_tutorials/migration"""
+"""accelerate's idiomatic loop: huggingface.co/docs/accelerate/basic_tutorials/migration
+
+Saving and resuming is that of its examples/by_feature/checkpointing.py.
+"""
 
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
+from numbered import Numbered
+from saves import Part, Saves
 from torch.utils.data import DataLoader
 from turns import Length, Turns
-from workload import Workload
+from workload import SEED, Workload
 
 
 def run(work: Workload, length: Length, folder: Path) -> None:
@@ -45,3 +51,39 @@ def run(work: Workload, length: Length, folder: Path) -> None:
                 break
     turns.finish(evaluate)
     accelerator.end_training()
+
+
+def save(work: Numbered, part: Part) -> None:
+    accelerator = Accelerator(cpu=True)
+    saves = Saves(work, accelerator.process_index, part)
+    set_seed(SEED)
+    module = work.model()
+    batch_size = work.global_batch_size // accelerator.num_processes
+    model, optimizer, loader = accelerator.prepare(
+        module,
+        work.optimizer(module.parameters()),
+        DataLoader(work.train, batch_size, shuffle=True, drop_last=True),
+    )
+    step, active = 0, loader
+    if part.resumed:
+        path = max(part.folder.glob("step_*"), key=lambda path: path.stat().st_ctime)
+        accelerator.load_state(path)
+        step = int(path.name.removeprefix("step_"))
+        active = accelerator.skip_first_batches(loader, step % len(loader))
+    model.train()
+    for batch in active:
+        optimizer.zero_grad()
+        loss = work.loss(model(work.inputs(batch)), batch)
+        accelerator.backward(loss)
+        optimizer.step()
+        step += 1
+        saves.stepped()
+        if saves.due:
+            saves.asked()
+            accelerator.save_state(part.folder / f"step_{step}")
+            saves.saved()
+
+
+def renumber(folder: Path, step: int) -> None:
+    """Has the checkpoint say that it was made after `step` steps."""
+    next(folder.glob("step_*")).rename(folder / f"step_{step}")

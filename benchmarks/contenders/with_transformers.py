@@ -1,13 +1,16 @@
 """transformers.Trainer, with what takes time beside training switched off: huggingface.co/docs/transformers/trainer"""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from numbered import Numbered
+from saves import Part, Saves
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler, default_collate
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from turns import Length, Turns
 from workload import LEARNING_RATE, WEIGHT_DECAY, Workload
 
@@ -47,13 +50,12 @@ def collate(samples: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
     return {f"part_{number}": part for number, part in enumerate(default_collate(samples))}
 
 
-def run(work: Workload, length: Length, folder: Path) -> None:
+def training_arguments(work: Workload, folder: Path, **chosen: Any) -> TrainingArguments:
     warnings.simplefilter("ignore")
     arguments = TrainingArguments(
         str(folder),
         use_cpu=True,
         per_device_train_batch_size=work.global_batch_size,
-        max_steps=length.total,
         learning_rate=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY,
         lr_scheduler_type="constant",
@@ -68,9 +70,15 @@ def run(work: Workload, length: Length, folder: Path) -> None:
         prediction_loss_only=True,
         ddp_find_unused_parameters=False,
         label_names=["part_0"],
+        **chosen,
     )
     size = work.global_batch_size // arguments.world_size
     arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = size
+    return arguments
+
+
+def run(work: Workload, length: Length, folder: Path) -> None:
+    arguments = training_arguments(work, folder, max_steps=length.total)
     turns = Turns(length, arguments.process_index)
     report = Report(turns)
     trainer = Unshuffled(
@@ -86,3 +94,33 @@ def run(work: Workload, length: Length, folder: Path) -> None:
     turns.finish(lambda: float(trainer.evaluate().get("eval_loss", float("nan"))))
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class Save(TrainerCallback):
+    def __init__(self, saves: Saves) -> None:
+        self.saves = saves
+
+    def on_step_end(self, _: Any, __: Any, control: TrainerControl, **___: Any) -> None:
+        self.saves.stepped()
+        if self.saves.due:
+            control.should_save = True
+            self.saves.asked()
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self.saves.saved()
+
+
+def save(work: Numbered, part: Part) -> None:
+    arguments = training_arguments(work, part.folder, num_train_epochs=1)
+    saves = Saves(work, arguments.process_index, part)
+    trainer = Trainer(
+        WithLoss(work), arguments, data_collator=collate, train_dataset=work.train, callbacks=[Save(saves)]
+    )
+    trainer.train(resume_from_checkpoint=part.resumed)
+
+
+def renumber(folder: Path, step: int) -> None:
+    """Has the checkpoint say that it was made after `step` steps."""
+    path = next(folder.glob("checkpoint-*")).rename(folder / f"checkpoint-{step}")
+    state = json.loads((path / "trainer_state.json").read_text())
+    (path / "trainer_state.json").write_text(json.dumps({**state, "global_step": step}))

@@ -1,102 +1,36 @@
 """What all contenders run: the same model, data, batch, loss and optimizer, from the same initial weights."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn, optim
-from torch.nn import functional as F
-from torch.utils.data import TensorDataset
-
-from distrib import Task
-from distrib.data.order import sample_indices
-from distrib.data.tokens import SEPARATOR, Windows
-from distrib.tasks.digits import Digits
-from distrib.tasks.language_model import GPT, LanguageModel
+from torch.utils.data import Dataset
 
 SEED = 0
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-2  # AdamW's own defaults
-CONTEXT_LENGTH, TRAIN_WINDOWS, EVAL_WINDOWS = 256, 4096, 192
 
 
-@dataclass(frozen=True)
 class Workload:
-    task: Task
+    """Imports torch alone: who starts is timed, and not all contenders need what distrib does."""
+
+    train: Dataset[Any]
     global_batch_size: int
     max_grad_norm: float | None
-    loss: Callable[[Tensor, Any], Tensor]  # mean over a batch
 
-    @cached_property
-    def train(self) -> TensorDataset:
-        """In the order in which distrib reads its first epoch, so that the others, unshuffled, read the same."""
-        dataset = self.task.train_dataset()
-        order = sample_indices(np.arange(len(dataset), dtype=np.uint64), len(dataset), SEED)
-        chosen = torch.from_numpy(order.astype(np.int64))
-        return TensorDataset(*(tensor[chosen] for tensor in dataset.tensors))
+    def network(self) -> nn.Module:
+        raise NotImplementedError
 
-    @cached_property
-    def eval(self) -> TensorDataset:
-        return self.task.eval_dataset()
+    def inputs(self, batch: Any) -> Tensor:
+        raise NotImplementedError
+
+    def loss(self, output: Tensor, batch: Any) -> Tensor:
+        """Mean over a batch."""
+        raise NotImplementedError
 
     def model(self) -> nn.Module:
         torch.manual_seed(SEED)
-        return self.task.model()
+        return self.network()
 
     def optimizer(self, parameters: Any) -> optim.Optimizer:
         """As one writes it: how torch carries it out is its own choice."""
         return optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-
-    def inputs(self, batch: Any) -> Tensor:
-        return batch[0][:, :-1] if isinstance(self.task, Text) else batch[0]
-
-
-class Text(LanguageModel):
-    """Windows of Python's own source, in memory, without separators: each counts equally many bytes, so that also
-    those who take means of means compute the loss that is meant."""
-
-    def __init__(self) -> None:
-        super().__init__(context_length=CONTEXT_LENGTH)
-
-    def train_dataset(self) -> TensorDataset:  # type: ignore[override]
-        return TensorDataset(_windows(super().train_dataset(), TRAIN_WINDOWS))
-
-    def eval_dataset(self) -> TensorDataset:  # type: ignore[override]
-        held_out = super().eval_dataset()
-        assert held_out is not None, "Python's own library has enough text"
-        return TensorDataset(_windows(held_out, EVAL_WINDOWS))
-
-    def model(self) -> nn.Module:
-        return GPT(self.layers, self.heads, self.width)
-
-    def forward(self, model: nn.Module, batch: Any) -> Tensor:
-        return super().forward(model, batch[0])
-
-    def loss(self, output: Tensor, batch: Any) -> Any:
-        return super().loss(output, batch[0])
-
-    def predict(self, output: Tensor, batch: Any) -> dict[str, Tensor]:
-        return super().predict(output, batch[0])
-
-
-def _windows(windows: Windows, number: int) -> Tensor:
-    tokens = np.asarray(windows.tokens[: 2 * number * (CONTEXT_LENGTH + 1)])
-    tokens = tokens[tokens != SEPARATOR][: number * (CONTEXT_LENGTH + 1)]
-    return torch.from_numpy(tokens.astype(np.int64)).view(number, CONTEXT_LENGTH + 1)
-
-
-def _bytes_loss(logits: Tensor, batch: Any) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), batch[0][:, 1:].flatten())
-
-
-def _digits_loss(output: Tensor, batch: Any) -> Tensor:
-    return F.cross_entropy(output, batch[1])
-
-
-def workload(name: str) -> Workload:
-    """`digits` (what a step costs beside its arithmetic) or `gpt` (throughput)."""
-    if name == "digits":
-        return Workload(Digits("mlp"), 64, None, _digits_loss)
-    return Workload(Text(), 16, 1.0, _bytes_loss)
