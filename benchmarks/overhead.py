@@ -6,9 +6,9 @@ python benchmarks/overhead.py --profile   say instead where distrib's steps spen
 
 import argparse
 import cProfile
-import pstats
 from pathlib import Path
 
+import profiles
 from alternating import AlternatingTrainer, Loop, measure, write_results
 from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +23,6 @@ GLOBAL_BATCH_SIZE = 64
 BLOCKS = 15
 EPOCHS = 5  # of the plain loop, a block
 STEPS = 23 * EPOCHS  # a block of either: 1,438 images, 64 a step
-TOP = 25  # lines of a profile
 
 
 class PlainLoop:
@@ -75,16 +74,7 @@ def run_member(folder: Path, profiled: bool) -> None:
     trainer.fit()
     trainer.finish_member(folder)
     if trainer.profile is not None and trainer.world.is_rank_0:
-        print_profile(trainer.profile, (1 + BLOCKS) * STEPS)
-
-
-def print_profile(profile: cProfile.Profile, steps: int) -> None:
-    """The functions that took most, by their own time. The profiler makes Python look slower than C."""
-    stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
-    print(f"{'own us':>9} {'with inner':>11} {'calls':>6}  of rank 0, a step")
-    for (file, line, name), (_, calls, own, inner, _) in sorted(stats.items(), key=lambda item: -item[1][2])[:TOP]:
-        where = name if file == "~" else f"{'/'.join(Path(file).parts[-3:])}:{line} {name}"
-        print(f"{own / steps * 1e6:9.1f} {inner / steps * 1e6:11.1f} {calls / steps:6.1f}  {where}")
+        print("\n".join(profiles.table(trainer.profile, (1 + BLOCKS) * STEPS, "rank 0")))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 python benchmarks/peers.py                  all of it, half an hour; writes results/DATE-peers.json, .md and .png
 python benchmarks/peers.py --only "gpt 2"   one workload on so many processes, printed
+python benchmarks/peers.py --only "gpt 2" --profile   says instead where its steps spend their time
 """
 
 import argparse
@@ -23,8 +24,10 @@ from typing import Any
 HERE = Path(__file__).parent / "contenders"
 sys.path.insert(0, str(HERE))
 
+import imports  # noqa: E402
+import profiles  # noqa: E402
 from alternating import write_table  # noqa: E402
-from turns import ADDRESS, CHECKED, Length  # noqa: E402
+from turns import ADDRESS, CHECKED, PROFILE, Length  # noqa: E402
 
 PLAIN, OURS = "plain DDP loop", "distrib"
 KNOWN = {  # by name: the module of contenders/, and the package that it is about
@@ -36,10 +39,10 @@ KNOWN = {  # by name: the module of contenders/, and the package that it is abou
 }
 CONTENDERS = {name: known for name, known in KNOWN.items() if find_spec(known[1]) is not None}
 CASES = {  # a workload on so many processes, and what it is run for
-    "gpt 2": Length(2, 8),
-    "digits 2": Length(4, 200),
-    "digits 1": Length(4, 400),
-    "gpt 1": Length(2, 8),
+    "gpt 2": Length(4, 4),
+    "digits 2": Length(8, 100),
+    "digits 1": Length(8, 200),
+    "gpt 1": Length(4, 4),
 }
 SESSIONS = 5  # in each of which all are started anew
 TOLERANCE = 1e-3  # of losses, relative: sums of 32-bit numbers in another order, in CHECKED steps of AdamW
@@ -68,17 +71,19 @@ class Running:
 
 
 @contextmanager
-def running(contender: str, processes: int, script: str, *arguments: Any, folder: Path) -> Iterator[Running]:
+def running(
+    contender: str, processes: int, script: str, *arguments: Any, folder: Path, **more: str
+) -> Iterator[Running]:
     """From its start to its end, with exit code 0; `answers` first gives what each rank says of its first step.
 
-    `contender` is its module. A rank is `contenders/SCRIPT CONTENDER *arguments FOLDER`.
+    `contender` is its module. A rank is `contenders/SCRIPT CONTENDER *arguments FOLDER`; `more` is for its environment.
     """
     with Listener(family="AF_UNIX") as listener:
         launcher = ["distrib", "launch", "--processes"] if contender == KNOWN[OURS][0] else _TORCHRUN
         member = [HERE / script, contender, *arguments, folder]
         command = [sys.executable, "-m", *launcher, processes, *member]
         threads = max(1, (os.cpu_count() or 1) // processes)
-        environment = {**os.environ, ADDRESS: str(listener.address), "OMP_NUM_THREADS": str(threads)}
+        environment = {**os.environ, ADDRESS: str(listener.address), "OMP_NUM_THREADS": str(threads), **more}
         log = folder / "log"
         started = time.time()
         with log.open("wb") as output:
@@ -97,20 +102,29 @@ def running(contender: str, processes: int, script: str, *arguments: Any, folder
             process.wait()
 
 
-def session(case: str, length: Length) -> dict[str, dict[str, list[float]]]:
-    """All contenders are started, one after the other, take turns in steps, and evaluate; by name what was measured."""
+@contextmanager
+def contending(name: str, case: str, **more: str) -> Iterator[Running]:
+    """A contender that takes its turns in a case."""
     workload, processes = case.split()
+    of_workload = (workload, CASES[case].blocks, CASES[case].steps)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running(KNOWN[name][0], int(processes), "member.py", *of_workload, folder=Path(folder), **more) as one,
+    ):
+        yield one
+
+
+def session(case: str) -> dict[str, dict[str, list[float]]]:
+    """All contenders are started, one after the other, take turns in steps, and evaluate; by name what was measured."""
     with ExitStack() as stack:
         contenders: dict[str, Running] = {}
         found: dict[str, dict[str, list[float]]] = {}
-        for name, (module, _) in CONTENDERS.items():
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            member = running(module, int(processes), "member.py", workload, length.blocks, length.steps, folder=folder)
-            one = contenders[name] = stack.enter_context(member)
+        for name in CONTENDERS:
+            one = contenders[name] = stack.enter_context(contending(name, case))
             found[name] = {"start-up s": [max(one.answers()) - one.started], "step ms": []}
         losses = {name: _mean(one.turn()) for name, one in contenders.items()}
         _require_same(losses)
-        for _ in range(length.blocks):
+        for _ in range(CASES[case].blocks):
             for name, one in contenders.items():
                 found[name]["step ms"].append(max(one.turn()) * 1000)
         for name, one in contenders.items():
@@ -122,6 +136,23 @@ def session(case: str, length: Length) -> dict[str, dict[str, list[float]]]:
         for one in contenders.values():
             one.go()
     return found
+
+
+def profile(case: str) -> list[str]:
+    """Where the steps of the plain loop and of distrib spend their time, each run by itself."""
+    length, rows = CASES[case], []
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/profile"
+        for name in (PLAIN, OURS):
+            with contending(name, case, **{PROFILE: file}) as one:
+                one.answers()
+                for _ in range(length.blocks + 2):  # from the checked steps to the memory
+                    one.turn()
+                rows += profiles.table(file, length.total - CHECKED, name)
+                for _ in range(2):
+                    one.turn()
+                one.go()
+    return rows
 
 
 def _mean(ranks: list[list[float]]) -> list[float]:
@@ -168,6 +199,7 @@ def verdicts(case: str, figures: dict[str, dict[str, dict[str, Any]]]) -> list[t
 
 
 def table(case: str, figures: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """Of a case; where a target is missed, with what says why."""
     workload, processes = case.split()
     rows = [
         f"\n## {workload}, {processes} process(es)\n",
@@ -178,8 +210,15 @@ def table(case: str, figures: dict[str, dict[str, dict[str, Any]]]) -> list[str]
         cells = [f"{found[name]['median']:.4g} ({found[name]['ratio']:.3f})" for found in figures.values()]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     rows += ["", "| distrib | figure | target |", "|---|---|---|"]
+    missed = []
     for what, value, target in verdicts(case, figures):
-        rows.append(f"| {what} | {value:.3f} | {target:.2f} {'met' if value <= target else 'missed'} |")
+        met = value <= target
+        rows.append(f"| {what} | {value:.3f} | {target:.2f} {'met' if met else 'missed'} |")
+        missed += [] if met else [what]
+    if any("step" in what for what in missed):
+        rows += profile(case)
+    if any("step" not in what for what in missed):
+        rows += ["", *imports.table()]
     return rows
 
 
@@ -216,7 +255,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="distrib against what a user would take instead")
     parser.add_argument("--only", choices=CASES, help="one case; writes nothing")
     parser.add_argument("--sessions", type=int, default=SESSIONS, help="how often all are started anew")
+    parser.add_argument("--profile", action="store_true", help="print where steps spend their time, and nothing else")
     arguments = parser.parse_args()
+    chosen = [arguments.only] if arguments.only else list(CASES)
+    if arguments.profile:
+        for case in chosen:
+            print("\n".join([f"\n## {case}", *profile(case)]))
+        return
     if missing := KNOWN.keys() - CONTENDERS:
         print(f"left out, as not installed: {', '.join(sorted(missing))}; pip install -e '.[benchmarks]'")
     what = (
@@ -228,8 +273,8 @@ def main() -> None:
     versions = {package: version(package.replace("_", "-")) for _, package in CONTENDERS.values()}
     cases: dict[str, Any] = {}
     rows: list[str] = []
-    for case in [arguments.only] if arguments.only else CASES:
-        cases[case] = summary([session(case, CASES[case]) for _ in range(arguments.sessions)])
+    for case in chosen:
+        cases[case] = summary([session(case) for _ in range(arguments.sessions)])
         rows += table(case, cases[case])
         if arguments.only:
             print("\n".join(rows))

@@ -46,15 +46,14 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def processes_of(mark: str) -> list[psutil.Process]:
-    """All live processes that were started, directly or not, with this mark in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
+    """All live processes that were started, directly or not, with this mark in their environment. What they were found
+    to be is in their `info`: asked now, one may have ended."""
+    found = psutil.process_iter(["name", "cmdline", "environ", "status", "create_time"])
+    return [
+        process
+        for process in found
+        if (process.info["environ"] or {}).get("TEST_MARK") == mark and process.info["status"] != psutil.STATUS_ZOMBIE
+    ]
 
 
 def environment(mark: str, **more: str) -> dict[str, str]:
@@ -77,7 +76,7 @@ def no_process_left() -> Iterator[str]:
     deadline = time.monotonic() + 10
     while (left := processes_of(mark)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    lines = [" ".join(process.cmdline()) for process in left]
+    lines = [" ".join(process.info["cmdline"] or []) for process in left]
     for process in left:
         process.kill()
     assert not lines, f"left behind: {lines}"
@@ -146,8 +145,8 @@ def steps_done(run: Path) -> int:
 def ranks(mark: str) -> dict[str, psutil.Process]:
     """The processes that train, by rank, without their workers."""
     found: dict[str, psutil.Process] = {}
-    for process in sorted(processes_of(mark), key=lambda process: process.create_time()):
-        if (rank := process.environ().get("RANK")) is not None:
+    for process in sorted(processes_of(mark), key=lambda process: process.info["create_time"]):
+        if (rank := process.info["environ"].get("RANK")) is not None:
             found.setdefault(rank, process)
     return found
 

@@ -3,6 +3,7 @@
 All contenders are running at once; all but one wait, block by block. So a slow moment of the machine meets them all.
 """
 
+import cProfile
 import os
 import resource
 import time
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 ADDRESS = "DISTRIB_BENCHMARK_ADDRESS"
+PROFILE = "DISTRIB_BENCHMARK_PROFILE"  # where set: the file for a profile of rank 0
 CHECKED = 8  # steps whose losses are compared; the first of them ends the start-up
 LEAD = 2  # steps of each block that are not counted: they find caches that another one filled
 
@@ -48,6 +50,8 @@ class Turns(Line):
         self._steps = 0
         self._losses: list[float] = []
         self._began = 0.0
+        self._profile = cProfile.Profile() if PROFILE in os.environ else None  # on all ranks: else the others wait
+        self._is_rank_0 = rank == 0
 
     def stepped(self, loss: Callable[[], float]) -> None:
         """To be called after each step; `loss` gives that of this rank's part of the batch."""
@@ -59,6 +63,8 @@ class Turns(Line):
                 self.wait(time.time())
             elif self._steps == CHECKED:
                 self.wait(self._losses)
+                if self._profile is not None:
+                    self._profile.enable()
         elif place == LEAD:
             self._began = time.perf_counter()
         elif place == 0:
@@ -70,6 +76,10 @@ class Turns(Line):
 
     def finish(self, evaluate: Callable[[], float]) -> None:
         """After the last step: the most memory that was held, and the time and result of evaluating the whole set."""
+        if self._profile is not None:
+            self._profile.disable()
+            if self._is_rank_0:
+                self._profile.dump_stats(os.environ[PROFILE])
         self.wait(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         evaluate()
         self.wait(None)

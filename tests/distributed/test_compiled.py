@@ -73,7 +73,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check(starter(mark, folder)("distrib", "train", "config.yaml", "--run-dir", "plain"))
         launch = ("launch", "--processes", 2, "--grace", 300)  # the machine may be busy
         with start(mark, folder, *launch, "config.yaml", "train.compile=blocks", "--run-dir", "stopped") as process:
-            until(lambda: any("cc1plus" in other.name() for other in processes_of(mark)), "nothing was compiled")
+            until(lambda: any("cc1plus" in other.info["name"] for other in processes_of(mark)), "nothing was compiled")
             process.send_signal(signal.SIGTERM)
             said, errors = process.communicate(timeout=300)
         assert process.returncode == 75, said + errors

@@ -170,7 +170,7 @@ def test_both_start_again_after_a_crash(
     run = write(tmp_path)
     launchers = start("--max-restarts", 1, "run.yaml")
     until(lambda: steps_done(run) >= 15, "it does not begin")
-    (rank,) = (process for process in processes_of(mark) if process.environ().get("RANK") == "1")
+    (rank,) = (process for process in processes_of(mark) if process.info["environ"].get("RANK") == "1")
     rank.kill()
     said = [launcher.communicate(timeout=100)[1] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], said
