@@ -39,10 +39,10 @@ KNOWN = {  # by name: the module of contenders/, and the package that it is abou
 }
 CONTENDERS = {name: known for name, known in KNOWN.items() if find_spec(known[1]) is not None}
 CASES = {  # a workload on so many processes, and what it is run for
-    "gpt 2": Length(4, 4),
-    "digits 2": Length(8, 100),
-    "digits 1": Length(8, 200),
-    "gpt 1": Length(4, 4),
+    "gpt 2": Length(8, 4),
+    "digits 2": Length(16, 200),
+    "digits 1": Length(16, 400),
+    "gpt 1": Length(8, 4),
 }
 SESSIONS = 5  # in each of which all are started anew
 TOLERANCE = 1e-3  # of losses, relative: sums of 32-bit numbers in another order, in CHECKED steps of AdamW

@@ -17,7 +17,6 @@ T = TypeVar("T")
 ADDRESS = "DISTRIB_BENCHMARK_ADDRESS"
 PROFILE = "DISTRIB_BENCHMARK_PROFILE"  # where set: the file for a profile of rank 0
 CHECKED = 8  # steps whose losses are compared; the first of them ends the start-up
-LEAD = 2  # steps of each block that are not counted: they find caches that another one filled
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,13 @@ class Length:
     steps: int  # counted, a block
 
     @property
+    def lead(self) -> int:
+        """Steps of each block that are not counted: they find caches that another one filled."""
+        return max(2, self.steps // 20)
+
+    @property
     def total(self) -> int:
-        return CHECKED + self.blocks * (LEAD + self.steps)
+        return CHECKED + self.blocks * (self.lead + self.steps)
 
 
 class Line:
@@ -56,7 +60,7 @@ class Turns(Line):
     def stepped(self, loss: Callable[[], float]) -> None:
         """To be called after each step; `loss` gives that of this rank's part of the batch."""
         self._steps += 1
-        place = (self._steps - CHECKED) % (LEAD + self.length.steps)
+        place = (self._steps - CHECKED) % (self.length.lead + self.length.steps)
         if self._steps <= CHECKED:
             self._losses.append(loss())
             if self._steps == 1:
@@ -65,7 +69,7 @@ class Turns(Line):
                 self.wait(self._losses)
                 if self._profile is not None:
                     self._profile.enable()
-        elif place == LEAD:
+        elif place == self.length.lead:
             self._began = time.perf_counter()
         elif place == 0:
             self.wait((time.perf_counter() - self._began) / self.length.steps)
