@@ -119,6 +119,8 @@ class World:
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         if self.use_cpu:
             tuning.keep_freed_memory()
+            if self.world_size > 1:
+                tuning.run_as_batch()
         if self.world_size > 1:
             if "RANK" not in os.environ:  # a script of the user's, started by srun
                 os.environ.update(slurm.as_member(os.environ))

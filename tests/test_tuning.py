@@ -6,10 +6,12 @@ import platform
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
+from conftest import Run, check
 
-from distrib.tuning import no_collection, threads
+from distrib.tuning import no_collection, run_as_batch, threads
 
 
 def test_cores_are_shared() -> None:
@@ -47,6 +49,38 @@ def test_what_a_step_frees_is_kept_for_the_next_unless_the_user_has_set_it(asked
         assert last > first / 2
     else:
         assert last < first / 100
+
+
+POLICIES = """
+import os
+from pathlib import Path
+from distrib.world import World
+world = World.detect()
+world.connect()
+threads = [thread for thread in Path("/proc/self/task").iterdir() if "gloo" in (thread / "comm").read_text()]
+policies = world.from_all({os.sched_getscheduler(int(thread.name)) for thread in threads})
+if world.is_rank_0:
+    print("policies:", policies)
+world.part()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="policies are Linux's")
+def test_gloos_threads_do_not_interrupt_one_another(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "policies.py").write_text(POLICIES)
+    said = check(run("distrib", "launch", "--processes", 2, "policies.py"))
+    assert f"policies: {[{os.SCHED_BATCH}] * 2}" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="policies are Linux's")
+def test_a_policy_that_the_user_chose_stays() -> None:
+    before = os.sched_getscheduler(0)
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    try:
+        run_as_batch()
+        assert os.sched_getscheduler(0) == os.SCHED_IDLE
+    finally:
+        os.sched_setscheduler(0, before, os.sched_param(0))
 
 
 @pytest.mark.parametrize("collects", [True, False])
