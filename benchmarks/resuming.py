@@ -87,7 +87,9 @@ def measure(case: str, workload: str, rounds: int) -> dict[str, Any]:
     seconds: Seconds = {figure: {name: [] for name in MODULES} for figure in figures}
     places: dict[str, set[str]] = {name: set() for name in MODULES}
     losses: dict[str, set[bool]] = {name: set() for name in MODULES}
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as temporary:
+    runs = Path("runs")  # on the disk that runs are on; the system's folder for what is temporary may lie in memory
+    runs.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=runs.resolve()) as temporary:
         folder = Path(temporary)
         uninterrupted = saved(workload, 1 if late else rounds, step, folder, seconds)
         if late:
