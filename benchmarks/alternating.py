@@ -163,6 +163,15 @@ def write_table(
     return path
 
 
+@contextmanager
+def folder_on_disk() -> Iterator[Path]:
+    """A temporary folder in runs/, which git ignores: the system's folder for what is temporary may lie in memory."""
+    runs = Path.cwd() / "runs"
+    runs.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=runs) as folder:
+        yield Path(folder)
+
+
 _LOAD_BEFORE = round(os.getloadavg()[0], 2)
 
 

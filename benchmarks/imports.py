@@ -1,5 +1,6 @@
 """What distrib's imports take of a rank's start and memory, beside torch's: python benchmarks/imports.py"""
 
+import functools
 import importlib
 import json
 import subprocess
@@ -11,6 +12,7 @@ WITH_TORCH = ("torch", "torch.distributed", "torch._dynamo", "numpy")
 OURS = ("psutil", "yaml", "pydantic.main", "distrib.config", "accelerate", "rich.progress", "distrib.training.trainer")
 
 
+@functools.cache  # the same for each case of peers.py
 def measured() -> dict[str, tuple[float, float]]:
     """Of each of OURS the seconds and the MB of memory that it takes to import after those before it; in a process of
     its own, the second of two, so that all is compiled."""

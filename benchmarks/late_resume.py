@@ -9,7 +9,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -20,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent / "contenders"))
 
 import torch
-from alternating import write_table
+from alternating import folder_on_disk, write_table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -112,12 +111,12 @@ def main() -> None:
         trainer({"prepare": Prepare, "timed": Timed}[sys.argv[1]], sys.argv[2]).fit()
         return
     times: dict[str, list[float]] = {"fresh": [], "resumed": []}
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as temporary:
-        late, fresh = Path(temporary) / "late", Path(temporary) / "fresh"
+    with folder_on_disk() as folder:
+        late, fresh = folder / "late", folder / "fresh"
         launched(late, "prepare")
         for _ in range(ROUNDS):
-            for name, folder, expected in (("fresh", fresh, 0), ("resumed", late, LATE)):
-                step, seconds = launched(folder, "timed")
+            for name, run, expected in (("fresh", fresh, 0), ("resumed", late, LATE)):
+                step, seconds = launched(run, "timed")
                 if step != expected:
                     raise RuntimeError(f"{name}: began at step {step}, not {expected}")
                 times[name].append(seconds)

@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "contenders"))
 
-from alternating import write_table
+from alternating import folder_on_disk, write_table
 from numbered import WORKLOADS, Numbered
 from peers import CONTENDERS, OURS, TOLERANCE, bars, running
 from saves import EVERY, Made
@@ -87,10 +87,7 @@ def measure(case: str, workload: str, rounds: int) -> dict[str, Any]:
     seconds: Seconds = {figure: {name: [] for name in MODULES} for figure in figures}
     places: dict[str, set[str]] = {name: set() for name in MODULES}
     losses: dict[str, set[bool]] = {name: set() for name in MODULES}
-    runs = Path("runs")  # on the disk that runs are on; the system's folder for what is temporary may lie in memory
-    runs.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=runs.resolve()) as temporary:
-        folder = Path(temporary)
+    with folder_on_disk() as folder:
         uninterrupted = saved(workload, 1 if late else rounds, step, folder, seconds)
         if late:
             for name in MODULES.keys() - {OURS}:  # whose ledger has so many lines by now

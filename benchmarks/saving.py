@@ -6,14 +6,13 @@ python benchmarks/saving.py --millions 10   a smaller model
 
 import argparse
 import statistics
-import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from alternating import write_table
+from alternating import folder_on_disk, write_table
 from torch import nn
 
 from distrib.state import checkpoint
@@ -53,14 +52,14 @@ def main() -> None:
     shards = {name: replicated(tensor) for name, tensor in state.items()}
     kinds = ("torch.save", "wait", "background", "torch.load", "resume")
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        saver = Saver(Path(folder) / "checkpoints", World(), keep=1, keep_every=0, durable=[])
+    with folder_on_disk() as folder:
+        saver = Saver(folder / "checkpoints", World(), keep=1, keep_every=0, durable=[])
         for step in range(1, ROUNDS + 1):
-            times["torch.save"].append(seconds(lambda: torch.save(state, Path(folder) / "state.pt")))
+            times["torch.save"].append(seconds(lambda: torch.save(state, folder / "state.pt")))
             times["wait"].append(seconds(lambda step=step: saver.save(step, shards, NOTHING_ELSE)))
             times["background"].append(seconds(saver.wait))
             path = next(checkpoint.steps_of(saver.folder))
-            times["torch.load"].append(seconds(lambda: load_plainly(Path(folder) / "state.pt", state)))
+            times["torch.load"].append(seconds(lambda: load_plainly(folder / "state.pt", state)))
             times["resume"].append(seconds(lambda path=path: checkpoint.load(path, checkpoint.verify(path), shards)))
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratio = statistics.median(wait / whole for wait, whole in zip(times["wait"], times["torch.save"], strict=True))
