@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from distrib.config import TrackingConfig
+from distrib.errors import Preempted
 from distrib.reporting.progress import ProgressDisplay
 from distrib.reporting.tracking_process import WARNING, TrackingProcess
 from distrib.state.ledger import Ledger
@@ -71,6 +72,17 @@ class Record:
         if self._tracking is not None:
             self._tracking.finish(ending)
             self._pass_on(ended=True)
+
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """Log an exception that ends the run as its `failed` event, and raise it on."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, Preempted):
+                self.event("failed", step=self.steps_done, error=f"{type(error).__name__}: {error}")
+                self.close("failed")
+            raise
 
     def _pass_on(self, ended: bool = False) -> None:
         """What the tracking process has to say. Nothing is written into the run folder after its last event."""

@@ -55,6 +55,21 @@ class Account:
         self.applied = manifest["applied"]
         self._applied_before = manifest.get("applied_before", self.applied - 1)  # older ones counted all they knew
 
+    def summary(self, name: str, first_step: int, seconds: float) -> dict[str, Any]:
+        """The content of summary.json after the last step. `first_step`, `seconds`: of this start."""
+        samples = (self.plan.num_steps - first_step) * self.plan.global_batch_size
+        return {
+            "name": name,
+            "steps": self.plan.num_steps,
+            "skipped": self.plan.num_steps - self.applied,
+            "metrics": self.record.metrics,
+            "samples_per_second": round(samples / max(self.record.train_seconds, 1e-9), 1),
+            "wall_seconds": round(seconds, 3),
+            "restarts": len(self.record.run.starts()) - 1,
+            "world_size": self.plan.world_size,
+            "strategy": self.strategy,
+        }
+
     def _entry(self, number: int, result: StepResult, seconds: dict[str, float]) -> dict[str, Any]:
         """One line of steps.jsonl."""
         return {

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class Trainer:
         try:
             agreement.require_shared(self.world, self.run.environment)
             if summary is None:
-                with self._failures_recorded():
+                with self.record.failures():
                     summary = self._train()
                 what = "finished"
             else:
@@ -242,30 +242,7 @@ class Trainer:
     def _finish(self, seconds: float) -> dict[str, Any]:
         from distrib.reporting.curves import draw_curves  # matplotlib takes its time, so only now
 
-        steps = self.plan.num_steps
-        summary = {
-            "name": self.config.name,
-            "steps": steps,
-            "skipped": steps - self.account.applied,
-            "metrics": self.record.metrics,
-            "samples_per_second": round(
-                (steps - self.first_step) * self.plan.global_batch_size / max(self.record.train_seconds, 1e-9), 1
-            ),
-            "wall_seconds": round(seconds, 3),
-            "restarts": len(self.run.starts()) - 1,
-            "world_size": self.world.world_size,
-            "strategy": self.strategy.name,
-        }
+        summary = self.account.summary(self.config.name, self.first_step, seconds)
         self.run.finish(summary)
         draw_curves(self.run)
         return summary
-
-    @contextmanager
-    def _failures_recorded(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as error:
-            if not isinstance(error, Preempted):
-                self.record.event("failed", step=self.record.steps_done, error=f"{type(error).__name__}: {error}")
-                self.record.close("failed")
-            raise
