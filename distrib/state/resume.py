@@ -63,6 +63,15 @@ def named(resume: str, run: RunDir, fork: bool) -> tuple[Path | None, dict[str, 
     return path, origin if fork else None
 
 
+def require_steps_left(origin: dict[str, Any] | None, num_steps: int) -> None:
+    """Raises ConfigError if a run that begins at `origin` would have no step to make."""
+    if origin is not None and num_steps <= origin["step"]:
+        raise ConfigError(
+            f"--fork: the run has {num_steps} steps, and {origin['path']} already has {origin['step']} done; set "
+            f"train.steps, or train.epochs, to more than {origin['step']} steps"
+        )
+
+
 def _problem(path: Path, world: World, run: RunDir | None) -> str | None:
     """The first that a rank finds wrong in its share of the files, or rank 0 in the ledger."""
     problem = None

@@ -18,7 +18,7 @@ from distrib.reporting.tracking import in_sweep, require_trackers
 from distrib.schedule import learning_rate_factor
 from distrib.state.environment import describe
 from distrib.state.ledger import GENESIS
-from distrib.state.resume import Found, named, newest_whole, whole
+from distrib.state.resume import Found, named, newest_whole, require_steps_left, whole
 from distrib.state.run_dir import RunDir
 from distrib.state.saver import Saver
 from distrib.stopping import when_asked_to_stop
@@ -61,6 +61,7 @@ class Trainer:
         self.train_dataset, num_samples = assembly.train_dataset(task)
         self.eval_dataset = assembly.eval_dataset(task)
         self.plan = RunPlan.create(config, self.world.world_size, num_samples)
+        require_steps_left(self.origin, self.plan.num_steps)
         loading = assembly.loading(config, self.world)
         self.source = source(self.train_dataset, self.plan, self.world, config.seed, loading)
         self.module = assembly.model(task, config.seed)

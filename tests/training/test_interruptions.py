@@ -163,6 +163,17 @@ def test_checkpoints_that_cannot_be_named(whole: Path, tmp_path: Path) -> None:
         fit(taken, resume=at, fork=True)
 
 
+@pytest.mark.parametrize("train", [{"steps": 5}, {"steps": 4}, {"epochs": 1}])
+def test_a_fork_without_a_step_to_make_is_refused(whole: Path, tmp_path: Path, train: dict[str, int]) -> None:
+    at = whole / "checkpoints" / "step-00000005"
+    steps = train.get("steps", 2)  # an epoch of 97 samples, 64 a step
+    data = {"global_batch_size": 64, "micro_batch_size": 32}
+    said = f"--fork: the run has {steps} steps, and {at} already has 5 done; set train.steps"
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        fit(tmp_path / "run", resume=str(at), fork=True, train=train, data=data)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_in_lower_precision(tmp_path: Path, precision: str) -> None:
     train = {"steps": STEPS, "mixed_precision": precision}
