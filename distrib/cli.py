@@ -4,15 +4,19 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
+from distrib import __version__
+from distrib.errors import CommandLineError
+from distrib.launching.command import LaunchCommand
 from distrib.launching.member import run_and_end, run_as_member
+
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of the click that this Typer uses, its own or click's
 
 app = typer.Typer(
     name="distrib",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -56,6 +60,15 @@ def _as_member(verb: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"distrib {__version__}")
+        raise typer.Exit
+
+
 @app.command()
 @_as_member
 def train(
@@ -86,9 +99,14 @@ def train(
     Trainer(load_task(loaded.task), loaded, run_dir, resume=resume, fork=fork, verbosity=verbosity).fit()
 
 
-@app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+class _Launch(LaunchCommand):
+    train = staticmethod(train)
+
+
+@app.command(cls=_Launch)
 @_as_member
 def launch(
+    context: typer.Context,
     arguments: Annotated[
         list[str],
         typer.Argument(
@@ -123,17 +141,19 @@ def launch(
 ) -> None:
     """Start several training processes on this machine, and end them together.
 
+    Options may stand before and after a config. What stands after a script, or after -m MODULE, is the script's.
+
     SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP are passed on: the processes save, and all end with exit code 75.
     """
     from distrib.launching import local
 
     processes = local.default_processes() if processes is None else processes
     options = local.Options(processes, port, nodes, node_rank, rendezvous, max_restarts, grace, join_timeout)
-    if module or arguments[0].endswith(".py"):
+    if context.obj is None:
         command = local.script_command(arguments, module)
     else:
-        parsed = typer.main.get_command(app).commands["train"].make_context("train", list(arguments)).params  # type: ignore[attr-defined]
-        command = local.train_command(arguments, parsed["config"], parsed["overrides"] or (), processes * nodes)
+        overrides = context.obj["overrides"] or ()
+        command = local.train_command(arguments, context.obj["config"], overrides, processes * nodes)
     sys.exit(local.launch(command, options))
 
 
@@ -247,4 +267,21 @@ def export(
 
 def main() -> None:
     """The entry point of `distrib` and of `python -m distrib`."""
-    run_and_end(lambda: app(prog_name="distrib"))
+    run_and_end(_run)
+
+
+def _run() -> NoReturn:
+    try:
+        code = app(args=sys.argv[1:] or ["--help"], prog_name="distrib", standalone_mode=False)
+    except _UsageError as error:
+        code = run_as_member(functools.partial(_refuse, error))
+    sys.exit(code)
+
+
+def _refuse(error: Any) -> NoReturn:
+    """A usage error as one line, like every other error of the user's. Raises CommandLineError."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    if "." in getattr(error, "option_name", ""):
+        message += ". A config key is written without dashes, key=value"
+    command = "distrib" if error.ctx is None else error.ctx.command_path
+    raise CommandLineError(f"{message[0].lower()}{message[1:]}; see {command} --help")

@@ -7,6 +7,10 @@ class DistribError(Exception):
     exit_code = 2
 
 
+class CommandLineError(DistribError):
+    """An option or argument of a command is missing, unknown or has a wrong value."""
+
+
 class ConfigError(DistribError):
     """The config, or the task it names, cannot be run as written."""
 

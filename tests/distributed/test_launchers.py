@@ -28,7 +28,7 @@ def commands(config: Path) -> dict[str, list[object]]:
     port = free_port()
     train = ["-m", "distrib", "train", config]
     return {
-        "distrib": ["distrib", "launch", "--processes", 2, "--port", port, config],
+        "distrib": ["distrib", "launch", "--verbose", config, "--processes", 2, "--resume", "auto", "--port", port],
         "torchrun": [BIN / "torchrun", "--nproc_per_node", 2, "--master_port", port, *train],
         "accelerate": [BIN / "accelerate", "launch", "--config_file", DDP, "--main_process_port", port, *train],
     }
