@@ -134,6 +134,14 @@ def launch(
     rendezvous: Annotated[
         Optional[str], typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached, the same on all.")
     ] = None,
+    rendezvous_key: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="SECRET",
+            help="Several machines need one, the same on all. Better in the variable: command lines can be seen.",
+            envvar="DISTRIB_RENDEZVOUS_KEY",
+        ),
+    ] = None,
     join_timeout: Annotated[
         float,
         typer.Option(metavar="SECONDS", help="Within which all must have come.", min=1, envvar="DISTRIB_JOIN_TIMEOUT"),
@@ -148,7 +156,9 @@ def launch(
     from distrib.launching import local
 
     processes = local.default_processes() if processes is None else processes
-    options = local.Options(processes, port, nodes, node_rank, rendezvous, max_restarts, grace, join_timeout)
+    options = local.Options(
+        processes, port, nodes, node_rank, rendezvous, rendezvous_key, max_restarts, grace, join_timeout
+    )
     if context.obj is None:
         command = local.script_command(arguments, module)
     else:

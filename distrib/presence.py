@@ -10,15 +10,17 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 from torch.distributed import DistError, DistNetworkError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from distrib import gate
 from distrib.errors import LaunchError
+from distrib.network import LOOPBACK, endpoint, keep_store, listen, own_address, wait_for_answer
 
+KEPT_AT = "DISTRIB_STORE_AT"  # where the store is that distrib launch keeps, if its ranks go through a relay
 SILENCE = 60.0  # seconds after which a rank that is not heard of is held to be gone
 _BEAT = 2.0  # seconds between two signs of life
 _FAILED, _JOINED = "failed", "joined"
@@ -31,10 +33,7 @@ class Presence:
     def __init__(self, store: Store, keeper: str, rank: int, world_size: int, host: str) -> None:
         """`keeper`: who keeps the store, in words."""
         self.keeper, self.rank, self.world_size, self.host = keeper, rank, world_size, host
-        # torchrun keeps the store when it restarts; distrib launch makes another, and its machines may count restarts
-        # differently.
-        by_us = os.environ.get("DISTRIB_LAUNCHER") == "distrib"
-        start = "0" if by_us else os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store when it restarts
         self._store = PrefixStore(f"distrib/{start}", store)
         self.everyone: list[dict[str, Any]] = []
         self._watching: threading.Event | None = None
@@ -185,57 +184,54 @@ def joined() -> Presence | None:
     return _joined
 
 
-def enter(host: str, port: int, rank: int, world_size: int, node: str, seconds: float) -> Presence:
-    """Find the job's store, or keep it as rank 0 where no launcher does. Raises LaunchError where nobody answers."""
+def enter(host: str, port: int, rank: int, world_size: int, node: str, seconds: float, one_machine: bool) -> Presence:
+    """Find the job's store, or keep it as rank 0 where no launcher does. `one_machine`: it is known that all ranks are
+    on this one.
+
+    Sets MASTER_ADDR and MASTER_PORT to where this process finds it. Raises LaunchError.
+    """
     kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    keeper = f"the launcher at {host}:{port}" if kept_by_launcher else f"rank 0 of {world_size} on {host}"
-    keeps = rank == 0 and not kept_by_launcher
-    if not keeps:
+    key = os.environ.pop(gate.KEY, None)  # what this process starts needs none
+    if one_machine:
+        key = None  # nothing listens but on loopback
+    elif key is not None:
+        gate.check_key(key)
+        if kept_by_launcher:
+            raise LaunchError(
+                f"{gate.KEY} is set, but this launcher asks nobody for it; use distrib launch or srun, or unset it"
+            )
+    if kept_by_launcher:
+        keeper = f"the launcher at {os.environ.get(KEPT_AT) or endpoint(host, port)}"
+    else:
+        keeper = f"rank 0 of {world_size} on {host}"
+        host = LOOPBACK if one_machine else host
+    if rank == 0 and not kept_by_launcher:
+        store = _keep(host, port, world_size, seconds, key)
+        host, port = store.host, store.port
+    else:
+        if key is not None:
+            host, port = LOOPBACK, gate.Relay(host, port, key, seconds, "rank 0").open(0)
         wait_for_answer(host, port, seconds, "rank 0 or its launcher")
-    try:
-        store = TCPStore(
-            host, port, world_size, keeps, timedelta(seconds=seconds), wait_for_workers=False, multi_tenant=True
-        )
-    except DistNetworkError as error:
-        raise LaunchError(
-            f"rendezvous at {host}:{port} failed: {_first(error)}; if the port is taken, choose another"
-        ) from None
+        try:
+            store = TCPStore(host, port, world_size, False, timedelta(seconds=seconds), wait_for_workers=False)
+        except DistNetworkError as error:
+            raise LaunchError(f"rendezvous at {endpoint(host, port)} failed: {_first(error)}") from None
+    os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
     return Presence(store, keeper, rank, world_size, node)
 
 
-def own_address(host: str, port: int) -> str:
-    """This machine's, by which it reaches another, and another it. Raises LaunchError."""
+def _keep(host: str, port: int, world_size: int, seconds: float, key: str | None) -> TCPStore:
+    """Keep the job's store where the others look for it; if there is a key, on loopback behind a gate."""
     try:
-        address = _address_towards(host, port)
-    except OSError as error:
-        raise LaunchError(f"rendezvous at {host}:{port} failed: {error.strerror or error}") from None
-    if address.startswith("127.") and host not in ("localhost", "127.0.0.1"):
-        # Our own name, which Debian gives 127.0.1.1. What others reach is where packets to anywhere would leave.
-        with suppress(OSError):
-            return _address_towards("192.0.2.1", 9)  # RFC 5737: nobody's
-    return address
-
-
-def _address_towards(host: str, port: int) -> str:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))  # sends nothing
-        return str(probe.getsockname()[0])
-
-
-def wait_for_answer(host: str, port: int, seconds: float, who: str) -> None:
-    """Return when somebody listens there. Raises LaunchError, naming `who` should."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=min(5.0, seconds)).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise LaunchError(
-                    f"rendezvous at {host}:{port} failed: no answer within {seconds:g} s ({error.strerror or error}); "
-                    f"{who} should listen there, is it running and the port open?"
-                ) from None
-        time.sleep(0.2)
+        server = listen(own_address(host, port), port)
+        if key is not None:
+            door, server = gate.Gate(server, key), listen(LOOPBACK, 0)
+            door.stores[0] = server.getsockname()[1]
+        return keep_store(server, world_size, seconds)
+    except (OSError, DistNetworkError) as error:
+        raise LaunchError(
+            f"rendezvous at {endpoint(host, port)} failed: {_first(error)}; if the port is taken, choose another"
+        ) from None
 
 
 def report_failure(error: BaseException) -> tuple[str, bool]:

@@ -14,7 +14,6 @@ from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,7 +21,8 @@ from torch import Tensor
 from distrib import slurm, tuning
 from distrib.accelerate_launch import what_accelerate_was_told
 from distrib.errors import DistribError, LaunchError
-from distrib.presence import Presence, enter, joined, own_address
+from distrib.network import LOOPBACK, interface_of, own_address
+from distrib.presence import Presence, enter, joined
 
 T = TypeVar("T")
 
@@ -140,10 +140,16 @@ class World:
             atexit.register(_leave)
 
     def _join(self) -> None:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        if self.local_world_size < self.world_size:
-            _listen_where_others_can_come(host, port)
-        self.presence = joined() or enter(host, port, self.rank, self.world_size, self.host, self.seconds_to_come)
+        self.presence = joined()
+        if self.presence is None:
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(self.world_size)
+            # By itself gloo listens on the address of our host name: others reach it where they should not, or where
+            # they should they do not (127.0.1.1).
+            interface = interface_of(LOOPBACK if one_machine else own_address(host, port))
+            if interface is not None:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            self.presence = enter(host, port, self.rank, self.world_size, self.host, self.seconds_to_come, one_machine)
         self.presence.join(versions(), self.seconds_to_come)
 
     def require_group(self) -> None:
@@ -225,16 +231,6 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _listen_where_others_can_come(host: str, port: int) -> None:
-    """Name gloo the interface that leads to rank 0. By itself it takes that of our host name, which on many systems
-    is one that no other machine can reach (127.0.1.1)."""
-    address = own_address(host, port)
-    for interface, addresses in psutil.net_if_addrs().items():
-        if any(one.address == address for one in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-            return
 
 
 def _leave() -> None:

@@ -8,7 +8,18 @@ from conftest import ROOT
 
 # A module may import from its own layer or a lower one.
 LAYERS = [
-    {"__version__", "errors", "processes", "slurm", "stopping", "presence", "accelerate_launch", "tuning"},
+    {
+        "__version__",
+        "errors",
+        "processes",
+        "slurm",
+        "stopping",
+        "presence",
+        "gate",
+        "network",
+        "accelerate_launch",
+        "tuning",
+    },
     {"config", "schedule"},
     {"task", "plan", "world"},
     {"data", "state"},

@@ -3,74 +3,27 @@ launcher hears, and what the user must mend is not restarted."""
 
 import os
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import suppress
-from datetime import timedelta
 from typing import Any
 
 import psutil
-from torch.distributed import DistError, DistStoreError, Store  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousInfo
-from torch.distributed.elastic.rendezvous.api import RendezvousError
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
 from distrib import presence
-from distrib.errors import LaunchError
+from distrib.launching.rendezvous import NodeRendezvous
 from distrib.stopping import SAVED
 
 USER_CODES = (2, SAVED)  # a member that ends so has said why, and would do so again
-_SECONDS_TO_SAY_RANKS = 10.0
 _SECONDS_TO_FOLLOW = 10.0
-_SECONDS_TO_LEAVE = 15.0
 
 
 class StoppedBeforeRanks(Exception):  # noqa: N818, it is a signal
     """Asked to stop while there was no rank yet to pass it on to."""
-
-
-class NodeRendezvous(DynamicRendezvousHandler):
-    """Launchers meet; each node's ranks follow from the `--node-rank` that its user gave, not from its address."""
-
-    node_rank = 0
-    hosts: Sequence[str] = ()  # of the nodes, when they have met
-    _meeting: Store | None = None
-
-    def next_rendezvous(self) -> RendezvousInfo:
-        """Raises LaunchError where two launchers gave the same node rank."""
-        self._bootstrap_store_info = None  # or the ranks would find in their store what those before a restart left
-        self._shared_tcp_store_server = None
-        info = super().next_rendezvous()
-        self._meeting = info.store
-        keys = [f"distrib/node/{rank}" for rank in range(info.world_size)]
-        info.store.set(keys[self.node_rank], socket.gethostname())
-        try:
-            info.store.wait(keys, timedelta(seconds=_SECONDS_TO_SAY_RANKS))
-        except DistStoreError:
-            absent = [str(rank) for rank, key in enumerate(keys) if not info.store.check([key])]
-            raise LaunchError(
-                f"--node-rank: {info.world_size} launchers came, but none with node rank {', '.join(absent)}; give "
-                f"each node its own, 0 to {info.world_size - 1}"
-            ) from None
-        self.hosts = [host.decode() for host in info.store.multi_get(keys)]
-        return RendezvousInfo(info.store, self.node_rank, info.world_size, info.bootstrap_store_info)  # type: ignore[arg-type]
-
-    def leave(self) -> None:
-        """Node 0 keeps the store at which the others look for one another: it leaves last."""
-        if self._meeting is not None:
-            with suppress(DistError):
-                self._meeting.set(f"distrib/left/{self.node_rank}", "")
-                if self.node_rank == 0:
-                    everyone = [f"distrib/left/{rank}" for rank in range(self.settings.max_nodes)]
-                    self._meeting.wait(everyone, timedelta(seconds=_SECONDS_TO_LEAVE))
-        with suppress(RendezvousError, DistError):
-            self.shutdown()
 
 
 class Agent(LocalElasticAgent):
@@ -114,6 +67,13 @@ class Agent(LocalElasticAgent):
         for rank in ranks:
             with suppress(ProcessLookupError):
                 os.kill(rank, signal.SIGTERM if number == signal.SIGHUP else number)
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        """Count a restart on all machines, also on those whose ranks were only ended for the sake of the others."""
+        super()._rendezvous(worker_group)
+        rendezvous = worker_group.spec.rdzv_handler
+        assert isinstance(rendezvous, NodeRendezvous), "as launch made it"
+        self._remaining_restarts = worker_group.spec.max_restarts - rendezvous.round
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         if self.asked is not None:  # while those before were being ended, to start again

@@ -4,32 +4,27 @@ agent."""
 import logging
 import os
 import signal
-import socket
 import sys
-import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError, RendezvousTimeoutError
-from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import RendezvousTimeout
 
-from distrib import presence, tuning
+from distrib import gate, network, tuning
 from distrib.config import Config
 from distrib.errors import LaunchError
-from distrib.launching.agent import USER_CODES, Agent, NodeRendezvous, StoppedBeforeRanks, first_failure, how, say
+from distrib.launching.agent import USER_CODES, Agent, StoppedBeforeRanks, first_failure, how, say
 from distrib.launching.member import INTERRUPTED
+from distrib.launching.rendezvous import NodeRendezvous
 from distrib.plan import window_size
+from distrib.presence import KEPT_AT
 from distrib.stopping import SAVED
 
-_SECONDS_TO_ANSWER = 30  # for node 0's launcher, to another's question
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -42,6 +37,7 @@ class Options:
     nodes: int = 1
     node_rank: int | None = None
     rendezvous: str | None = None  # HOST:PORT of node 0
+    rendezvous_key: str | None = field(default=None, repr=False)  # on several machines, the same on all
     max_restarts: int = 0
     grace: float = 30.0
     join_timeout: float = 300.0
@@ -58,8 +54,6 @@ class Options:
         if self.nodes == 1:
             if self.node_rank or self.rendezvous:
                 raise LaunchError("--node-rank and --rendezvous are for several machines; give --nodes N too")
-            if self.port is not None:
-                _check_free(self.port, "--port", "leave --port out to have a free one")
             return
         if self.node_rank is None or self.rendezvous is None or self.port is not None:
             raise LaunchError(
@@ -68,10 +62,16 @@ class Options:
             )
         if not 0 <= self.node_rank < self.nodes:
             raise LaunchError(f"--node-rank: {self.node_rank}, give 0 to {self.nodes - 1}")
-        if not self.rendezvous.rpartition(":")[0] or not self.rendezvous.rpartition(":")[2].isdecimal():
-            raise LaunchError(f"--rendezvous: {self.rendezvous!r}, give HOST:PORT of node 0")
-        if self.node_rank == 0:
-            _check_free(int(self.rendezvous.rpartition(":")[2]), "--rendezvous", "choose another, the same on all")
+        if network.parse_endpoint(self.rendezvous) is None:
+            raise LaunchError(
+                f"--rendezvous: {self.rendezvous!r}, give HOST:PORT of node 0, an IPv6 address as [ADDRESS]:PORT"
+            )
+        if self.rendezvous_key is None:
+            raise LaunchError(
+                f"--rendezvous-key: --nodes {self.nodes} needs a secret, the same on all machines, or anybody on the "
+                f"network could join; make one by `openssl rand -hex 16`, and set {gate.KEY} to it on each"
+            )
+        gate.check_key(self.rendezvous_key)
 
 
 def default_processes() -> int:
@@ -99,6 +99,7 @@ def launch(arguments: Sequence[str], options: Options) -> int:
     is started.
     """
     options.check()
+    os.environ.pop(gate.KEY, None)  # the ranks need no key, nor what they start
     os.environ.setdefault("OMP_NUM_THREADS", str(tuning.threads(options.processes)))
     os.environ.update(
         DISTRIB_LAUNCHER="distrib",
@@ -134,7 +135,7 @@ def launch(arguments: Sequence[str], options: Options) -> int:
         absent = (
             f"not all of {options.nodes} nodes came to {options.rendezvous} within {options.join_timeout:g} s; start "
             f"distrib launch on each, with --node-rank 0 to {options.nodes - 1}"
-        )
+        ) + rendezvous.whom_it_refused()
         if not rendezvous.hosts:
             raise LaunchError(absent) from None
         say(absent)
@@ -147,7 +148,7 @@ def launch(arguments: Sequence[str], options: Options) -> int:
         say(f"lost contact with node 0's launcher {where}; all processes here were ended")
         return 1
     finally:
-        rendezvous.leave()
+        rendezvous.shutdown()
     return _outcome(agent, result, options)
 
 
@@ -174,39 +175,35 @@ def _outcome(agent: Agent, result: RunResult, options: Options) -> int:
 
 
 def _rendezvous(options: Options) -> NodeRendezvous:
-    """Where the launchers of all machines meet. Raises LaunchError where node 0's cannot be reached."""
-    node_rank, endpoint = options.node_rank or 0, options.rendezvous or f"localhost:{options.port or 0}"
-    host, _, port = endpoint.rpartition(":")
-    if node_rank > 0:
-        presence.wait_for_answer(host, int(port), options.join_timeout, "node 0's distrib launch")
-    parameters = RendezvousParameters(
-        backend="c10d",
-        endpoint=endpoint,
-        run_id="distrib" if options.nodes > 1 else uuid.uuid4().hex,  # or a second launch on the port would join
-        min_nodes=options.nodes,
-        max_nodes=options.nodes,
-        is_host=node_rank == 0,
-        read_timeout=_SECONDS_TO_ANSWER,
-    )
-    backend, store = create_backend(parameters)
-    handler: NodeRendezvous = NodeRendezvous.from_backend(
-        parameters.run_id,
-        store,
-        backend,
-        options.nodes,
-        options.nodes,
-        presence.own_address(host, int(port)) if options.nodes > 1 else "127.0.0.1",
-        RendezvousTimeout(join=timedelta(seconds=options.join_timeout)),
-    )
-    handler.node_rank = node_rank
-    return handler
+    """Where the launchers of all machines meet; on one machine nothing listens but on loopback.
 
-
-def _check_free(port: int, option: str, advice: str) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    Raises LaunchError if node 0's cannot be reached, or has another key.
+    """
+    if options.nodes == 1:
+        _talk_over(network.LOOPBACK)
+        return NodeRendezvous(0, 1, options.join_timeout, port=options.port or 0)
+    found = network.parse_endpoint(options.rendezvous or "")
+    assert found is not None, "checked"
+    assert options.rendezvous_key is not None, "checked"
+    host, port = found
+    address = network.own_address(host, port)
+    _talk_over(address)
+    os.environ[KEPT_AT] = network.endpoint(host, port)
+    if options.node_rank == 0:
         try:
-            probe.bind(("", port))
-        except (OSError, OverflowError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise LaunchError(f"{option}: port {port} cannot be used: {reason}; {advice}") from None
+            door = gate.Gate(network.listen(address, port), options.rendezvous_key)
+        except OSError as error:
+            raise LaunchError(
+                f"--rendezvous: port {port} cannot be used: {error.strerror or error}; choose another, the same on all"
+            ) from None
+        return NodeRendezvous(0, options.nodes, options.join_timeout, gate=door)
+    relay = gate.Relay(host, port, options.rendezvous_key, options.join_timeout, "node 0's distrib launch")
+    return NodeRendezvous(options.node_rank or 0, options.nodes, options.join_timeout, relay=relay)
+
+
+def _talk_over(address: str) -> None:
+    """Have the ranks' gloo listen on the interface of this address alone; on one machine NCCL's bootstrap too."""
+    if (interface := network.interface_of(address)) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        if address == network.LOOPBACK:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)

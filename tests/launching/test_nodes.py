@@ -1,20 +1,24 @@
 """Several machines without a scheduler: a launcher on each, in network namespaces of their own where the tests run as
 root, else on loopback."""
 
+import ipaddress
 import os
 import shutil
 import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import psutil
 import pytest
 import yaml
 from conftest import (
     Run,
+    check,
     check_same,
     environment,
     events,
@@ -26,6 +30,7 @@ from conftest import (
     steps_done,
     until,
 )
+from conftest import start as beside
 
 CONFIG = {
     "name": "run",
@@ -34,6 +39,7 @@ CONFIG = {
     "train": {"steps": 120},
     "checkpoint": {"every_steps": 10},
 }
+KEY = "a secret of the tests"
 INSIDE = os.geteuid() == 0 and shutil.which("ip") is not None  # namespaces can be made
 
 
@@ -94,7 +100,7 @@ def start(mark: str, tmp_path: Path, machines: tuple[list[Machine], str]) -> Sta
                 subprocess.Popen(
                     [str(part) for part in command],
                     cwd=tmp_path,
-                    env=environment(mark, **env),
+                    env=environment(mark, DISTRIB_RENDEZVOUS_KEY=KEY, **env),
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,
@@ -113,6 +119,12 @@ def write(folder: Path, **changes: object) -> Path:
 def launcher_of(process: "subprocess.Popen[str]") -> psutil.Process:
     """`ip netns exec` and `unshare` become what they start."""
     return psutil.Process(process.pid)
+
+
+def listeners(mark: str) -> set[tuple[str, int]]:
+    """Addresses and ports at which our processes listen."""
+    found = [one for process in processes_of(mark) for one in process.net_connections("inet")]
+    return {(one.laddr.ip, one.laddr.port) for one in found if one.status == psutil.CONN_LISTEN}
 
 
 @pytest.fixture(scope="module")
@@ -151,10 +163,19 @@ def test_a_launcher_is_killed(
     assert lines(run)[-1]["world_size"] == 2
 
 
-def test_a_signal_to_one_launcher_stops_both(start: Start, tmp_path: Path, undisturbed: Path) -> None:
+def test_a_signal_to_one_launcher_stops_both(
+    start: Start, tmp_path: Path, machines: tuple[list[Machine], str], undisturbed: Path
+) -> None:
+    """And while they train nothing listens on an interface that does not lead to the others."""
     run = write(tmp_path)
     launchers = start("run.yaml")
     until(lambda: steps_done(run) >= 15, "it does not begin")
+    if INSIDE:
+        for number, machine in enumerate(machines[0]):
+            command = [*machine.enter, "ss", "--no-header", "--listening", "--tcp", "--numeric"]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            addresses = {line.split()[3].rpartition(":")[0] for line in said.splitlines()}
+            assert addresses == {"127.0.0.1", f"10.77.0.{number + 1}"}  # stores and relays; the gate and gloo
     launcher_of(launchers[1]).send_signal(signal.SIGTERM)
     said = [launcher.communicate(timeout=60)[1] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [75, 75], said
@@ -243,6 +264,27 @@ def test_other_versions_on_one_machine(start: Start, tmp_path: Path, machines: t
     assert not run.exists()
 
 
+def test_one_machine_listens_on_loopback_alone(mark: str, tmp_path: Path) -> None:
+    """Launcher, ranks, workers and wandb; what comes in there that is none of theirs does no harm."""
+    data = {"global_batch_size": 16, "micro_batch_size": 4, "num_workers": 1}
+    run = write(tmp_path, train={"steps": 100_000}, data=data)
+    launcher = beside(mark, tmp_path, "launch", "--processes", 2, "run.yaml", WANDB_MODE="offline")
+    until(lambda: steps_done(run) >= 15, "it does not begin")
+    found = listeners(mark)
+    assert found
+    assert [where for where in found if not ipaddress.ip_address(where[0]).is_loopback] == []
+    random = Random(0)
+    for address, port in found:
+        for size in (0, 1, 7, 64, 1000, 65536):
+            with suppress(OSError), socket.create_connection((address, port), timeout=5) as stranger:
+                stranger.sendall(random.randbytes(size))
+    done = steps_done(run)
+    until(lambda: steps_done(run) >= done + 15, "it does not go on")
+    launcher.send_signal(signal.SIGTERM)
+    said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 75, said
+
+
 def test_a_rank_that_never_comes(mark: str, run: Run, tmp_path: Path) -> None:
     """Under a launcher that does not care, here none at all."""
     write(tmp_path)
@@ -254,6 +296,27 @@ def test_a_rank_that_never_comes(mark: str, run: Run, tmp_path: Path) -> None:
     result = run("distrib", "train", "run.yaml", **other, DISTRIB_JOIN_TIMEOUT="3")
     assert result.returncode == 2
     assert f"rendezvous at 127.0.0.1:{port} failed: no answer within 3 s (Connection refused)" in result.stderr
+
+
+def test_ranks_without_a_launcher_prove_the_key_too(mark: str, run: Run, tmp_path: Path) -> None:
+    """As srun starts them: rank 0 keeps store and gate."""
+    folder, port = write(tmp_path, train={"steps": 5}), str(free_port())
+    env = {
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    first = beside(mark, tmp_path, "train", "run.yaml", RANK="0", DISTRIB_RENDEZVOUS_KEY=KEY, **env)
+    result = run("distrib", "train", "run.yaml", RANK="1", DISTRIB_RENDEZVOUS_KEY="another key than theirs", **env)
+    assert result.returncode == 2
+    assert f"rendezvous at 127.0.0.1:{port} refused: rank 0 has another key" in result.stderr
+    check(run("distrib", "train", "run.yaml", RANK="1", DISTRIB_RENDEZVOUS_KEY=KEY, **env))
+    said = first.communicate(timeout=60)
+    assert first.returncode == 0, said
+    assert {line["world_size"] for line in lines(folder)} == {2}
+    assert not any(KEY in path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_two_that_say_they_are_the_same_rank(mark: str, tmp_path: Path) -> None:
@@ -273,9 +336,9 @@ def test_two_that_say_they_are_the_same_rank(mark: str, tmp_path: Path) -> None:
 def test_a_machine_that_never_comes(run: Run, tmp_path: Path) -> None:
     write(tmp_path)
     where = ["--nodes", 2, "--rendezvous", f"127.0.0.1:{free_port()}", "--join-timeout", 3]
-    line = refused(run("distrib", "launch", *where, "--node-rank", 0, "run.yaml"))
+    line = refused(run("distrib", "launch", *where, "--node-rank", 0, "run.yaml", DISTRIB_RENDEZVOUS_KEY=KEY))
     assert "not all of 2 nodes came to 127.0.0.1:" in line
-    line = refused(run("distrib", "launch", *where, "--node-rank", 1, "run.yaml"))
+    line = refused(run("distrib", "launch", *where, "--node-rank", 1, "run.yaml", DISTRIB_RENDEZVOUS_KEY=KEY))
     assert "no answer within 3 s (Connection refused); node 0's distrib launch should listen there" in line
 
 
@@ -286,13 +349,13 @@ def test_two_machines_with_the_same_node_rank(mark: str, tmp_path: Path) -> None
     started = []
     for rank in ("0", "1", "1"):
         arguments = [*command[:2], "--node-rank", rank, *command[2:]]
-        started.append(
-            subprocess.Popen(arguments, cwd=tmp_path, env=environment(mark), stderr=subprocess.PIPE, text=True)
-        )
+        env = environment(mark, DISTRIB_RENDEZVOUS_KEY=KEY)
+        started.append(subprocess.Popen(arguments, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=60)[1] for process in started]
     assert [process.returncode for process in started] == [2, 2, 2], said
+    here = socket.gethostname()
     for one in said:
-        assert "--node-rank: 3 launchers came, but none with node rank 2" in one
+        assert f"--node-rank: launchers on {here} and {here} both gave 1; give each node its own, 0 to 2" in one
 
 
 @pytest.mark.parametrize(
@@ -301,6 +364,8 @@ def test_two_machines_with_the_same_node_rank(mark: str, tmp_path: Path) -> None
         (["--nodes", 2], "so give --node-rank R (0 to 1) and --rendezvous HOST:PORT of node 0"),
         (["--nodes", 2, "--node-rank", 2, "--rendezvous", "a:1"], "--node-rank: 2, give 0 to 1"),
         (["--nodes", 2, "--node-rank", 1, "--rendezvous", "a"], "--rendezvous: 'a', give HOST:PORT of node 0"),
+        (["--nodes", 2, "--node-rank", 1, "--rendezvous", "fd00::1:29500"], "an IPv6 address as [ADDRESS]:PORT"),
+        (["--nodes", 2, "--node-rank", 1, "--rendezvous", "a:1", "--rendezvous-key", "abc"], "it has 3 characters"),
         (["--rendezvous", "a:1"], "--node-rank and --rendezvous are for several machines; give --nodes N too"),
         (
             ["--nodes", 2, "--node-rank", 1, "--rendezvous", "nowhere.invalid:1", "--join-timeout", 1],
@@ -310,4 +375,11 @@ def test_two_machines_with_the_same_node_rank(mark: str, tmp_path: Path) -> None
 )
 def test_what_is_refused(run: Run, tmp_path: Path, arguments: list[object], said: str) -> None:
     write(tmp_path)
-    assert said in refused(run("distrib", "launch", *arguments, "run.yaml"))
+    assert said in refused(run("distrib", "launch", *arguments, "run.yaml", DISTRIB_RENDEZVOUS_KEY=KEY))
+
+
+def test_several_machines_need_a_key(run: Run, tmp_path: Path) -> None:
+    write(tmp_path)
+    where = ["--nodes", 2, "--node-rank", 0, "--rendezvous", "a:1"]
+    line = refused(run("distrib", "launch", *where, "run.yaml"))
+    assert "--rendezvous-key: --nodes 2 needs a secret, the same on all machines" in line

@@ -1,0 +1,130 @@
+"""Addresses of this machine, and listening sockets on one of them.
+
+torch's TCPStore would listen on all interfaces and ask nobody who they are: here it gets a socket of ours.
+"""
+
+import ipaddress
+import os
+import socket
+import time
+from contextlib import suppress
+from datetime import timedelta
+
+import psutil
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from distrib.errors import LaunchError
+
+LOOPBACK = "127.0.0.1"
+_NOBODYS = ("192.0.2.1", "2001:db8::1")  # RFC 5737, RFC 3849
+
+
+def parse_endpoint(endpoint: str) -> tuple[str, int] | None:
+    """Return host and port of HOST:PORT, 10.0.0.1:PORT or [fd00::1]:PORT; None if it is not of that form."""
+    host, _, port = endpoint.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        return None
+    if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 65536:
+        return None
+    return host, int(port)
+
+
+def endpoint(host: str, port: int) -> str:
+    """Return HOST:PORT as users write it, [HOST]:PORT for an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def listen(address: str, port: int) -> socket.socket:
+    """Listen on one address of this machine; port 0 means any free one. Raises OSError."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    if not 0 <= port < 65536:
+        raise OSError(None, "ports are 0 to 65535")
+    return socket.create_server((address, port), family=family, backlog=4096)
+
+
+def keep_store(server: socket.socket, world_size: int, seconds: float) -> TCPStore:
+    """Keep a TCPStore that listens on `server`."""
+    address, port = server.getsockname()[:2]
+    return TCPStore(
+        address,
+        port,
+        world_size,
+        True,
+        timedelta(seconds=seconds),
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=server.detach(),
+    )
+
+
+def own_address(host: str, port: int) -> str:
+    """Return the address by which this machine reaches `host`, and is reached from there. Raises LaunchError.
+
+    GLOO_SOCKET_IFNAME, if set, names the interface.
+    """
+    try:
+        address = _address_towards(host, port)
+    except OSError as error:
+        raise LaunchError(f"rendezvous at {endpoint(host, port)} failed: {error.strerror or error}") from None
+    if (chosen := os.environ.get("GLOO_SOCKET_IFNAME")) is not None:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        for one in psutil.net_if_addrs().get(chosen, ()):
+            if one.family == family:
+                return one.address
+    if _is_loopback(address) and host != "localhost" and not _is_loopback(host):
+        # Our own name, which Debian gives 127.0.1.1. What others reach is where packets to anywhere would leave.
+        for other in _NOBODYS:
+            with suppress(OSError):
+                return _address_towards(other, 9)
+    return address
+
+
+def interface_of(address: str) -> str | None:
+    """Return the name of the interface that has this address."""
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(one.address == address for one in addresses):
+            return interface
+    return None
+
+
+def wait_for_answer(host: str, port: int, seconds: float, who: str) -> None:
+    """Return when somebody listens there. Raises LaunchError that names `who` should."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=min(5.0, seconds)).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise no_answer(host, port, seconds, error, who) from None
+        time.sleep(0.2)
+
+
+def no_answer(host: str, port: int, seconds: float, error: OSError, who: str) -> LaunchError:
+    # asyncio's own words say less than the system's; those for a name that is not known have a number below 0
+    reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror or error
+    return LaunchError(
+        f"rendezvous at {endpoint(host, port)} failed: no answer within {seconds:g} s ({reason}); "
+        f"{who} should listen there, is it running and the port open?"
+    )
+
+
+def _address_towards(host: str, port: int) -> str:
+    """Raises OSError."""
+    problem: OSError | None = None
+    for family, _, _, _, where in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect(where)  # sends nothing
+                return str(probe.getsockname()[0])
+        except OSError as error:
+            problem = problem or error
+    raise problem or OSError(None, "no address")
+
+
+def _is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return False
