@@ -1,6 +1,7 @@
 """The command line: one function a verb, no logic. Imports wait until a verb needs them."""
 
 import functools
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -281,6 +282,8 @@ def main() -> None:
 
 
 def _run() -> NoReturn:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a locale's letters do not end a run
     try:
         code = app(args=sys.argv[1:] or ["--help"], prog_name="distrib", standalone_mode=False)
     except _UsageError as error:

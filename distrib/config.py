@@ -5,13 +5,15 @@ Precedence: defaults < file < `key=value`. An unknown key is refused with the ne
 
 import difflib
 import re
-from collections.abc import Hashable, Sequence
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from distrib import config_yaml
+from distrib.config_yaml import one_line, shown
 from distrib.errors import ConfigError
 
 MixedPrecision: TypeAlias = Literal["no", "bf16", "fp16"]
@@ -19,13 +21,17 @@ StrategyName: TypeAlias = Literal["auto", "single", "ddp", "zero0", "zero1", "ze
 Offload: TypeAlias = Literal["none", "optimizer", "all"]
 Schedule: TypeAlias = Literal["constant", "linear", "cosine"]
 Compile: TypeAlias = Literal[False, "blocks", "model"]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_LONGEST_NAME = 200  # of a run
+_EXACT = 2**53  # up to here every reader of JSON has whole numbers exactly
+NonNegativeInt = Annotated[int, Field(ge=0, le=_EXACT)]
+PositiveInt = Annotated[int, Field(gt=0, le=_EXACT)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]  # within fp32
+PositiveFloat = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, ser_json_inf_nan="constants")
 
 
 class TaskConfig(_Section):
@@ -45,8 +51,8 @@ class DataConfig(_Section):
 
     global_batch_size: PositiveInt = 64
     micro_batch_size: PositiveInt = 16
-    num_workers: NonNegativeInt = 0
-    prefetch_factor: PositiveInt = 2  # micro-batches each worker reads ahead
+    num_workers: Annotated[int, Field(ge=0, le=4096)] = 0
+    prefetch_factor: Annotated[int, Field(gt=0, le=65536)] = 2  # micro-batches each worker reads ahead
 
 
 class OptimConfig(_Section):
@@ -91,7 +97,7 @@ class StrategyConfig(_Section):
     offload: Offload = "none"  # what lies in CPU memory: nothing, the optimizer state, or the parameters too
     activation_checkpointing: bool = False  # of the task's blocks: compute again what the backward needs
     communication_dtype: Literal["fp32", "bf16"] = "fp32"  # in which gradients travel; bf16 rounds them
-    timeout: PositiveInt = 1800  # seconds that ranks wait for one another in a collective
+    timeout: Annotated[int, Field(gt=0, le=10**8)] = 1800  # seconds that ranks wait for one another in a collective
     find_unused_parameters: bool = False  # ddp
     static_graph: bool = False  # ddp
     reshard_after_forward: bool = True  # fsdp2
@@ -128,7 +134,7 @@ class TrackingConfig(_Section):
 class Config(_Section):
     """A whole run. See DESIGN in docs/config.md for each key."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=_LONGEST_NAME)] = "run"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     task: TaskConfig | None = None  # none: the task is given to Trainer in Python
     data: DataConfig = DataConfig()
@@ -143,32 +149,30 @@ class Config(_Section):
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Config":
         """Read a YAML file and apply `key=value` overrides. Raises ConfigError."""
         path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text file"
-            raise ConfigError(f"{path}: cannot read the config: {reason}") from None
-        values = _parse(text, str(path))
+        values = config_yaml.parse(config_yaml.read(path), str(path))
         if values is None:
             values = {}
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: a config is a mapping of sections, this is a {type(values).__name__}")
-        values.setdefault("name", path.stem)
         for override in overrides:
             _apply(values, override)
+        if "name" not in values:
+            values["name"] = _name_from(path)
         return cls.from_dict(values, source=str(path))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config") -> "Config":
         """Validate a dictionary. Raises ConfigError, one line, naming the key."""
         try:
-            return cls.model_validate(values)
+            return cls.model_validate(config_yaml.plain(values))
         except ValidationError as error:
-            raise ConfigError(f"{source}: {_explain(error)}") from None
+            raise ConfigError(one_line(f"{source}: {_explain(error)}")) from None
+        except ConfigError as error:
+            raise ConfigError(one_line(f"{source}: {error}")) from None
 
     def dump(self) -> str:
         """As YAML, every default written out; `Config.load` reads it back to an equal Config."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
+        return config_yaml.dump(self.model_dump(mode="json"))
 
     def function(self) -> dict[str, Any]:
         """The keys that decide what is computed, flat: those left out change only how fast it gets there."""
@@ -184,51 +188,25 @@ class Config(_Section):
         return flatten(self.model_dump(mode="json"))
 
 
+def _name_from(path: Path) -> str:
+    """The file's name, without accents and with `-` for what a run's name cannot hold. Raises ConfigError."""
+    plain = "".join(char for char in unicodedata.normalize("NFKD", path.stem) if not unicodedata.combining(char))
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).lstrip("._-")[:_LONGEST_NAME]
+    if not name or any(char.isalnum() and not char.isascii() for char in plain):
+        raise ConfigError(
+            f"{one_line(str(path))}: the run cannot be named after the file; give it a name of letters a to z, digits, "
+            "'.', '_' and '-': name=my-run"
+        )
+    return name
+
+
 _EITHER_OR = {"train.steps": "epochs", "train.epochs": "steps"}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: `no` and `off` are words, 1e-3 is a number, a key stands once."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} stands there twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[-1] not in ("bool", "float")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), "tTfF")
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$",
-    ),
-    "-+0123456789.",
-)
-
-
-def _parse(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506, a SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise ConfigError(f"{source}: {where}not valid YAML: {getattr(error, 'problem', None) or error}") from None
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{override!r}: an override is written key=value, for example optim.lr=0.01")
+        raise ConfigError(f"{shown(override)}: an override is written key=value, for example optim.lr=0.01")
     if key in _EITHER_OR:  # one choice: the override takes the place of what the file says
         section = values.get("train")
         if isinstance(section, dict):
@@ -237,9 +215,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{override!r}: {section} is a value, not a section, so {key} cannot be set in it")
+            raise ConfigError(
+                f"{shown(override)}: {section} is a value, not a section, so {key} cannot be set in it"
+                + _did_you_mean((section,), inner)
+            )
         values = inner
-    values[last] = _parse(text, override)
+    values[last] = config_yaml.parse(text, override)
 
 
 def _explain(error: ValidationError) -> str:
@@ -249,12 +230,25 @@ def _explain(error: ValidationError) -> str:
     more = f" (and {len(others)} more)" if others else ""
     if first["type"] == "extra_forbidden":
         return f"{key}: unknown key{_nearest(first['loc'])}{more}"
+    if key == "train" and first["type"] == "missing":
+        return "train: missing; give the length of the run, train.epochs or train.steps"
+    if first["type"] == "model_type":
+        given = first["input"]
+        return f"{key}: {shown(given)} is a value, and {key} is a section{_did_you_mean(first['loc'], given)}{more}"
     if first["type"] == "missing":
         return f"{key}: missing, and has no default{more}"
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    given = "" if first["type"] == "value_error" else f"{first['input']!r}: "
+    given = "" if first["type"] == "value_error" else f"{shown(first['input'])}: "
     return f"{key}: {given}{message}{more}"
+
+
+def _did_you_mean(location: tuple[int | str, ...], value: object) -> str:
+    """The key of a section that somebody means who gives the section a value, for example strategy=ddp."""
+    section = Config.model_fields[str(location[0])].annotation if location[0] in Config.model_fields else None
+    fields = getattr(section, "model_fields", TaskConfig.model_fields if location[0] == "task" else {})
+    meant = [key for key in ("name", "target", "epochs", "steps", "every_steps", "wandb") if key in fields]
+    return f", did you mean {' or '.join(f'{location[0]}.{key}={value}' for key in meant)}?" if meant else ""
 
 
 def _nearest(location: tuple[int | str, ...]) -> str:

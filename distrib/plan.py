@@ -6,6 +6,9 @@ from distrib.config import Config
 from distrib.errors import ConfigError
 from distrib.schedule import learning_rate_factor
 
+_POSITIONS = 2**63  # of samples in a run, see data/order.py
+_LOOKED_AT = 100_000  # sizes on either side of one that does not divide
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -48,6 +51,10 @@ class RunPlan:
             assert train.epochs is not None, "the config has one of the two"
             assert num_samples is not None, "refused above"
             num_steps = -(-train.epochs * num_samples // data.global_batch_size)
+        if num_steps * data.global_batch_size >= _POSITIONS:
+            raise ConfigError(
+                f"train: {num_steps} steps of {data.global_batch_size} samples are more than 2**63 samples; give fewer"
+            )
         return cls(
             world_size=world_size,
             global_batch_size=data.global_batch_size,
@@ -78,12 +85,10 @@ def window_size(config: Config, world_size: int) -> int:
     batch, micro = config.data.global_batch_size, config.data.micro_batch_size
     if batch % micro:
         below, above = batch // micro * micro, -(-batch // micro) * micro
-        divisors = [size for size in range(1, batch + 1) if batch % size == 0]
-        nearest = min(divisors, key=lambda size: (abs(size - micro), size))
         batches = " or ".join(str(size) for size in (below, above) if size)
         raise ConfigError(
             f"data.global_batch_size: {batch} is not a multiple of data.micro_batch_size: {micro}; nearest that fit: "
-            f"global_batch_size {batches}, or micro_batch_size {nearest}"
+            f"global_batch_size {batches}{_or_micro_batch_size(batch, micro)}"
         )
     micro_batches = batch // micro
     if micro_batches % world_size:
@@ -91,10 +96,18 @@ def window_size(config: Config, world_size: int) -> int:
         batches = " or ".join(
             str(size) for size in (batch // per_step * per_step, -(-batch // per_step) * per_step) if size
         )
-        sizes = [size for size in range(1, batch // world_size + 1) if batch % (size * world_size) == 0]
-        smaller = f", or micro_batch_size {min(sizes, key=lambda size: abs(size - micro))}" if sizes else ""
+        smaller = "" if batch % world_size else _or_micro_batch_size(batch // world_size, micro)
         raise ConfigError(
             f"data: a step has {micro_batches} micro-batches ({batch} / {micro}), which {world_size} processes cannot "
             f"share evenly; nearest that fit: global_batch_size {batches}{smaller}"
         )
     return micro_batches // world_size
+
+
+def _or_micro_batch_size(samples: int, micro: int) -> str:
+    """`, or micro_batch_size N`: the divisor of `samples` that is nearest to `micro`, if it is not far."""
+    for distance in range(_LOOKED_AT):
+        for size in (micro - distance, micro + distance):
+            if 0 < size <= samples and samples % size == 0:
+                return f", or micro_batch_size {size}"
+    return ""

@@ -40,7 +40,12 @@ def test_the_configs_that_come_along_are_valid_and_survive_a_dump(path: Path, tm
 @given(
     lr=st.floats(0, 10),
     precision=st.sampled_from(["no", "bf16", "fp16"]),
-    argument=st.one_of(st.integers(), st.booleans(), st.text(st.characters(codec="ascii")), st.lists(st.integers())),
+    argument=st.one_of(
+        st.integers(-(2**63), 2**64 - 1),
+        st.booleans(),
+        st.text(st.characters(codec="ascii")),
+        st.lists(st.integers(0, 9)),
+    ),
 )
 def test_a_dump_reads_back_as_it_was(
     tmp_path_factory: pytest.TempPathFactory, lr: float, precision: str, argument: object
@@ -91,7 +96,17 @@ STEPS = "train: {steps: 1}\n"
         (STEPS, ("lr",), ["'lr'", "key=value"]),
         (STEPS, ("seed.x=1",), ["seed: {'x': 1}", "integer"]),
         (STEPS + "seed: 1", ("seed.x=1",), ["seed is a value, not a section"]),
-        ("seed: 1", (), ["train: missing"]),
+        ("seed: 1", (), ["train: missing; give the length of the run, train.epochs or train.steps"]),
+        (
+            STEPS,
+            ("strategy=ddp",),
+            ["strategy: 'ddp' is a value, and strategy is a section", "mean strategy.name=ddp?"],
+        ),
+        (STEPS + "strategy: ddp", ("strategy.timeout=5",), ["strategy is a value", "did you mean strategy.name=ddp?"]),
+        (STEPS, ("task=my_task:Net",), ["did you mean task.target=my_task:Net?"]),
+        (STEPS, ("eval=100",), ["did you mean eval.every_steps=100?"]),
+        ("", ("train=5",), ["did you mean train.epochs=5 or train.steps=5?"]),
+        (STEPS, ("data=5",), ["data: 5 is a value, and data is a section"]),
         ("train: {}", (), ["train:", "epochs or as steps", "given: neither"]),
         ("train: {steps: 1, epochs: 2}", (), ["epochs: 2 and steps: 1"]),
         ("train: {steps: 1", (), ["line", "not valid YAML"]),
@@ -112,6 +127,28 @@ def test_what_is_wrong_is_said_in_one_line(
 def test_a_config_that_is_not_there() -> None:
     with pytest.raises(ConfigError, match=r"nowhere.yaml: cannot read the config: No such file"):
         Config.load("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("my run (2).yaml", "my-run-2-"),
+        ("Übung.yml", "Ubung"),
+        ("_.hidden.yaml", "hidden"),
+        ("a" * 230 + ".yaml", "a" * 200),
+    ],
+)
+def test_a_run_is_named_after_its_file(tmp_path: Path, file: str, name: str) -> None:
+    (tmp_path / file).write_text(STEPS)
+    assert Config.load(tmp_path / file).name == name
+
+
+@pytest.mark.parametrize("file", ["обучение.yaml", "模型 2.yaml", "-.yaml"])
+def test_a_file_that_cannot_name_a_run_is_named_instead(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).write_text(STEPS)
+    with pytest.raises(ConfigError, match=rf"{file}: the run cannot be named after the file.*name=my-run"):
+        Config.load(tmp_path / file)
+    assert Config.load(tmp_path / file, ["name=mine"]).name == "mine"
 
 
 def test_function_leaves_out_what_only_changes_speed() -> None:

@@ -20,7 +20,7 @@ LAYERS = [
         "accelerate_launch",
         "tuning",
     },
-    {"config", "schedule"},
+    {"config", "config_yaml", "schedule"},
     {"task", "plan", "world"},
     {"data", "state"},
     {"reporting"},
