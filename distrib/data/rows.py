@@ -19,8 +19,15 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _FORMAT = 1  # whatever changes what is packed for the same files and settings raises it
-_KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
-_PACKED = (".gz", ".bz2", ".xz", ".zst")  # which datasets unpacks as it reads
+_KINDS = {
+    **dict.fromkeys((".json", ".jsonl", ".jsonlines", ".ndjson"), "json"),
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # datasets decompresses these as it reads
 _ROWS = 1000  # at a time
 
 Row = dict[str, Any]
@@ -31,7 +38,7 @@ Encode = Callable[[list[Row]], list[tuple[Sequence[int], int]]]  # the tokens of
 class Source(NamedTuple):
     """Files of one kind, or a folder of `Dataset.save_to_disk`."""
 
-    kind: str  # json | csv | parquet | arrow | text | saved
+    kind: str  # json | csv | tsv | parquet | arrow | text | saved
     paths: list[Path]
     key: str  # of the config, which named it
 
@@ -40,8 +47,11 @@ class Source(NamedTuple):
 
 
 def find_sources(files: Any, key: str) -> list[Source]:
-    """What globs match, in the order in which they are given, files of one glob by their paths. A folder is one of
-    `Dataset.save_to_disk`; a file is what its name says, else text, which is one row. Raises ConfigError."""
+    """Return what globs match, in the order in which they are given, files of one glob by their paths.
+
+    A folder is one of `Dataset.save_to_disk`. The suffix of a file's name, in upper or lower case, tells its kind; a
+    file with any other suffix is text, and one row. Raises ConfigError.
+    """
     patterns = [files] if isinstance(files, str) else files
     if not isinstance(patterns, list) or not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise ConfigError(f"{key}: {files!r}; give local files: a glob, or a list of them")
@@ -57,8 +67,16 @@ def find_sources(files: Any, key: str) -> list[Source]:
 
 
 def _kind(path: Path) -> str:
-    named = path.with_suffix("") if path.suffix in _PACKED else path
-    return _KINDS.get(named.suffix, "text")
+    named = path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path
+    return _KINDS.get(named.suffix.lower(), "text")
+
+
+def _report_text(sources: list[Source], progress: "Progress") -> None:
+    """Print which files are read as text though they are not named .txt: with a misspelt suffix it would be raw JSON."""
+    found = [path for source in sources if source.kind == "text" for path in source.paths if path.suffix != ".txt"]
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        progress.console.print(f"{sources[0].key}: read as text, a row each: {found[0]}{more}", markup=False)
 
 
 def pack_rows(
@@ -81,6 +99,7 @@ def pack_rows(
         task = progress.add_task("packing rows", total=None)
         with DocumentWriter(folder, "train", dtype) as trained, DocumentWriter(folder, "eval", dtype) as evaluated:
             for sources, default in ((train, trained), (evaluation or [], evaluated)):
+                _report_text(sources, progress)
                 for rows in itertools.chain.from_iterable(_read(source, columns) for source in sources):
                     for row, (tokens, number) in zip(rows, encode(rows), strict=True):
                         aside = evaluation is None and held_out(hashlib.sha256(_content(row)).digest())
@@ -161,11 +180,17 @@ def _batches(source: Source, columns: Columns) -> Iterator[dict[str, Any]]:
     options: dict[str, Any] = {}
     if source.kind == "text":
         options = {"sample_by": "document"}
-    elif source.kind == "csv":  # or a text of digits would be a number, and "NA" nothing
+    elif source.kind in ("csv", "tsv"):  # or a text of digits would be a number, and "NA" nothing
         options = {"converters": dict.fromkeys(columns, str), "keep_default_na": False}
+        options["sep"] = "\t" if source.kind == "tsv" else ","
     with TemporaryDirectory() as cache:  # for the lock that it takes
         paths = [glob.escape(os.path.abspath(path)) for path in source.paths]
         read = datasets.load_dataset(
-            source.kind, data_files=paths, split="train", streaming=True, cache_dir=cache, **options
+            "csv" if source.kind == "tsv" else source.kind,
+            data_files=paths,
+            split="train",
+            streaming=True,
+            cache_dir=cache,
+            **options,
         )
     yield from read.iter(_ROWS)

@@ -4,6 +4,7 @@ Needs `pip install 'distrib[huggingface]'`. Other Auto classes have losses and s
 `HuggingFace`.
 """
 
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ class HuggingFace(Task):
 
     `model`: the folder of a model, whose weights training begins with; or a config, as a mapping with its `model_type`
     or as the path of a config.json: then with random ones, from the run's seed. `tokenizer`: its folder, by default the
-    model's, or `bytes`. `files`: globs of json, jsonl, csv, parquet, arrow and text files, or a folder of
+    model's, or `bytes`. `files`: globs of json, jsonl, csv, tsv, parquet, arrow and text files, or a folder of
     `Dataset.save_to_disk`. `eval_files`: likewise; without them one row in 20 is held out, by its hash.
     """
 
@@ -120,7 +121,8 @@ class HuggingFace(Task):
 class CausalLM(HuggingFace):
     """Predict the next token: AutoModelForCausalLM.
 
-    A document is the text of a row, with the tokenizer's own special tokens, and its eos_token. With `prompt_column`
+    A document is the text of a row, with the special tokens that the tokenizer puts before a text, and its eos_token;
+    where the text has them already, as from a chat template, they are not put there twice. With `prompt_column`
     the loss is of the text, which follows the prompt, alone. `packing` fills windows of `context_length` with
     documents, which do not see one another; without it, none holds two.
     """
@@ -141,6 +143,7 @@ class CausalLM(HuggingFace):
         if not isinstance(packing, bool):
             raise ConfigError(f"task.packing: {packing!r}; give true or false")
         self.text_column, self.prompt_column, self.packing = text_column, prompt_column, packing
+        self._prompts_too_long = 0  # rows, counted while they are packed
         prompt = {} if prompt_column is None else {"prompt_column": prompt_column}
         columns: Columns = dict.fromkeys(_named(**prompt, text_column=text_column), (str,))
         super().__init__(model, files, eval_files, tokenizer, context_length, columns)
@@ -148,17 +151,54 @@ class CausalLM(HuggingFace):
             raise ConfigError("task.tokenizer: it has no eos_token to end a document with; give one that has")
 
     def _encode(self, rows: list[Row]) -> Encoded:
-        end = self.tokenizer.eos_token_id
         texts = [row[self.text_column] for row in rows]
         if self.prompt_column is None:
-            return [([*_without(end, ids), end], 1) for ids in self._tokenize(texts)]
-        prompts = self._tokenize([row[self.prompt_column] for row in rows])
+            return [(self._ended(self._begun(ids)), 1) for ids in self._tokenize(texts, add_special_tokens=False)]
+        prompts = self._tokenize([row[self.prompt_column] for row in rows], add_special_tokens=False)
         answers = self._tokenize(texts, add_special_tokens=False)
-        begun = [_without(end, ids) for ids in prompts]
-        return [([*prompt, *ids, end], max(1, len(prompt))) for prompt, ids in zip(begun, answers, strict=True)]
+        begun = [self._begun(ids) for ids in prompts]
+        self._prompts_too_long += sum(len(prompt) > self.context_length for prompt in begun)
+        return [([*prompt, *self._ended(ids)], max(1, len(prompt))) for prompt, ids in zip(begun, answers, strict=True)]
+
+    @cached_property
+    def packed(self) -> Path:
+        folder = super().packed
+        if self._prompts_too_long:
+            print(
+                f"task.prompt_column: {self._prompts_too_long} row(s) have a prompt longer than task.context_length "
+                f"{self.context_length}; their answers are learnt without the whole prompt, in other windows",
+                file=sys.stderr,
+            )
+        return folder
+
+    @cached_property
+    def _before_text(self) -> list[int]:
+        """The special tokens that the tokenizer puts before a text, such as Llama's <s>."""
+        (whole,), (text,) = (self._tokenize(["a"], add_special_tokens=added) for added in (True, False))
+        for start in range(len(whole) - len(text) + 1):
+            if whole[start : start + len(text)] == text:
+                return whole[:start]
+        raise ConfigError("task.tokenizer: it changes a text's own tokens when it adds special ones; give another")
+
+    def _begun(self, tokens: list[int]) -> list[int]:
+        """Put the tokenizer's first special tokens before a text, unless a chat template has written them into it."""
+        before = self._before_text
+        return tokens if tokens[: len(before)] == before else [*before, *tokens]
+
+    def _ended(self, tokens: list[int]) -> list[int]:
+        """End a text with the eos_token, once: a chat template may have written it, with a line break behind it."""
+        end, text = self.tokenizer.eos_token_id, tokens
+        if end not in text:
+            return [*tokens, end]
+        while text and text[-1] != end and not self.tokenizer.decode(text[-1:]).strip():
+            text = text[:-1]
+        return text if text and text[-1] == end else [*tokens, end]
 
     def _settings(self) -> dict[str, Any]:
-        return {"prompt": self.prompt_column}
+        if self.prompt_column is None:
+            return {"special_tokens": "once"}
+        # The context is in it so that another one packs again, and prints which prompts are too long.
+        return {"special_tokens": "once", "prompt": self.prompt_column, "context_length": self.context_length}
 
     def _samples(self, split: str) -> Documents:
         return TokenWindows(self.packed, split, self.context_length, self.packing)
@@ -274,11 +314,6 @@ def _named(**columns: Any) -> list[str]:
         if not isinstance(column, str):
             raise ConfigError(f"task.{key}: {column!r}; give the name of a column")
     return list(columns.values())
-
-
-def _without(end: int, tokens: list[int]) -> list[int]:
-    """Some tokenizers end a text themselves."""
-    return tokens[:-1] if tokens and tokens[-1] == end else tokens
 
 
 def _nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

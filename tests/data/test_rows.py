@@ -89,6 +89,36 @@ def test_a_text_file_is_one_row_and_kinds_mix(tmp_path: Path) -> None:
     assert unpacked(packed(str(tmp_path / "*.gz"), "text only"), "train") == [("unpacked", 1)]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("A.JSONL", '{"text": "a\\tb"}\n'),
+        ("a.ndjson", '{"text": "a\\tb"}\n'),
+        ("a.jsonlines", '{"text": "a\\tb"}\n'),
+        ("A.CSV", "text\na\tb\n"),
+        ("a.tsv", 'other\ttext\n1,2\t"a\tb"\n'),
+    ],
+)
+def test_a_suffix_names_the_kind_in_either_case(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert unpacked(packed(str(tmp_path / "*"), "text only"), "train") == [("a\tb", 1)]
+    with gzip.open(tmp_path / f"{name}.GZ", "wt") as file:
+        file.write(content)
+    assert unpacked(packed(str(tmp_path / "*.GZ"), "text only"), "train") == [("a\tb", 1)]
+    assert "read as text" not in capsys.readouterr().err
+
+
+def test_what_is_read_as_text_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsnl").write_text('{"text": "a"}')
+    (tmp_path / "b.md").write_text("b")
+    (tmp_path / "c.txt").write_text("c")
+    packed(str(tmp_path / "*"), "text only")
+    printed = " ".join(capsys.readouterr().err.split())
+    assert f"task.files: read as text, a row each: {tmp_path}/a.jsnl and 1 more" in printed
+
+
 def test_rows_are_held_out_by_their_content(tmp_path: Path) -> None:
     rows = [{"text": f"text {number}", "label": number % 3} for number in range(2000)]
     folder = packed(write(tmp_path / "all", "jsonl", rows))

@@ -147,6 +147,51 @@ def test_a_prompt_is_read_and_not_learnt() -> None:
     assert checked > 50
 
 
+def llama_like(folder: Path) -> None:
+    """A tokenizer that puts <s> before a text by itself, as Llama's does."""
+    from tokenizers import processors
+
+    byte_pairs(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "bpe")
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "<|im_end|>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(folder / "llama")
+
+
+def documents(task: CausalLM, *rows: dict[str, str]) -> list[str]:
+    Path("chat.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    task.files = task.eval_files = "chat.jsonl"
+    read = task.train_dataset()
+    bounds = zip(read.starts, read.starts[1:], strict=False)
+    return [task.tokenizer.decode(read.tokens[start:end].astype(np.int64)) for start, end in bounds]
+
+
+def test_special_tokens_stand_once_whether_or_not_a_chat_template_wrote_them(work: Path) -> None:
+    llama_like(work)
+    texts = ("loss", "<s>loss", "loss<|im_end|>", "<s>loss<|im_end|>\n", "loss \n", "")
+    found = documents(causal(tokenizer="llama"), *({"text": text} for text in texts))
+    assert found == [
+        *(4 * ["<s>loss<|im_end|>"]),
+        *("<s>loss \n<|im_end|>", "<s><|im_end|>"),
+    ]
+    rows = (
+        {"prompt": "<s>step<|im_end|>\n", "text": "loss<|im_end|>"},  # the prompt's own end stays
+        {"prompt": "step ", "text": "loss"},
+    )
+    found = documents(causal(tokenizer="llama", prompt_column="prompt"), *rows)
+    assert found == ["<s>step<|im_end|>\nloss<|im_end|>", "<s>step loss<|im_end|>"]
+
+
+def test_prompts_that_leave_nothing_to_learn_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "p" * length, "text": "answer"} for length in (5, 24, 25, 60)]
+    documents(causal(prompt_column="prompt", packing=False), *rows)
+    assert "task.prompt_column: 2 row(s) have a prompt longer than task.context_length 24" in capsys.readouterr().err
+    documents(causal(prompt_column="prompt", packing=False, context_length=40), *rows)
+    assert "1 row(s) have a prompt longer than task.context_length 40" in capsys.readouterr().err
+
+
 def test_how_classifiers_fill_up_does_not_matter() -> None:
     task = classifier({**MODELS["gpt2"], "n_positions": 128}, tokenizer="bpe", context_length=100)
     torch.manual_seed(0)
