@@ -120,11 +120,11 @@ class TrackingConfig(_Section):
     """What is told to wandb, and to the other trackers that accelerate knows."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online where credentials are configured
-    project: str = "distrib"
+    project: str | None = None  # none: wandb's own setting, else distrib
     entity: str | None = None
     group: str | None = None
     job_type: str | None = None
-    name: str | None = None  # none: the config's
+    name: str | None = None  # none: wandb's own setting, else the config's
     notes: str | None = None
     tags: Annotated[tuple[str, ...], Field(strict=False)] = ()
     checkpoints: bool = False  # as artifacts, by reference

@@ -72,7 +72,7 @@ def _kind(path: Path) -> str:
 
 
 def _report_text(sources: list[Source], progress: "Progress") -> None:
-    """Print which files are read as text though they are not named .txt: with a misspelt suffix it would be raw JSON."""
+    """Print which files are read as text and not named .txt: a file of rows with a misspelt suffix would be one."""
     found = [path for source in sources if source.kind == "text" for path in source.paths if path.suffix != ".txt"]
     if found:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""

@@ -1,5 +1,6 @@
 """The names under which trackers know what the run folder holds: train/…, eval/…, perf/…"""
 
+import math
 from typing import Any
 
 from distrib.config import Config
@@ -56,7 +57,9 @@ class Metrics:
         self._steps_done = entry["step"] + 1
         self.skipped += entry["verdict"] != "applied"
         seconds = entry["seconds"]
-        values = {f"train/{key}": entry.get(key) for key in _TRAIN}
+        # JSON has no NaN: null stands for a number that is not finite, or for the loss of a step without items.
+        null = None if entry["verdict"] == "skipped:no_items" else math.nan
+        values = {f"train/{key}": null if entry[key] is None else entry[key] for key in _TRAIN if key in entry}
         values |= {name: entry.get(key) for key, name in _PERF.items()}
         values["train/skipped"] = self.skipped
         if "data_seconds" in entry:
@@ -78,4 +81,5 @@ class Metrics:
             if value is not None:
                 choose = min if lower_is_better(key) else max
                 self._best[key] = choose(self._best.get(key, value), value)
-        return {**entry["metrics"], "perf/evaluation_seconds": entry.get("seconds")}
+        metrics = {key: math.nan if value is None else value for key, value in entry["metrics"].items()}
+        return {**metrics, "perf/evaluation_seconds": entry.get("seconds")}

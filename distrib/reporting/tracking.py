@@ -16,7 +16,7 @@ from distrib.stopping import SAVED
 
 EXIT_CODES = {"finished": 0, "failed": 1, "preempted": SAVED}  # of the events that end a start
 _SECONDS_TO_BEGIN = 30.0  # in which wandb's server must answer
-_WANDB_MODES = {"disabled": "off", "offline": "offline", "dryrun": "offline"}  # what WANDB_MODE says, for auto
+_WANDB_MODES = {"disabled": "off", "offline": "offline", "dryrun": "offline"}  # for auto
 
 
 class Tracker(Protocol):
@@ -49,6 +49,7 @@ class Wandb:
         import wandb
 
         self._wandb, tracking, sweep = wandb, config.tracking, in_sweep()
+        own = wandb.setup().settings  # the user's: WANDB_PROJECT and its like, and what `wandb init` wrote
         self._keeps_checkpoints = tracking.checkpoints
         self.told = last_offline(run)
         if mode == "offline":
@@ -58,13 +59,13 @@ class Wandb:
             resume="allow",
             mode=mode,  # type: ignore[arg-type]
             dir=str(run.path),
-            project=tracking.project,
+            project=tracking.project or own.project or "distrib",
             entity=tracking.entity,
-            group=tracking.group or (sweep and sweep[0]),
+            group=tracking.group or own.run_group or (sweep and sweep[0]),
             job_type=tracking.job_type,
-            name=tracking.name or config.name,
+            name=tracking.name or own.run_name or config.name,
             notes=tracking.notes,
-            tags=tracking.tags,
+            tags=tracking.tags or None,
             settings=_settings(),
         )
         if mode == "online":
@@ -142,17 +143,22 @@ def _settings() -> Any:
 
 
 def asked_of_wandb(tracking: TrackingConfig) -> str:
-    """As the config says; `auto` also heeds WANDB_MODE, as wandb itself does."""
-    said = os.environ.get("WANDB_MODE", "")
-    return _WANDB_MODES.get(said, "auto") if tracking.wandb == "auto" else tracking.wandb
+    """Return what the config asks for; `auto` follows WANDB_MODE. Does not import wandb."""
+    return _WANDB_MODES.get(os.environ.get("WANDB_MODE", ""), "auto") if tracking.wandb == "auto" else tracking.wandb
 
 
 def wandb_mode(tracking: TrackingConfig) -> str:
-    """online, offline or off. Raises ConfigError where online is asked for and cannot be."""
+    """Return online, offline or off; `auto` follows wandb's own settings, such as `wandb disabled` writes.
+
+    Raises ConfigError where online is asked for and cannot be.
+    """
     asked = asked_of_wandb(tracking)
     if asked in ("off", "offline"):
         return asked
     import wandb
+
+    if asked == "auto" and (mode := _WANDB_MODES.get(wandb.setup().settings.mode)):
+        return mode
     from wandb.sdk.lib import wbauth  # wandb.login() asks at terminals, and the server
 
     url = wandb.setup().settings.base_url

@@ -14,13 +14,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distrib.config import TrackingConfig
+from distrib.config import Config, TrackingConfig
 from distrib.errors import RunDirError
 from distrib.processes import ignore_sigterm, shield
 from distrib.reporting.following import Follower
@@ -204,6 +203,8 @@ def main() -> None:
         return
     os.nice(19)  # training goes first
     run = RunDir(Path(path))
+    if host and wandb_mode(run.read_config().tracking) == "off":
+        return
     if host:
         watching = watch_machine(run, run_id, host[0])
         track(run, [], Metrics(run.read_config(), {}))
@@ -217,24 +218,31 @@ def _trackers(run: RunDir, run_id: str, first_step: int) -> list[Tracker]:
     config = run.read_config()
     trackers: list[Tracker] = []
 
-    def add(make: Callable[[], Tracker], otherwise: str) -> bool:
-        try:
-            trackers.append(make())
-        except Exception as error:
-            say(f"{WARNING}{error}; {otherwise}")
-            return False
-        return True
-
-    if run_id:
-        wandb = partial(Wandb, run, config, run_id)
-        offline = f"this part of the run is kept offline, {how_to_upload(run)}"
-        if not add(lambda: wandb(wandb_mode(config.tracking)), offline):
-            add(lambda: wandb("offline"), "wandb is not told")
-        if trackers:
-            say(f"wandb: {trackers[0].place}")
+    if run_id and (wandb := _wandb(run, config, run_id)) is not None:
+        trackers.append(wandb)
+        say(f"wandb: {wandb.place}")
     for name in config.tracking.others:
-        add(partial(Other, name, run, config, first_step), f"{name} is not told")
+        try:
+            trackers.append(Other(name, run, config, first_step))
+        except Exception as error:
+            say(f"{WARNING}{error}; {name} is not told")
     return trackers
+
+
+def _wandb(run: RunDir, config: Config, run_id: str) -> Wandb | None:
+    """Begin wandb's run: offline if it cannot be online, and None if it is switched off or cannot be begun at all."""
+    try:
+        mode = wandb_mode(config.tracking)
+        return None if mode == "off" else Wandb(run, config, run_id, mode)
+    except Exception as error:
+        problem = error
+    try:
+        offline = Wandb(run, config, run_id, "offline")
+    except Exception as error:
+        say(f"{WARNING}{error}; wandb is not told")
+        return None
+    say(f"{WARNING}{problem}; this part of the run is kept offline, {how_to_upload(run)}")
+    return offline
 
 
 if __name__ == "__main__":

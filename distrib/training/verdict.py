@@ -62,9 +62,9 @@ class Step:
         self.wait()
         shares = self._shares.tolist() if isinstance(self._shares, Tensor) else self._shares
         totals, grad_norm = Totals.unpack(shares, self._whole_count), float(self._grad_norm)
-        loss = totals.loss / totals.count if totals.count else 0.0
+        loss = totals.loss / totals.count if totals.count else math.nan
         if totals.count == 0:
-            verdict, grad_norm = "skipped:no_items", 0.0
+            verdict, grad_norm = "skipped:no_items", math.nan
         elif not math.isfinite(loss):
             verdict, grad_norm = "skipped:nonfinite_loss", math.nan
         elif not math.isfinite(grad_norm):

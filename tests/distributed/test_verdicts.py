@@ -107,6 +107,7 @@ def test_on_nonfinite_stop_ends_the_run(run: Run, tmp_path: Path) -> None:
 def test_a_window_that_counts_nothing_is_skipped(together: Path, strategy: str) -> None:
     run = together / f"{strategy}-nothing"
     assert {line["verdict"] for line in lines(run)} == {"skipped:no_items"}
+    assert {line["loss"] for line in lines(run)} == {None}  # 0.0 would look like a perfect model
     torch.manual_seed(3)
     initial = Masked().model().state_dict()
     for name, value in initial.items():

@@ -162,7 +162,7 @@ def llama_like(folder: Path) -> None:
 
 def documents(task: CausalLM, *rows: dict[str, str]) -> list[str]:
     Path("chat.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    task.files = task.eval_files = "chat.jsonl"
+    task.files = task.eval_files = "chat.jsonl"  # both, or a row might be held out
     read = task.train_dataset()
     bounds = zip(read.starts, read.starts[1:], strict=False)
     return [task.tokenizer.decode(read.tokens[start:end].astype(np.int64)) for start, end in bounds]
@@ -185,11 +185,11 @@ def test_special_tokens_stand_once_whether_or_not_a_chat_template_wrote_them(wor
 
 
 def test_prompts_that_leave_nothing_to_learn_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"prompt": "p" * length, "text": "answer"} for length in (5, 24, 25, 60)]
+    rows = [{"prompt": "p" * length, "text": "answer"} for length in (5, 24, 25, 60)]  # each in both files
     documents(causal(prompt_column="prompt", packing=False), *rows)
-    assert "task.prompt_column: 2 row(s) have a prompt longer than task.context_length 24" in capsys.readouterr().err
+    assert "task.prompt_column: 4 row(s) have a prompt longer than task.context_length 24" in capsys.readouterr().err
     documents(causal(prompt_column="prompt", packing=False, context_length=40), *rows)
-    assert "1 row(s) have a prompt longer than task.context_length 40" in capsys.readouterr().err
+    assert "2 row(s) have a prompt longer than task.context_length 40" in capsys.readouterr().err
 
 
 def test_how_classifiers_fill_up_does_not_matter() -> None:

@@ -1,6 +1,7 @@
 """One run of wandb's for the life of a run: offline, and online with a server that fails."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -265,9 +266,10 @@ def test_a_server_that_is_killed_and_comes_back(mark: str, tmp_path: Path) -> No
 
 
 def test_online_through_restarts(mark: str, tmp_path: Path) -> None:
-    write(tmp_path)
+    write(tmp_path, tracking={"group": "ours"})
     with server(mark, tmp_path / "server") as wandb:
-        env = environment(tmp_path, WANDB_BASE_URL=wandb.url, WANDB_API_KEY=KEY)
+        own = {"WANDB_RUN_GROUP": "theirs", "WANDB_TAGS": "a,b", "WANDB_NOTES": "a note"}
+        env = environment(tmp_path, WANDB_BASE_URL=wandb.url, WANDB_API_KEY=KEY, **own)
         run = interrupted(mark, tmp_path, signal.SIGTERM, signal.SIGKILL, **env)
         check_history(wandb.history(), run)
         check_summary(json.loads(wandb.run()["files"]["wandb-summary.json"][-1]), run)
@@ -276,6 +278,40 @@ def test_online_through_restarts(mark: str, tmp_path: Path) -> None:
         ends = wandb.run()["ends"]
         assert [end["exitcode"] for end in ends if end["complete"]] == [75, 0]
         assert any(end["preempting"] for end in ends)
+        told = wandb.run()["told"]
+        assert (told["groupName"], told["tags"], told["notes"]) == ("ours", ["a", "b"], "a note")
+
+
+def test_what_the_config_does_not_set_is_wandbs_own_setting(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After `wandb offline` a run does not go online, also where credentials are; NaN reaches the charts."""
+    monkeypatch.delenv("WANDB_MODE")
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n")
+    task = {"target": "tasks:Misbehaving", "how": "nan", "on_rank": 0, "at": 6}
+    write(tmp_path, task=task, tracking={}, train={"steps": 5}, eval={"every_steps": 0})
+    own = {"WANDB_PROJECT": "theirs", "WANDB_NAME": "named", "WANDB_API_KEY": KEY}
+    env = {"HOME": str(tmp_path), "WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", **own}
+    result = run("distrib", "train", "run.yaml", **env)
+    assert "wandb: offline, upload by: wandb sync" in check(result)
+    assert "warning" not in result.stdout + result.stderr
+    (kept,) = offline(tmp_path / "runs" / "run")
+    assert (kept.project, kept.name) == ("theirs", "named")
+    verdicts = [line["verdict"] for line in lines(tmp_path / "runs" / "run")]
+    assert [math.isnan(row["train/loss"]) for row in kept.history] == [verdict != "applied" for verdict in verdicts]
+    assert any(math.isnan(row["train/loss"]) for row in kept.history)
+    (tmp_path / "wandb" / "settings").write_text("[default]\nmode = disabled\n")
+    assert "wandb" not in check(run("distrib", "train", "run.yaml", "--run-dir", "runs/disabled", **env))
+    assert not offline(tmp_path / "runs" / "disabled")
+
+
+def test_a_project_that_wandb_refuses_is_one_warning(run: Run, tmp_path: Path) -> None:
+    write(tmp_path, tracking={"project": "a/b", "wandb": "offline"}, train={"steps": 2}, eval={"every_steps": 0})
+    result = run("distrib", "train", "run.yaml", **environment(tmp_path))
+    (warning,) = [line for line in check(result).splitlines() if line.startswith("warning")]
+    assert warning.endswith("wandb is not told")
+    assert "a/b" in warning
 
 
 def test_a_server_that_is_not_there(run: Run, tmp_path: Path) -> None:
