@@ -149,16 +149,17 @@ class CausalLM(HuggingFace):
         super().__init__(model, files, eval_files, tokenizer, context_length, columns)
         if self.tokenizer.eos_token_id is None:
             raise ConfigError("task.tokenizer: it has no eos_token to end a document with; give one that has")
+        self._special_tokens = pretrained.SpecialTokens(self.tokenizer)
 
     def _encode(self, rows: list[Row]) -> Encoded:
+        begun, ended = self._special_tokens.begun, self._special_tokens.ended
         texts = [row[self.text_column] for row in rows]
         if self.prompt_column is None:
-            return [(self._ended(self._begun(ids)), 1) for ids in self._tokenize(texts, add_special_tokens=False)]
-        prompts = self._tokenize([row[self.prompt_column] for row in rows], add_special_tokens=False)
-        answers = self._tokenize(texts, add_special_tokens=False)
-        begun = [self._begun(ids) for ids in prompts]
-        self._prompts_too_long += sum(len(prompt) > self.context_length for prompt in begun)
-        return [([*prompt, *self._ended(ids)], max(1, len(prompt))) for prompt, ids in zip(begun, answers, strict=True)]
+            return [(ended(begun(ids)), 1) for ids in self._tokenize(texts, add_special_tokens=False)]
+        given = self._tokenize([row[self.prompt_column] for row in rows], add_special_tokens=False)
+        prompts, answers = [begun(ids) for ids in given], self._tokenize(texts, add_special_tokens=False)
+        self._prompts_too_long += sum(len(prompt) > self.context_length for prompt in prompts)
+        return [([*prompt, *ended(ids)], max(1, len(prompt))) for prompt, ids in zip(prompts, answers, strict=True)]
 
     @cached_property
     def packed(self) -> Path:
@@ -170,29 +171,6 @@ class CausalLM(HuggingFace):
                 file=sys.stderr,
             )
         return folder
-
-    @cached_property
-    def _before_text(self) -> list[int]:
-        """The special tokens that the tokenizer puts before a text, such as Llama's <s>."""
-        (whole,), (text,) = (self._tokenize(["a"], add_special_tokens=added) for added in (True, False))
-        for start in range(len(whole) - len(text) + 1):
-            if whole[start : start + len(text)] == text:
-                return whole[:start]
-        raise ConfigError("task.tokenizer: it changes a text's own tokens when it adds special ones; give another")
-
-    def _begun(self, tokens: list[int]) -> list[int]:
-        """Put the tokenizer's first special tokens before a text, unless a chat template has written them into it."""
-        before = self._before_text
-        return tokens if tokens[: len(before)] == before else [*before, *tokens]
-
-    def _ended(self, tokens: list[int]) -> list[int]:
-        """End a text with the eos_token, once: a chat template may have written it, with a line break behind it."""
-        end, text = self.tokenizer.eos_token_id, tokens
-        if end not in text:
-            return [*tokens, end]
-        while text and text[-1] != end and not self.tokenizer.decode(text[-1:]).strip():
-            text = text[:-1]
-        return text if text and text[-1] == end else [*tokens, end]
 
     def _settings(self) -> dict[str, Any]:
         if self.prompt_column is None:

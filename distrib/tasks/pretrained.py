@@ -127,6 +127,32 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
+class SpecialTokens:
+    """Puts a tokenizer's special tokens around a text's tokens, once: a chat template may have written them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Find the tokens that the tokenizer puts before a text, such as Llama's <s>. Raises ConfigError."""
+        self._tokenizer = tokenizer
+        whole, text = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+        starts = [start for start in range(len(whole) - len(text) + 1) if whole[start : start + len(text)] == text]
+        if not starts:
+            raise ConfigError("task.tokenizer: it changes a text's own tokens when it adds special ones; give another")
+        self._first: list[int] = whole[: starts[0]]
+
+    def begun(self, tokens: list[int]) -> list[int]:
+        """Return a text's tokens with the first special tokens before them."""
+        return tokens if tokens[: len(self._first)] == self._first else [*self._first, *tokens]
+
+    def ended(self, tokens: list[int]) -> list[int]:
+        """Return a text's tokens with the eos_token behind them, in place of one that white space follows."""
+        end, text = self._tokenizer.eos_token_id, tokens
+        if end not in text:
+            return [*tokens, end]
+        while text and text[-1] != end and not self._tokenizer.decode(text[-1:]).strip():
+            text = text[:-1]
+        return text if text and text[-1] == end else [*tokens, end]
+
+
 def build(auto_class: Any, config: Any, folder: Path | None, new_head: bool = False) -> nn.Module:
     """In fp32: with the weights in `folder`, else with random ones, from torch's generator. On torch's meta device it
     has no weights either way. Raises ConfigError where the folder lacks some; those of a `new_head` are random."""
