@@ -1,11 +1,6 @@
 """What the user brings: data, model, loss, metrics."""
 
-import difflib
-import importlib
-import inspect
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from distrib.errors import ConfigError
+from distrib.targets import build
 
 if TYPE_CHECKING:
     from distrib.config import TaskConfig  # pydantic takes its time and memory, which a model alone has no use for
@@ -121,52 +117,5 @@ def load_task(config: "TaskConfig | None") -> Task:
     """Import `target` and build it with the config's arguments. Raises ConfigError."""
     if config is None:
         raise ConfigError('task: missing; name yours as task: {target: "my_file:MyTask"}')
-    task = build(config.target, config.arguments, "task")
-    if not isinstance(task, Task):
-        raise ConfigError(f"task.target: {config.target} is not a distrib.Task but {type(task).__name__}")
+    task: Task = build(config.target, config.arguments, "task", Task)
     return task
-
-
-def build(target: str, arguments: dict[str, Any], key: str) -> Any:
-    """Call the class or function `module:name` with keyword arguments; `key` is where the config names it."""
-    return call(find(target, key), arguments, key)
-
-
-def call(function: Callable[..., Any], arguments: dict[str, Any], key: str) -> Any:
-    """`function(**arguments)`; arguments that it does not take are refused with those it does. Raises ConfigError."""
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # some built-ins have none
-        return function(**arguments)
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        valid = ", ".join(signature.parameters) or "no arguments"
-        name = getattr(function, "__name__", repr(function))
-        raise ConfigError(f"{key}: {name} does not take what is given: {error}; it takes: {valid}") from None
-    return function(**arguments)
-
-
-def find(target: str, key: str) -> Callable[..., Any]:
-    """Import `module:name`, looking in the working directory first. Raises ConfigError."""
-    module_name, colon, name = target.partition(":")
-    if not (module_name and colon and name):
-        raise ConfigError(f"{key}.target: {target!r} is not of the form module:Class, for example my_file:MyTask")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there, but imports something that is not
-        raise ConfigError(
-            f"{key}.target: there is no module {error.name!r}, neither in {os.getcwd()} nor installed"
-        ) from None
-    function = getattr(module, name, None)
-    if function is None:
-        close = difflib.get_close_matches(name, dir(module), n=1)
-        hint = f", did you mean {module_name}:{close[0]}?" if close else ""
-        raise ConfigError(f"{key}.target: module {module_name!r} has no {name!r}{hint}")
-    if not callable(function):
-        raise ConfigError(f"{key}.target: {target} cannot be called, it is a {type(function).__name__}")
-    return function  # type: ignore[no-any-return]

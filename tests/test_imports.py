@@ -13,6 +13,7 @@ LAYERS = [
         "errors",
         "processes",
         "slurm",
+        "targets",
         "stopping",
         "presence",
         "gate",

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,7 @@ from torch import nn
 
 from distrib.config import TaskConfig
 from distrib.errors import ConfigError
+from distrib.targets import build, find
 from distrib.task import Task, load_task
 
 
@@ -28,8 +30,16 @@ def test_a_file_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.Mon
         ({"target": "no_such_module:X"}, ["no module 'no_such_module'"]),
         ({"target": "distrib.tasks.digit:Digits"}, ["no module 'distrib.tasks.digit'"]),
         ({"target": "distrib.tasks.digits:Digit"}, ["has no 'Digit'", "distrib.tasks.digits:Digits?"]),
-        ({"target": "distrib:__version__"}, ["cannot be called", "str"]),
-        ({"target": "collections:OrderedDict"}, ["is not a distrib.Task but OrderedDict"]),
+        ({"target": "distrib:__version__"}, ["distrib:__version__ is not a Task, it is a str"]),
+        ({"target": "torch.nn:Linear"}, ["torch.nn:Linear is not a Task but a class Linear"]),
+        ({"target": "distrib.tasks.digits:mlp"}, ["mlp is not a Task, it is a function"]),
+        ({"target": "tasks.py:Base"}, ["'tasks.py:Base' is not of the form module:Class; write tasks:Base"]),
+        ({"target": "./my_task:Class"}, ["write my_task:Class"]),
+        ({"target": "my/own/task.py:Class"}, ["write my.own.task:Class"]),
+        ({"target": ".x:Y"}, ["write x:Y"]),
+        ({"target": "my_task.Class"}, ["write my_task:Class"]),
+        ({"target": "my task:Class"}, ["is not of the form module:Class; for example"]),
+        ({"target": "my_task:"}, ["is not of the form module:Class; for example"]),
         ({"target": "distrib.tasks.digits:Digits", "hiden": 1}, ["'hiden'", "network, hidden, dropout"]),
     ],
 )
@@ -37,6 +47,43 @@ def test_a_task_that_cannot_be_built(task: dict[str, Any], parts: list[str]) -> 
     with pytest.raises(ConfigError) as error:
         load(**task)
     assert [part for part in parts if part not in str(error.value)] == [], error.value
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["builtins:breakpoint", "os:abort", "os:system", "subprocess:run", "shutil:rmtree", "importlib:import_module"],
+)
+def test_a_part_of_python_is_never_called(target: str) -> None:
+    with pytest.raises(ConfigError, match=f"{target} is a part of Python itself, not a"):
+        find(target, "task", Task)
+    with pytest.raises(ConfigError, match=f"{target} is a part of Python itself, not a"):
+        find(target, "task.model", nn.Module, factories=True)
+
+
+def test_what_may_make_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test.py").write_text(  # the name of a package of Python's own
+        "import functools\n"
+        "from os import abort\n"
+        "from shutil import rmtree\n"
+        "from torch import nn\n"
+        "def small(width): return nn.Linear(width, 1)\n"
+        "part = functools.partial(small, 3)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "test", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert build("test:small", {"width": 3}, "task.model", nn.Module, factories=True).in_features == 3
+    assert find("distrib.tasks.digits:mlp", "task.model", nn.Module, factories=True)
+    for name, said in {
+        "test:abort": "not a Module, nor a function that makes one, it is a builtin_function",
+        "test:rmtree": "test:rmtree is not annotated to return a Module; call it in a function of your own",
+        "test:part": "it is a partial",
+        "torch.hub:load": "torch.hub:load is not annotated to return a Module",
+        "torch.utils.cpp_extension:load_inline": "is not annotated to return a Module",
+        "torch.utils.data:TensorDataset": "is not a Module but a class TensorDataset",
+    }.items():
+        with pytest.raises(ConfigError, match=said):
+            find(name, "task.model", nn.Module, factories=True)
 
 
 def test_no_task_at_all() -> None:

@@ -19,13 +19,19 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from distrib.errors import ConfigError
+from distrib.targets import hidden_by
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 _ROUNDING = 1e-3  # of what logits differ by, at most; where documents see one another they differ by 1e-2 or more
 
 
 def require_installed() -> None:
-    """Raises ConfigError where the extra is not installed."""
+    """Raises ConfigError where the extra is not installed, or a file of the user's hides it."""
+    for library in ("datasets", "transformers", "tokenizers"):
+        if hidden := hidden_by(library):
+            raise ConfigError(
+                f"task.target: needs the library {library}, but {hidden} is imported in its place; rename that"
+            )
     try:
         import datasets
         import transformers

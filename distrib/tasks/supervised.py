@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from distrib.errors import ConfigError
-from distrib.task import Loss, Task, build, call, find
+from distrib.targets import build, call, find
+from distrib.task import Loss, Task
 
 T = TypeVar("T")
 
@@ -23,8 +24,10 @@ class Supervised(Task):
     """Batches are (input, target); the model maps one to the other.
 
     `model`, `train_dataset`, `eval_dataset`: `{target: "module:Class", …}` with keyword arguments, as for a task.
+    `model` and the datasets may also be made by a function of yours, or by one that is annotated to return them.
     `loss`: a torch.nn class that takes (output, target), by name, or `{name: CrossEntropyLoss, …}` with arguments.
-    `metrics`: for each metric of your naming a torchmetrics class, by name or `{name: MulticlassAccuracy, …}`.
+    `metrics`: for each metric of your naming a torchmetrics class, by name or `{name: R2Score, …}` with arguments;
+    with its module where torchmetrics itself does not hold it, `torchmetrics.classification:MulticlassAccuracy`.
     """
 
     def __init__(
@@ -35,9 +38,9 @@ class Supervised(Task):
         eval_dataset: dict[str, Any] | None = None,
         metrics: dict[str, Any] | None = None,
     ) -> None:
-        self._model = _checked(model, "task.model")
-        self._train_dataset = _checked(train_dataset, "task.train_dataset")
-        self._eval_dataset = None if eval_dataset is None else _checked(eval_dataset, "task.eval_dataset")
+        self._model = _checked(model, nn.Module, "task.model")
+        self._train_dataset = _checked(train_dataset, Dataset, "task.train_dataset")
+        self._eval_dataset = None if eval_dataset is None else _checked(eval_dataset, Dataset, "task.eval_dataset")
         self._loss = _by_name(nn, loss, nn.modules.loss._Loss, "task.loss", reduction="none")
         if len(inspect.signature(type(self._loss).forward).parameters) != 3:
             raise ConfigError(f"task.loss: {type(self._loss).__name__} takes more than (output, target); write a Task")
@@ -85,30 +88,33 @@ class Supervised(Task):
         return values
 
 
-def _checked(spec: Any, key: str) -> dict[str, Any]:
+def _checked(spec: Any, kind: type[Any], key: str) -> dict[str, Any]:
     """The form `{target: module:Class, …}`, its target importable: found out before anything is built."""
     if not isinstance(spec, dict) or not isinstance(spec.get("target"), str):
         raise ConfigError(f"{key}: {spec!r}: write {{target: module:Class, …}} with the arguments of the class")
-    find(spec["target"], key)
+    find(spec["target"], key, kind, factories=True)
     return spec
 
 
 def _built(spec: dict[str, Any], kind: type[T], key: str) -> T:
-    result = build(spec["target"], {name: value for name, value in spec.items() if name != "target"}, key)
-    if not isinstance(result, kind):
-        raise ConfigError(f"{key}.target: {spec['target']} is not a {kind.__name__} but {type(result).__name__}")
-    return result
+    arguments = {name: value for name, value in spec.items() if name != "target"}
+    made: T = build(spec["target"], arguments, key, kind, factories=True)
+    return made
 
 
 def _by_name(module: ModuleType, spec: Any, base: type[Any], key: str, **fixed: Any) -> Any:
-    """A class of `module` that derives from `base`, given by name or as `{name: …, arguments}`."""
+    """A class of `module`, or module:Class, that derives from `base`, by name or as `{name: …, arguments}`."""
     arguments = dict(spec) if isinstance(spec, dict) else {"name": spec}
     name = arguments.pop("name", None)
-    classes = {n: c for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, base)}
+    classes: dict[Any, Any] = {n: c for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, base)}
+    if isinstance(name, str) and (":" in name or "." in name):  # torchmetrics.classification:MulticlassAccuracy
+        path, _, name = name.replace(":", ".").rpartition(".")
+        classes = {name: find(f"{path}:{name}", key, base)}
     if name not in classes:
         close = difflib.get_close_matches(str(name), classes, n=1)
         hint = f", did you mean {close[0]}?" if close else f"; for example {', '.join(sorted(classes)[:3])}"
-        raise ConfigError(f"{key}: {name!r} is not a {base.__name__.strip('_')} in {module.__name__}{hint}")
+        what = f"is not a {base.__name__.strip('_')} in {module.__name__}, and no module:Class"
+        raise ConfigError(f"{key}: {name!r} {what}{hint}")
     if twice := arguments.keys() & fixed.keys():
         raise ConfigError(f"{key}.{twice.pop()}: is decided by distrib; leave it out")
     for argument in ("weight", "pos_weight"):

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from distrib.config import Config, StrategyConfig
 from distrib.errors import CheckpointError, ConfigError
@@ -13,7 +14,8 @@ from distrib.state import verification
 from distrib.state.export import export
 from distrib.state.resume import Found, newest_whole
 from distrib.state.run_dir import RunDir
-from distrib.task import Task, find, load_task
+from distrib.targets import find
+from distrib.task import Task, load_task
 from distrib.training import assembly, strategies
 from distrib.training.deepspeed_config import compile_config
 from distrib.training.engine import Engine
@@ -95,9 +97,8 @@ def _exporter(config: Config) -> Task:
     """The run's task, built only where it has an export of its own: the data that it looks for need not be here."""
     if config.task is None:
         return Task()
-    found = find(config.task.target, "task")
-    plain = isinstance(found, type) and issubclass(found, Task) and found.export is Task.export
-    return Task() if plain else load_task(config.task)
+    found: Any = find(config.task.target, "task", Task)
+    return Task() if found.export is Task.export else load_task(config.task)
 
 
 def _newest(run: RunDir, world: World) -> Found:

@@ -1,11 +1,13 @@
 """Models of Hugging Face's by config alone: the same training under every strategy, documents that do not see one
 another, and folders that go out and come back in. Everything is made here, with random weights."""
 
+import importlib
 import json
 import math
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -23,7 +25,9 @@ from torch.nn import functional as F
 from distrib import Config, Trainer
 from distrib.data.order import sample_indices
 from distrib.errors import ConfigError
+from distrib.targets import hidden_by
 from distrib.task import load_task
+from distrib.tasks import pretrained
 from distrib.tasks.hugging_face import CausalLM, HuggingFace, SequenceClassification
 from distrib.training import assembly
 from distrib.training.verbs import evaluate_run, explain_run, export_run
@@ -256,7 +260,9 @@ def test_what_a_config_leaves_out_is_the_tokenizers() -> None:
 STEPS = 12
 SCRIPT = """
 from distrib import Config, Trainer
+from distrib.targets import hidden_by
 from distrib.task import load_task
+from distrib.tasks import pretrained
 
 for name, values in {runs}.items():
     config = Config.from_dict(values)
@@ -562,12 +568,27 @@ def test_what_a_folder_gets_wrong(saved: Path, tmp_path: Path) -> None:
 
 
 def test_without_the_extra_there_is_one_line(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "transformers.py").write_text("raise ModuleNotFoundError('no', name='transformers')")
-    (tmp_path / "config.yaml").write_text(json.dumps(language()))
-    said = refused(run("distrib", "train", "config.yaml", PYTHONPATH=str(tmp_path)))
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "transformers.py").write_text("raise ModuleNotFoundError('no', name='transformers')")
+    (here / "config.yaml").write_text(json.dumps(language()))
+    said = refused(run("distrib", "train", "config.yaml", cwd=here, PYTHONPATH=str(elsewhere)))
     assert said.endswith(
         "task.target: this task needs transformers, which is not installed; pip install 'distrib[huggingface]'"
     )
+
+
+def test_a_folder_of_the_users_that_hides_a_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "datasets").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "datasets", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert hidden_by("datasets") is None  # a folder of data: without an __init__.py it hides nothing
+    (tmp_path / "datasets" / "__init__.py").write_text("raise RuntimeError")
+    importlib.invalidate_caches()
+    with pytest.raises(ConfigError, match=rf"the library datasets, but {tmp_path}/datasets/__init__.py is imported"):
+        pretrained.require_installed()
 
 
 def test_the_config_is_explained(capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,9 @@ def test_total_by_count_is_torchs_own_mean(loss: Any, output: torch.Tensor, targ
         ({"loss": "CTCLoss"}, ["CTCLoss takes more than (output, target)"]),
         ({"loss": {"name": "MSELoss", "reduction": "mean"}}, ["task.loss.reduction: is decided by distrib"]),
         ({"loss": {"name": "MSELoss", "delta": 1}}, ["task.loss: MSELoss", "'delta'"]),
+        ({"loss": "torch.nn:Linear"}, ["task.loss.target: torch.nn:Linear is not a _Loss but a class Linear"]),
+        ({"loss": "MSELoss", "metrics": {"x": "os.system"}}, ["os:system is a part of Python itself"]),
+        ({"loss": "MSELoss", "metrics": {"x": "torchmetrics.R2score"}}, ["did you mean torchmetrics:R2Score?"]),
         ({"loss": "MSELoss", "metrics": {"r2": "R2score"}}, ["task.metrics.r2: 'R2score'", "R2Score?"]),
         ({"loss": "MSELoss", "model": "Net"}, ["task.model: 'Net'", "target: module:Class"]),
         ({"loss": "MSELoss", "model": {"target": "torch.nn:Linaer"}}, ["task.model.target", "torch.nn:Linear?"]),
@@ -80,7 +83,7 @@ def test_what_the_config_gets_wrong(arguments: dict[str, Any], parts: list[str])
 
 
 def test_a_dataset_is_not_a_model() -> None:
-    with pytest.raises(ConfigError, match=r"task.model.target: .* is not a Module but Diabetes"):
+    with pytest.raises(ConfigError, match=r"task.model.target: .* is not a Module but a class Diabetes"):
         task("MSELoss", model=DATA).model()
 
 
@@ -94,6 +97,9 @@ def test_metrics_are_torchmetrics_over_all_rows() -> None:
         "CrossEntropyLoss",
         metrics={"accuracy": {"name": "Accuracy", "task": "multiclass", "num_classes": 3}},
     )
+    by_path = {"name": "torchmetrics.classification:MulticlassAccuracy", "num_classes": 3, "average": "micro"}
+    further = task("torch.nn.CrossEntropyLoss", metrics={"accuracy": by_path})
     rows = {"output": torch.eye(3)[[0, 1, 2, 0]], "target": torch.tensor([0, 1, 2, 2])}
     assert supervised.metrics(rows) == {"accuracy": 0.75}
+    assert further.metrics(rows) == {"accuracy": 0.75}
     assert supervised.metrics(rows) == {"accuracy": 0.75}  # nothing is kept from one evaluation to the next

@@ -1,0 +1,137 @@
+"""What a config names as `module:Class`: found, checked, and only then called."""
+
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+import os
+import site
+import sys
+import sysconfig
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from distrib.errors import ConfigError
+
+
+def build(target: str, arguments: dict[str, Any], key: str, kind: type[Any], factories: bool = False) -> Any:
+    """Make what `target` names with keyword arguments; `key`: where the config names it. As for `find`."""
+    made = call(find(target, key, kind, factories), arguments, key)
+    if not isinstance(made, kind):
+        raise ConfigError(f"{key}.target: {target} is not a {kind.__name__} but {type(made).__name__}")
+    return made
+
+
+def call(function: Callable[..., Any], arguments: dict[str, Any], key: str) -> Any:
+    """`function(**arguments)`; arguments that it does not take are refused with those it does. Raises ConfigError."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some built-ins have none
+        return function(**arguments)
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        valid = ", ".join(signature.parameters) or "no arguments"
+        name = getattr(function, "__name__", repr(function))
+        raise ConfigError(f"{key}: {name} does not take what is given: {error}; it takes: {valid}") from None
+    return function(**arguments)
+
+
+def find(target: str, key: str, kind: type[Any], factories: bool = False) -> Callable[..., Any]:
+    """Import `module:name`, looking in the working directory first, and return the class, which derives from `kind`.
+
+    With `factories` also a function that makes one: of the user's own, or an installed one that is annotated to return
+    one. Nothing else is ever called, or a config could run any program. Raises ConfigError.
+    """
+    module_name, name = _parts(target, key)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    if _is_pythons_own(module_name):
+        raise ConfigError(f"{key}.target: {target} is a part of Python itself, not a {kind.__name__}")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, but imports something that is not
+        raise ConfigError(
+            f"{key}.target: there is no module {error.name!r}, neither in {os.getcwd()} nor installed"
+        ) from None
+    found = getattr(module, name, None)
+    if found is None:
+        close = difflib.get_close_matches(name, dir(module), n=1)
+        hint = f", did you mean {module_name}:{close[0]}?" if close else ""
+        raise ConfigError(f"{key}.target: module {module_name!r} has no {name!r}{hint}")
+    if isinstance(found, type):
+        if issubclass(found, kind):
+            return found
+        raise ConfigError(f"{key}.target: {target} is not a {kind.__name__} but a class {found.__name__}")
+    if not factories or not inspect.isfunction(found):
+        wanted = f"a {kind.__name__}" + (", nor a function that makes one" if factories else "")
+        raise ConfigError(f"{key}.target: {target} is not {wanted}, it is a {type(found).__name__}")
+    if not _makes(found, kind):
+        raise ConfigError(
+            f"{key}.target: {target} is not annotated to return a {kind.__name__}; call it in a function of your own, "
+            "and name that"
+        )
+    return found
+
+
+def hidden_by(library: str) -> str | None:
+    """The user's own folder or file that Python imports in place of an installed library, if there is one."""
+    spec = importlib.util.find_spec(library)
+    origin = None if spec is None or not spec.has_location else spec.origin
+    own = origin is not None and not _is_installed(origin) and os.path.realpath(origin).startswith(os.getcwd() + os.sep)
+    return origin if own else None
+
+
+def _parts(target: str, key: str) -> tuple[str, str]:
+    """Module and name. Raises ConfigError, with what was probably meant."""
+    module, colon, name = target.partition(":")
+    if colon and name.isidentifier() and not module.endswith(".py") and _is_dotted(module):
+        return module, name
+    path, name = (module, name) if colon else target.rpartition(".")[::2]
+    meant = ".".join(part for part in path.removesuffix(".py").replace(os.sep, ".").split(".") if part)
+    known = name.isidentifier() and _is_dotted(meant)
+    example = f"write {meant}:{name}" if known else "for example my_file:MyTask"
+    raise ConfigError(f"{key}.target: {target!r} is not of the form module:Class; {example}")
+
+
+def _is_dotted(module: str) -> bool:
+    return all(part.isidentifier() for part in module.split("."))
+
+
+def _is_pythons_own(module: str) -> bool:
+    """Of the standard library, and not a file of the user's with such a name, which comes first."""
+    top = module.partition(".")[0]
+    if top not in sys.stdlib_module_names:
+        return False
+    spec = importlib.util.find_spec(top)
+    origin = None if spec is None else spec.origin
+    return origin in (None, "built-in", "frozen") or str(origin).startswith(sysconfig.get_path("stdlib") + os.sep)
+
+
+def _makes(function: Callable[..., Any], kind: type[Any]) -> bool:
+    """Is it the user's own, or annotated to return a `kind`?"""
+    origin = inspect.unwrap(function)
+    if not _is_installed(inspect.getfile(origin)) and not _is_pythons_own(origin.__module__):
+        return True
+    try:
+        returned = typing.get_type_hints(origin).get("return")
+    except Exception:  # an annotation may be any code
+        return False
+    returned = typing.get_origin(returned) or returned
+    return isinstance(returned, type) and issubclass(returned, kind)
+
+
+@functools.cache
+def _installed() -> tuple[str, ...]:
+    paths = sysconfig.get_paths()
+    folders = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    folders |= {*site.getsitepackages(), site.getusersitepackages()}
+    return tuple(os.path.realpath(folder) + os.sep for folder in folders)
+
+
+def _is_installed(file: str) -> bool:
+    return file.startswith("<") or os.path.realpath(file).startswith(_installed())
