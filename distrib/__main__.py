@@ -1,5 +1,9 @@
 """`python -m distrib` is `distrib`."""
 
-from distrib.cli import main
+from distrib.processes import die_with_launcher
+
+die_with_launcher()  # before anything that takes its time to import
+
+from distrib.cli import main  # noqa: E402
 
 main()

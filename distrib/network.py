@@ -104,7 +104,7 @@ def wait_for_answer(host: str, port: int, seconds: float, who: str) -> None:
 
 def no_answer(host: str, port: int, seconds: float, error: OSError, who: str) -> LaunchError:
     # asyncio's own words say less than the system's; those for a name that is not known have a number below 0
-    reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror
+    reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror or error
     return LaunchError(
         f"rendezvous at {endpoint(host, port)} failed: no answer within {seconds:g} s ({reason}); "
         f"{who} should listen there, is it running and the port open?"

@@ -23,6 +23,7 @@ from distrib.launching.member import INTERRUPTED
 from distrib.launching.rendezvous import NodeRendezvous
 from distrib.plan import window_size
 from distrib.presence import KEPT_AT
+from distrib.processes import LAUNCHER
 from distrib.stopping import SAVED
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -103,6 +104,7 @@ def launch(arguments: Sequence[str], options: Options) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(tuning.threads(options.processes)))
     os.environ.update(
         DISTRIB_LAUNCHER="distrib",
+        **{LAUNCHER: str(os.getpid())},
         DISTRIB_GRACE=f"{options.grace:g}",
         DISTRIB_JOIN_TIMEOUT=f"{options.join_timeout:g}",
         TORCHELASTIC_SIGNALS_TO_HANDLE="SIGQUIT",  # the others are handled here

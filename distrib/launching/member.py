@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from distrib import slurm
 from distrib.errors import DistribError, Preempted
-from distrib.processes import die_with_parent
+from distrib.processes import die_with_launcher
 from distrib.stopping import leave_when_asked
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells do
@@ -31,8 +31,7 @@ def run_as_member(work: Callable[[], object], trains: bool = False) -> int:
     An error of the user's is one line, said by rank 0 alone; a crash is a traceback, said by the rank that failed
     first. A failed process ends at once, without waiting for threads that wait for the other ranks.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun, accelerate launch or distrib launch
-        die_with_parent()
+    die_with_launcher()
     if "RANK" not in os.environ:
         os.environ.update(slurm.as_member(os.environ))  # here and for what the user brings
     if trains:

@@ -197,10 +197,8 @@ def say(line: str) -> None:
 
 
 def main() -> None:
-    shield()
     path, run_id, first_step, parent, *host = sys.argv[1:]
-    if os.getppid() != int(parent):  # it ended before it could be promised that we end with it
-        return
+    shield(int(parent))
     os.nice(19)  # training goes first
     run = RunDir(Path(path))
     if host and wandb_mode(run.read_config().tracking) == "off":

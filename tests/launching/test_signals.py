@@ -3,11 +3,15 @@ started again it is the run that was never disturbed."""
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import check_same, events, no_process_left, processes_of, ranks, start, steps_done, until
+from conftest import check_same, environment, events, no_process_left, processes_of, ranks, start, steps_done, until
 
 STEPS = 40
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
@@ -126,6 +130,27 @@ def test_after_a_crash_all_start_again(mark: str, tmp_path: Path, undisturbed: P
         *("started", "started", "resumed", "started", "resumed", "finished"),
     ]
     check_same(run, undisturbed)
+
+
+def test_a_launcher_killed_while_its_ranks_start(tmp_path: Path) -> None:
+    """None of them stays: within 10 s, or `no_process_left` would find them."""
+    write(tmp_path)
+    with ExitStack() as stack:
+        marks = [stack.enter_context(no_process_left()) for _ in range(4)]
+        launchers = [start(mark, tmp_path, *LAUNCH) for mark in marks]
+        for mark, launcher, wait in zip(marks, launchers, (0.0, 0.05, 0.3, 1.0), strict=True):
+            until(lambda mark=mark: ranks(mark), "no rank is started")  # type: ignore[misc]
+            time.sleep(wait)
+            launcher.kill()
+            launcher.communicate()
+
+
+@pytest.mark.parametrize("command", [["distrib", "train", "nowhere.yaml"], ["distrib.launching.member", "script.py"]])
+def test_a_rank_whose_launcher_is_gone_before_it_begins(mark: str, tmp_path: Path, command: list[str]) -> None:
+    """It ends at once, and has not even read its arguments."""
+    env = environment(mark, DISTRIB_LAUNCHER_PID=str(os.getppid()))
+    result = subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, env=env, capture_output=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (1, b"", b"")
 
 
 def test_restarts_come_to_an_end(mark: str, tmp_path: Path) -> None:
