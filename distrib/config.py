@@ -149,7 +149,12 @@ class Config(_Section):
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Config":
         """Read a YAML file and apply `key=value` overrides. Raises ConfigError."""
         path = Path(path)
-        values = config_yaml.parse(config_yaml.read(path), str(path))
+        return cls.parse(config_yaml.read(path), path, overrides)
+
+    @classmethod
+    def parse(cls, text: str, path: Path, overrides: Sequence[str] = ()) -> "Config":
+        """The config in a YAML text, which stands in the file at `path`. Raises ConfigError."""
+        values = config_yaml.parse(text, str(path))
         if values is None:
             values = {}
         if not isinstance(values, dict):

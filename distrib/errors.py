@@ -23,6 +23,16 @@ class RunDirError(DistribError):
     """A run folder, or one to write into, cannot be used: it is taken, missing or unreadable."""
 
 
+class DamagedFileError(RunDirError):
+    """A file of a run folder cannot be read, or does not hold what it must."""
+
+
+class WriteError(DistribError):
+    """A file of the run cannot be written, for example because the disk is full. The run can go on when it can."""
+
+    exit_code = 1
+
+
 class CheckpointError(DistribError):
     """A checkpoint is missing, incomplete or does not match its manifest."""
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from distrib import slurm
-from distrib.errors import DistribError, Preempted
+from distrib.errors import DistribError, Preempted, WriteError
 from distrib.processes import die_with_launcher
 from distrib.stopping import leave_when_asked
 
@@ -39,6 +39,8 @@ def run_as_member(work: Callable[[], object], trains: bool = False) -> int:
     try:
         work()
     except DistribError as error:
+        if isinstance(error, WriteError):
+            _name_failure()
         said: str | None = str(error) if isinstance(error, Preempted) else f"error: {error}"
         _end_by_sigterm(error.exit_code)
         if int(os.environ.get("RANK", 0)) != 0:
@@ -76,6 +78,14 @@ def run_and_end(program: Callable[[], object]) -> NoReturn:
     threading._shutdown()  # type: ignore[attr-defined]  # as Python itself: tells idle pools to end, then joins threads
     atexit._run_exitfuncs()
     _end(None, code if isinstance(code, int) else int(code is not None))
+
+
+def _name_failure() -> None:
+    """Tell the other ranks that this one failed: they would take it for a lost connection."""
+    from distrib.presence import joined
+
+    if (me := joined()) is not None:
+        me.claim_failure(began_here=True)
 
 
 def _end_by_sigterm(code: int) -> None:

@@ -34,6 +34,9 @@ def compare_runs(paths: Sequence[Path], out: Path) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE)
     for make in (tables.differences_in_short, tables.partings, tables.figures):
         _print(console, make(comparison))
+    for run in comparison.runs:
+        for line in run.trouble:
+            console.print(f"warning: {line}", markup=False, soft_wrap=True)
     console.print(f"{out} and {picture}", markup=False, soft_wrap=True)
 
 

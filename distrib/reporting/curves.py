@@ -1,14 +1,21 @@
 """curves.png: loss and metrics of a run over its steps, drawn from the run folder alone."""
 
+import io
+from contextlib import suppress
+
 from matplotlib.figure import Figure  # without pyplot, which takes a second to import and is for screens
 
-from distrib.state.ledger import whole_lines
+from distrib.state.files import read_lines
+from distrib.state.formats import EVALUATION, STEP
 from distrib.state.run_dir import RunDir
 
 
 def draw_curves(run: RunDir) -> None:
-    """Read steps.jsonl and evals.jsonl, write curves.png: the losses in one panel, each metric in one of its own."""
-    steps, evals = list(whole_lines(run.steps)), list(whole_lines(run.evals))
+    """Read steps.jsonl and evals.jsonl, write curves.png: the losses in one panel, each metric in one of its own.
+
+    Lines that cannot be read are left out, see `trouble` of the run.
+    """
+    steps, evals = list(read_lines(run.steps, STEP, run.trouble)), list(read_lines(run.evals, EVALUATION, run.trouble))
     metrics = {key: None for entry in evals for key in entry["metrics"] if key != "eval/loss"}
     width = 5.5 * (1 + len(metrics))
     figure = Figure(figsize=(width, 4), dpi=120)  # margins by hand: a layout engine draws all of it twice
@@ -25,4 +32,13 @@ def draw_curves(run: RunDir) -> None:
         panel.set(title=key, xlabel="step")
     for panel in panels[0]:
         panel.grid(alpha=0.3)
-    figure.savefig(run.curves)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    partial = run.curves.with_name(f".{run.curves.name}.partial")
+    try:
+        partial.write_bytes(picture.getvalue())
+        partial.replace(run.curves)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise

@@ -42,7 +42,7 @@ class Metrics:
         elif kind == "evaluation":
             values = self._of_evaluation(entry)
         elif kind == "checkpoint":
-            values = {"perf/save_seconds": entry["seconds"], "perf/save_stall_seconds": entry["stall"]}
+            values = {"perf/save_seconds": entry.get("seconds"), "perf/save_stall_seconds": entry.get("stall")}
         else:
             return self._steps_done, {}
         known = {key: value for key, value in values.items() if value is not None}
@@ -63,7 +63,9 @@ class Metrics:
         values |= {name: entry.get(key) for key, name in _PERF.items()}
         values["train/skipped"] = self.skipped
         if "data_seconds" in entry:
-            values["perf/forward_backward_seconds"] = seconds - entry["data_seconds"] - entry["optimizer_seconds"]
+            values["perf/forward_backward_seconds"] = (
+                seconds - entry["data_seconds"] - entry.get("optimizer_seconds", 0.0)
+            )
         if "peak_memory" in entry:
             values["perf/peak_memory_gib"] = entry["peak_memory"] / _GIB
         if seconds:

@@ -98,7 +98,7 @@ class ProgressDisplay:
     def _state(self, entry: dict[str, Any]) -> str:
         loss, norm = (float("nan") if entry[key] is None else entry[key] for key in ("loss", "grad_norm"))
         mean = sum(self._seconds) / len(self._seconds)
-        left = timedelta(seconds=round(mean * (self.num_steps - entry["step"] - 1)))
+        left = timedelta(seconds=min(round(mean * (self.num_steps - entry["step"] - 1)), 10**9))
         state = (
             f"epoch {entry['epoch']}  loss {loss:.4f}  lr {entry['lr']:.2e}  {self.batch_size / mean:,.0f} samples/s"
         )

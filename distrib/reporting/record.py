@@ -1,11 +1,11 @@
 """What a run says of itself while it trains: to its folder, the terminal and the trackers. Rank 0 alone speaks."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from distrib.config import TrackingConfig
-from distrib.errors import Preempted
+from distrib.errors import Preempted, WriteError
 from distrib.reporting.progress import ProgressDisplay
 from distrib.reporting.tracking_process import WARNING, TrackingProcess
 from distrib.state.ledger import Ledger
@@ -28,6 +28,10 @@ class Record:
     def chain(self) -> str:
         """The ledger's, after the last step; of rank 0."""
         return "" if self._ledger is None else self._ledger.chain
+
+    def state(self) -> dict[str, Any]:
+        """The part of a checkpoint's manifest that is rank 0's: the ledger's chain, and the run folder's files."""
+        return {"chain": self.chain, "run": self.run.to_save()} if self.world.is_rank_0 else {}
 
     @contextmanager
     def open(self, chain: str, tracking: TrackingConfig, first_step: int) -> Iterator[None]:
@@ -63,6 +67,25 @@ class Record:
     def warn(self, reason: str) -> None:
         self.event("warning", reason=reason)
 
+    def trouble(self, finished: bool = False) -> None:
+        """Warn of what was found damaged in the run folder; if the run had `finished`, nothing is written there."""
+        for reason in self.run.take_trouble():
+            if finished:
+                self.display.warn(reason)
+            else:
+                self.warn(reason)
+
+    def draw_curves(self) -> None:
+        """Write curves.png; where that fails it is a warning: nothing of the run is in it alone."""
+        from distrib.reporting.curves import draw_curves  # matplotlib takes its time, so only now
+
+        try:
+            draw_curves(self.run)
+        except Exception as error:  # matplotlib has many ways to fail
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            self.warn(f"{self.run.curves}: not drawn: {type(error).__name__}: {reason}")
+        self.trouble()
+
     def say(self, line: str) -> None:
         if self.world.is_rank_0:
             self.display.say(line)
@@ -80,7 +103,8 @@ class Record:
             yield
         except BaseException as error:
             if not isinstance(error, Preempted):
-                self.event("failed", step=self.steps_done, error=f"{type(error).__name__}: {error}")
+                with suppress(WriteError):  # the folder may be why it failed
+                    self.event("failed", step=self.steps_done, error=f"{type(error).__name__}: {error}")
                 self.close("failed")
             raise
 

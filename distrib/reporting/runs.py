@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,8 @@ import numpy.typing as npt
 from distrib.config import Config, flatten
 from distrib.errors import ConfigError, RunDirError
 from distrib.reporting.wandb_files import offline_folders, read_offline
-from distrib.state.ledger import whole_lines
+from distrib.state.files import read_lines
+from distrib.state.formats import EVALUATION, EVENT, STEP
 from distrib.state.run_dir import RunDir
 
 Steps: TypeAlias = npt.NDArray[np.int64]
@@ -64,6 +66,7 @@ class Run:
     curves: dict[str, Curve]
     seconds: Curve  # since the run began, without what is not a step
     samples: Digests
+    trouble: tuple[str, ...] = ()  # what could not be read
 
     @property
     def global_batch_size(self) -> int | None:
@@ -87,7 +90,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 def _load(path: Path) -> Run:
     if not path.is_dir():
         raise RunDirError(f"{path}: no such folder; give run folders, for example runs/digits")
-    if (path / "config.yaml").exists():
+    if os.path.lexists(path / "config.yaml") or (path / "checkpoints").is_dir():
         return _from_run_folder(path)
     if folders := offline_folders(path):
         return _from_wandb(folders)
@@ -97,14 +100,11 @@ def _load(path: Path) -> Run:
 def _from_run_folder(path: Path) -> Run:
     run = RunDir(path)
     config = run.read_config()
-    environment = run.read_environment() if run.environment.exists() else {}
-    columns: dict[str, list[Any]] = {key: [] for key in ("step", "loss", "lr", "grad_norm", "seconds", "samples")}
-    for line in whole_lines(run.steps):
-        for key, column in columns.items():
-            column.append(line.get(key))
+    environment = run.environment_or_nothing() if run.has_begun() else {}
+    columns = _columns(run, ("step", "loss", "lr", "grad_norm", "seconds", "samples"))
     done = [step + 1 for step in columns["step"]]
     curves = {f"train/{key}": Curve.of(done, columns[key]) for key in ("loss", "lr", "grad_norm")}
-    evals = list(whole_lines(run.evals))
+    evals = list(read_lines(run.evals, EVALUATION, run.trouble))
     for key in dict.fromkeys(key for entry in evals for key in entry["metrics"]):
         having = [entry for entry in evals if key in entry["metrics"]]
         curves[key] = Curve.of([entry["step"] for entry in having], [entry["metrics"][key] for entry in having])
@@ -112,20 +112,36 @@ def _from_run_folder(path: Path) -> Run:
     curves["perf/samples_per_second"] = Curve.of(
         done, [size / seconds if seconds else None for seconds in columns["seconds"]]
     )
+    state = _state(run)
     return Run(
         name=path.resolve().name,
-        state=_state(run),
+        state=state,
         config=config.flat() | _beginning(environment),
         function=config.function() | _beginning(environment),
         **_facts(environment),
         curves=curves,
         seconds=Curve.of(done, np.cumsum(columns["seconds"], dtype=np.float64)),
         samples=Digests.of(done, columns["samples"]),
+        trouble=tuple(run.take_trouble()),
     )
 
 
+def _columns(run: RunDir, keys: Sequence[str]) -> dict[str, list[Any]]:
+    """The ledger's numbers by key, in the order of the steps; of a step that stands there twice, the later line's."""
+    columns: dict[str, list[Any]] = {key: [] for key in keys}
+    for line in read_lines(run.steps, STEP, run.trouble):
+        for key, column in columns.items():
+            column.append(line[key])
+    steps = np.array(columns["step"], dtype=np.int64)
+    if (np.diff(steps) > 0).all():
+        return columns
+    run.report(f"{run.steps}: damaged: its steps are not in order; see distrib verify")
+    _, last = np.unique(steps[::-1], return_index=True)
+    return {key: [column[len(steps) - 1 - place] for place in last] for key, column in columns.items()}
+
+
 def _state(run: RunDir) -> str:
-    events = [event["event"] for event in whole_lines(run.events) if event["event"] in _ENDS]
+    events = [event["event"] for event in read_lines(run.events, EVENT, run.trouble) if event["event"] in _ENDS]
     if not events:
         return "not begun"
     if events[-1] != "started":

@@ -35,7 +35,8 @@ from distrib.reporting.tracking import (
     watch_machine,
 )
 from distrib.reporting.wandb_files import read_offline
-from distrib.state.ledger import whole_lines
+from distrib.state.files import read_lines
+from distrib.state.formats import EVENT
 from distrib.state.run_dir import RunDir
 
 if TYPE_CHECKING:  # the process itself need not wait for torch
@@ -119,7 +120,7 @@ class TrackingProcess:
 def track(run: RunDir, trackers: list[Tracker], metrics: Metrics) -> None:
     """Tell them what the run folder holds and gets, until the run's latest start ends."""
     follower, machines, steps_done = Follower(run), Machines(run), 0
-    starts = sum(event["event"] == "started" for event in whole_lines(run.events))
+    starts = sum(event["event"] == "started" for event in read_lines(run.events, EVENT, run.trouble))
     while True:
         for kind, entry in follower.news():
             starts -= kind == "started"

@@ -1,14 +1,18 @@
 """`distrib watch`: a run as its own display shows it, from its folder."""
 
-import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
 
+from distrib.config import Config
+from distrib.errors import DamagedFileError
 from distrib.plan import RunPlan
 from distrib.reporting.following import Follower
 from distrib.reporting.progress import ProgressDisplay, format_summary
+from distrib.state.formats import STEP
+from distrib.state.ledger import last_line
 from distrib.state.run_dir import RunDir
 
 _SECONDS_BETWEEN_LOOKS = 0.2
@@ -22,29 +26,52 @@ def watch_run(path: Path) -> None:
     """
     run = RunDir(path)
     config = run.read_config()
-    if not run.environment.exists():
+    if not _is_there(run):
         print(f"{path} has not begun yet", flush=True)
-    while not run.environment.exists():
+    while not _is_there(run):
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-    plan = RunPlan.create(config, run.starts()[-1]["world_size"], run.num_samples())
-    display, follower = ProgressDisplay(config.name, plan.num_steps, plan.global_batch_size), Follower(run)
+    display, follower = ProgressDisplay(config.name, *_length(run, config)), Follower(run)
     in_queue, held_at = False, -math.inf
     with display:
         while in_queue or time.monotonic() - held_at < _SECONDS_TO_COME_BACK or held_at < 0:
             if run.held():
                 held_at = time.monotonic()
-            finished = run.summary.exists()
+            finished = os.path.lexists(run.summary)
             for kind, entry in follower.news():
                 _show(display, kind, entry)
-                in_queue = kind == "preempted" and entry["requeue"]
+                in_queue = kind == "preempted" and entry.get("requeue", False)
             if finished or (held_at < 0 and not in_queue):
                 break
             time.sleep(_SECONDS_BETWEEN_LOOKS)
+        for kind, entry in follower.rest():
+            _show(display, kind, entry)
         display.flush()
-    if run.summary.exists():
-        print(format_summary(path, json.loads(run.summary.read_text()), "finished"))
+    summary = None
+    try:
+        summary = run.read_summary()
+    except DamagedFileError as error:
+        run.report(str(error))
+    for line in [*run.take_trouble(), *follower.trouble()]:
+        print(f"warning: {line}")
+    if summary is not None:
+        print(format_summary(path, summary, "finished"))
     else:
         print(f"{path}: nobody trains it now, as far as can be seen from here; start it again to go on")
+
+
+def _is_there(run: RunDir) -> bool:
+    """Has it been started? environment.json alone says so, or, if that is lost, what was trained."""
+    return os.path.lexists(run.environment) or run.has_begun()
+
+
+def _length(run: RunDir, config: Config) -> tuple[int, int]:
+    """Steps of the run, and samples of a step."""
+    environment = run.environment_or_nothing()
+    if environment:
+        plan = RunPlan.create(config, environment["starts"][-1]["world_size"], environment["training_samples"])
+        return plan.num_steps, plan.global_batch_size
+    last = last_line(run.steps, STEP)  # the number of samples is lost
+    return config.train.steps or (last["step"] + 1 if last else 0), config.data.global_batch_size
 
 
 def _show(display: ProgressDisplay, kind: str, entry: dict[str, Any]) -> None:

@@ -9,12 +9,10 @@ Why not torch.distributed.checkpoint: docs/decisions/0007-checkpoints-are-stretc
 """
 
 import hashlib
-import json
 import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distrib.errors import CheckpointError
+from distrib.state.manifest import MANIFEST, read_manifest, sealed, step_of, steps_of
 
-MANIFEST = "manifest.json"
 _SMALL = 1 << 14  # elements: what one rank writes alone
 
 
@@ -110,7 +108,7 @@ def commit(partial: Path, manifest: dict[str, Any], files: list[dict[str, Any]])
             if (partial / file["file"]).stat().st_size != file["bytes"]:
                 raise CheckpointError(f"{partial / file['file']}: not of the size that its rank wrote")
         described = {file["file"]: {"bytes": file["bytes"], "sha256": file["sha256"]} for file in files}
-        (partial / MANIFEST).write_text(_sealed({**manifest, "files": described}))
+        (partial / MANIFEST).write_text(sealed({**manifest, "files": described}))
         fsync(partial / MANIFEST)
         fsync(partial)
         if final.exists():  # damaged, or of a course that was given up: the step was made again
@@ -164,35 +162,15 @@ def prune(folder: Path, keep: int, keep_every: int) -> None:
                 raise CheckpointError(f"{path}: cannot delete an old checkpoint: {error.strerror}") from None
 
 
-def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
 def sync(paths: list[Path]) -> None:
-    """Have what was written to these files on disk."""
+    """Have what was written to these files on disk. Raises CheckpointError."""
     for path in paths:
-        if path.exists():
+        try:
             fsync(path)
-
-
-def steps_of(folder: Path) -> Iterator[Path]:
-    """All checkpoints in `folder`, the newest first, whole or not."""
-    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-    yield from sorted(found, key=step_of, reverse=True)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError where it is missing, or not as it was written."""
-    try:
-        raw = (path / MANIFEST).read_text()
-        manifest: dict[str, Any] = json.loads(raw)
-        digest = manifest.pop("sha256")
-        if raw != _sealed(manifest) or not digest:
-            raise CheckpointError(f"{path / MANIFEST}: damaged: its content is not what was written")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        reason = f"{MANIFEST} is missing" if isinstance(error, FileNotFoundError) else f"{MANIFEST}: {error}"
-        raise CheckpointError(f"{path}: damaged: {reason}") from None
-    return manifest
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be written: {error.strerror}; no checkpoint was saved") from None
 
 
 def verify(path: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
@@ -248,12 +226,6 @@ def write_file(tensors: dict[str, Tensor], path: Path) -> None:
     fsync(path)
 
 
-def _sealed(manifest: dict[str, Any]) -> str:
-    """As JSON, whose last key is the SHA-256 of the text without it."""
-    text = json.dumps(manifest, separators=(",", ":"))
-    return f'{text[:-1]},"sha256":"{hashlib.sha256(text.encode()).hexdigest()}"}}\n'
-
-
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -263,7 +235,7 @@ def _sha256(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         os.fsync(descriptor)
     finally:

@@ -10,12 +10,18 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from distrib.errors import RunDirError
+from pydantic import TypeAdapter
+
+from distrib.errors import DamagedFileError, WriteError
+from distrib.state.files import Appended, lines_of, open_regular, parse, writing
+from distrib.state.formats import STEP
 
 GENESIS = ""  # the chain before the first line
 _ONE_LINE = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
@@ -25,15 +31,23 @@ class Ledger:
     """Appends to a JSON-lines file; each line is handed to the operating system at once."""
 
     def __init__(self, path: Path, chain: str = GENESIS) -> None:
-        """Go on after the line with this chain."""
+        """Go on after the line with this chain. Raises WriteError."""
         self.chain = chain
-        self._file = path.open("a", encoding="utf-8")
+        self._file = Appended(path)
+        self._failed: WriteError | None = None
 
     def append(self, entry: dict[str, Any]) -> None:
+        """Raises WriteError, from then on for every line: after one that is lost, no other can stand."""
+        if self._failed is not None:
+            raise self._failed
         text = to_json(entry)
-        self.chain = link(self.chain, text)
-        self._file.write(f'{text[:-1]},"chain":"{self.chain}"}}\n')
-        self._file.flush()
+        chain = link(self.chain, text)
+        try:
+            self._file.append(f'{text[:-1]},"chain":"{chain}"}}')
+        except WriteError as error:
+            self._failed = error
+            raise
+        self.chain = chain
 
     def __enter__(self) -> "Ledger":
         return self
@@ -42,76 +56,127 @@ class Ledger:
         self._file.close()
 
 
-def chain_after(path: Path, steps: int, beginning: tuple[int, str]) -> str | None:
-    """The chain of the line after which so many steps are made; None where there is no such line.
+def chain_after(path: Path, steps: int, anchors: dict[int, str]) -> str | None:
+    """The chain of the line after which so many steps are made; None if there is no such line, or it is damaged.
 
-    `beginning`: the run's first step, and the chain before it.
+    `anchors`: where the ledger begins, and goes on after lines that were lost: the chain before that step.
     """
-    return beginning[1] if steps == beginning[0] else _line_of(path, steps - 1)[1]
+    return anchors[steps] if steps in anchors else _line_of(path, steps - 1)[1]
 
 
-def cut(path: Path, steps: int, first: int) -> bool:
-    """Leave the lines of the steps from the run's `first` to before `steps`. Were there more?"""
+def cut(path: Path, steps: int, anchors: dict[int, str]) -> bool:
+    """Leave the lines of the steps before `steps`, to which the ledger leads. Were there more?"""
     if not path.exists():
         return False
-    end = _line_of(path, steps - 1)[0] if steps > first else 0
+    if steps == min(anchors):
+        end = 0
+    elif steps in anchors:
+        end = _line_from(path, steps)
+    else:
+        end = _line_of(path, steps - 1)[0]
     more = end < path.stat().st_size
-    os.truncate(path, end)
+    with writing(path):
+        os.truncate(path, end)
     return more
 
 
-def last_line(path: Path) -> dict[str, Any] | None:
-    """The last entry of a JSON-lines file."""
-    for line in _lines_from_the_end(path) if path.exists() else ():
-        if line.strip():
-            entry: dict[str, Any] = json.loads(line)
-            return entry
+def last_line(path: Path, form: TypeAdapter[dict[str, Any]]) -> dict[str, Any] | None:
+    """The last entry of a JSON-lines file that can be read."""
+    with suppress(OSError, DamagedFileError):
+        for line in _lines_from_the_end(path):
+            with suppress(DamagedFileError):
+                return parse(line, form, path)
     return None
 
 
-def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The entries of a JSON-lines file, none where there is no file, without a last one that is torn.
+@dataclass(frozen=True)
+class Line:
+    """A line of the ledger. `entry`: what it holds, None if that cannot be read; `problem`: what is wrong with it, or
+    with what stands before it; `whole`: it is as it was written, as far as the chain can tell."""
 
-    Raises RunDirError where a line before it cannot be read.
+    number: int  # from 1
+    text: str
+    entry: dict[str, Any] | None
+    whole: bool
+    problem: str | None = None
+
+
+def walk(path: Path, anchors: dict[int, str]) -> Iterator[Line]:
+    """Compare each line of the ledger with its place and with the chain. Raises DamagedFileError.
+
+    After a line that is damaged, those that fit to one another count as whole again.
     """
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                if line.endswith(b"\n"):
-                    raise RunDirError(f"{path} line {number}: cannot be read; see distrib verify") from None
-                return
-            yield entry
+    expected = min(anchors)
+    before: set[str] = {anchors[expected]}  # what the chain may be; empty: not known
+    for number, raw in enumerate(lines_of(path), start=1):
+        text = raw.decode(errors="replace")
+        body, _, tail = text.partition(',"chain":"')
+        try:
+            entry = parse(raw, STEP, path)
+        except DamagedFileError:
+            expected, before = expected + 1, set()
+            yield Line(number, text, None, False, "cannot be read as a step")
+            continue
+        step, problem = entry["step"], None
+        if step < expected:
+            what = f"is of step {step}, where step {expected} belongs; step {step} stands there already"
+            yield Line(number, text, entry, False, what)
+            continue
+        if step > expected:
+            problem = f"is of step {step}, where step {expected} belongs; {steps(expected, step)} missing before it"
+            before = set()
+        if step in anchors:
+            problem, before = None, {*before, anchors[step]}
+        chains = {link(chain, body + "}") for chain in before}
+        written = tail.removesuffix('"}\n')
+        whole = tail.endswith('"}\n') and (not before or written in chains)
+        if not whole:
+            problem = f"the chain breaks: this line (step {step}), or one before it, was changed"
+        expected, before = step + 1, {written, *chains} if not whole else {written}
+        yield Line(number, text, entry, whole, problem)
+
+
+def steps(first: int, end: int) -> str:
+    """The steps from `first` to before `end`, with their verb."""
+    return f"step {first} is" if end == first + 1 else f"steps {first} to {end - 1} are"
 
 
 def _line_of(path: Path, step: int) -> tuple[int, str | None]:
     """Where the line of `step` ends, and its chain: looked for from the end of the file, where a resume finds it."""
-    end = path.stat().st_size if path.exists() else 0
-    for line in _lines_from_the_end(path) if end else ():
-        try:
-            entry = json.loads(line)
-        except ValueError:  # torn
-            entry = {}
-        if entry.get("step") == step:
-            return end, entry.get("chain")
-        end -= len(line)
+    with suppress(OSError, DamagedFileError):
+        end = path.stat().st_size
+        for line in _lines_from_the_end(path):
+            with suppress(DamagedFileError):
+                entry = parse(line, STEP, path)
+                if entry["step"] == step and line.endswith(b"\n"):
+                    return end, entry.get("chain")
+            end -= len(line)
     return 0, None
 
 
+def _line_from(path: Path, step: int) -> int:
+    """Where the first line begins that is of `step` or of a later one."""
+    place = 0
+    for line in lines_of(path):
+        with suppress(DamagedFileError):
+            if parse(line, STEP, path)["step"] >= step:
+                break
+        place += len(line)
+    return place
+
+
 def _lines_from_the_end(path: Path) -> Iterator[bytes]:
-    """With their line ends; the first may have none."""
+    """With their line ends; the first may have none. Raises OSError, DamagedFileError."""
     rest = b""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         place = file.seek(0, os.SEEK_END)
         while place:
             size = min(place, 1 << 16)
             place = file.seek(place - size)
-            lines = (file.read(size) + rest).splitlines(keepends=True)
-            rest = lines[0]
-            yield from reversed(lines[1:])
+            lines = (file.read(size) + rest).split(b"\n")
+            ended = [line + b"\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
+            rest = ended[0] if ended else b""  # cut meanwhile
+            yield from reversed(ended[1:])
     yield rest
 
 

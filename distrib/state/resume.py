@@ -6,39 +6,55 @@ from typing import Any
 
 from distrib.errors import CheckpointError, ConfigError
 from distrib.state import checkpoint, ledger
+from distrib.state.manifest import MANIFEST, read_manifest, steps_of
 from distrib.state.run_dir import RunDir
 from distrib.world import World
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint, with its manifest; and what is wrong with the newer ones."""
+    """A checkpoint, with its manifest; and what is wrong with the newer ones.
+
+    `led`: the ledger leads to it; `ours`: it is the run's own, not that of a run from which it was forked.
+    """
 
     path: Path
     manifest: dict[str, Any]
     passed_over: list[str] = field(default_factory=list)
+    led: bool = True
+    ours: bool = True
 
 
 def newest_whole(run: RunDir, world: World) -> Found | None:
-    """None where there is no checkpoint at all. The ranks share the reading, and all find the same. Collective.
+    """The newest to which the ledger leads; if it leads to none, because it is damaged, the newest that is whole.
 
-    Raises CheckpointError where there are some, and none of them can be used.
+    None if there is no checkpoint at all. The ranks share the reading, and all find the same. Collective. Raises
+    CheckpointError if there are some, and none of them is whole.
     """
     passed_over: list[str] = []
-    for path in world.on_rank_0(lambda: list(checkpoint.steps_of(run.checkpoints))):
-        if not (problem := _problem(path, world, run)):
-            return Found(path, checkpoint.read_manifest(path), passed_over)
-        passed_over.append(problem)
+    not_led: Found | None = None
+    for path in world.on_rank_0(lambda: list(steps_of(run.checkpoints))):
+        if problem := _damage(path, world):
+            passed_over.append(problem)
+        elif _is_led_to(path, run, world):
+            return Found(path, read_manifest(path), passed_over)
+        else:
+            not_led = not_led or Found(path, read_manifest(path), list(passed_over), led=False)
+            passed_over.append(f"{path}: {run.steps.name} does not lead to it")
+    if not_led is not None:
+        return not_led
     if passed_over:
         raise CheckpointError(f"{run.path}: none of its checkpoints can be used: {'; '.join(passed_over)}")
     return None
 
 
 def whole(path: Path, world: World, run: RunDir | None = None) -> Found:
-    """This checkpoint, to which the ledger of `run` leads. Raises CheckpointError. Collective."""
-    if problem := _problem(path, world, run):
+    """This checkpoint, with whether the ledger of `run` leads to it. Raises CheckpointError. Collective."""
+    if problem := _damage(path, world):
         raise CheckpointError(problem)
-    return Found(path, checkpoint.read_manifest(path))
+    if run is None:
+        return Found(path, read_manifest(path), ours=False)
+    return Found(path, read_manifest(path), led=_is_led_to(path, run, world))
 
 
 def named(resume: str, run: RunDir, fork: bool) -> tuple[Path | None, dict[str, Any] | None]:
@@ -51,14 +67,14 @@ def named(resume: str, run: RunDir, fork: bool) -> tuple[Path | None, dict[str, 
             raise ConfigError("--fork: needs a checkpoint to begin from, --resume PATH --fork")
         return None, None
     path = Path(resume)
-    if not (path / checkpoint.MANIFEST).exists():
+    if not (path / MANIFEST).exists():
         raise ConfigError(f"--resume: {resume} is no checkpoint; give auto, never, or a folder RUN/checkpoints/step-…")
     own = path.resolve().parent == run.checkpoints.resolve()
     if own and fork:
         raise ConfigError(f"--fork: {resume} is a checkpoint of the run folder itself; choose another with --run-dir")
     if not own and not fork:
         raise ConfigError(f"--resume: {resume} is of another run than {run.path}; --fork begins a new run from it")
-    manifest = checkpoint.read_manifest(path)
+    manifest = read_manifest(path)
     origin = {"path": str(path.resolve()), "step": manifest["step"], "chain": manifest["chain"]}
     return path, origin if fork else None
 
@@ -72,15 +88,19 @@ def require_steps_left(origin: dict[str, Any] | None, num_steps: int) -> None:
         )
 
 
-def _problem(path: Path, world: World, run: RunDir | None) -> str | None:
-    """The first that a rank finds wrong in its share of the files, or rank 0 in the ledger."""
+def _damage(path: Path, world: World) -> str | None:
+    """The first that a rank finds wrong in its share of the files. Collective."""
     problem = None
     try:
-        manifest = checkpoint.verify(path, world.rank, world.world_size)
-        if world.is_rank_0 and run is not None:
-            chain = ledger.chain_after(run.steps, manifest["step"], run.beginning())
-            if chain != manifest["chain"]:
-                problem = f"{path}: {run.steps.name} does not lead to it"
+        checkpoint.verify(path, world.rank, world.world_size)
     except CheckpointError as error:
         problem = str(error)
     return next((found for found in world.from_all(problem) if found), None)
+
+
+def _is_led_to(path: Path, run: RunDir, world: World) -> bool:
+    """Does the ledger have the line after which the checkpoint was saved? Collective."""
+    manifest = read_manifest(path)
+    return world.on_rank_0(
+        lambda: ledger.chain_after(run.steps, manifest["step"], run.anchors()) == str(manifest["chain"])
+    )

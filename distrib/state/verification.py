@@ -1,6 +1,6 @@
 """`distrib verify`: is what lies in the run folder the run that its config means?"""
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,72 +9,111 @@ import numpy as np
 
 from distrib.config import Config
 from distrib.data.order import digest, sample_indices
-from distrib.errors import LedgerError
+from distrib.errors import CheckpointError, DamagedFileError, LedgerError
 from distrib.plan import RunPlan
-from distrib.state import checkpoint
-from distrib.state.ledger import link
+from distrib.state import checkpoint, formats, ledger, mending
+from distrib.state.files import read_lines
+from distrib.state.manifest import steps_of
 from distrib.state.run_dir import RunDir
+
+_MOST_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found in order."""
+    """What was found in order. `set_aside`: files that were found damaged when the run went on."""
 
     steps: int
     of_steps: int  # that the config means
     samples: int
     checkpoints: int
+    set_aside: list[str]
 
 
 def verify_run(path: Path) -> Verified:
     """Compare each line of the ledger with the order that the config means, and each checkpoint with the ledger.
 
-    Raises LedgerError for the first line that is not as it must be, CheckpointError for a checkpoint that is damaged,
-    RunDirError and ConfigError where it is no run folder.
+    Raises LedgerError with all that is not as it must be, CheckpointError if that is checkpoints alone, RunDirError if
+    it is no run folder.
     """
     run = RunDir(path)
-    config = run.read_config()
-    plan = RunPlan.create(config, 1, run.num_samples())
-    manifests = [(at, checkpoint.verify(at)) for at in checkpoint.steps_of(run.checkpoints)]
-    first, chain = run.beginning()
-    steps = first
-    chains: dict[int, str] = dict.fromkeys((manifest["step"] for _, manifest in manifests), chain)
-    if run.steps.exists():
-        with run.steps.open(encoding="utf-8", errors="replace", newline="\n") as file:
-            for number, text in enumerate(file, start=1):
-                chain = _check(text, steps, chain, plan, config, f"{run.steps} line {number}")
-                steps += 1
-                if steps in chains:
-                    chains[steps] = chain
-    for at, manifest in manifests:
-        if manifest["step"] > steps or chains[manifest["step"]] != manifest["chain"]:
-            raise LedgerError(f"{at}: the ledger's chain after step {manifest['step']} is not the one it was saved at")
-    if run.summary.exists() and steps != plan.num_steps:
-        raise LedgerError(f"{run.steps}: ends after {steps} steps, and the run has ended after {plan.num_steps}")
-    return Verified(steps, plan.num_steps, (steps - first) * plan.global_batch_size, len(manifests))
-
-
-def _check(text: str, step: int, chain: str, plan: RunPlan, config: Config, where: str) -> str:
-    """The chain after a line, which must be that of `step`."""
-    body, _, tail = text.partition(',"chain":"')
     try:
-        line: dict[str, Any] = json.loads(text)
-        found = int(line["step"])
-    except (ValueError, KeyError, TypeError):
-        raise LedgerError(f"{where}: cannot be read as a step") from None
-    if found != step:
-        what = "is missing before it" if found > step else "stands there already"
-        raise LedgerError(f"{where}: is of step {found}, where step {step} belongs; step {min(found, step)} {what}")
-    if tail != f'{(chain := link(chain, body + "}"))}"}}\n':
-        raise LedgerError(f"{where}: the chain breaks: this line (step {step}), or one before it, was changed")
+        config = mending.saved_config(run) or run.read_config()
+        num_samples = run.num_samples()
+    except DamagedFileError as error:
+        raise LedgerError(f"{error}; no checkpoint holds a copy, so nothing can be verified") from None
+    plan = RunPlan.create(config, 1, num_samples)
+    problems = _of_small_files(run, config)
+    manifests, damaged = _checkpoints(run)
+    chains = run.anchors()
+    steps, in_order = min(chains), 0
+    try:
+        for line in ledger.walk(run.steps, run.anchors()):
+            problem = line.problem
+            if line.entry is not None and line.entry["step"] >= steps:
+                steps = line.entry["step"] + 1
+                chains[steps] = line.entry.get("chain", "")
+                in_order += 1
+                problem = problem or _misplaced(line.entry, plan, config)
+            if problem:
+                problems.append(f"{run.steps} line {line.number}: {problem}")
+    except DamagedFileError as error:
+        problems.append(str(error))
+    lost = [(gap["first"], gap["next"]) for gap in run.environment_or_nothing().get("lost_steps", ())]
+    problems += [f"{run.steps}: {ledger.steps(*gap)} not there: the file was damaged and set aside" for gap in lost]
+    for at, manifest in manifests:
+        if chains.get(manifest["step"]) != manifest["chain"]:
+            problems.append(f"{at}: the ledger's chain after step {manifest['step']} is not the one it was saved at")
+    if os.path.lexists(run.summary) and steps != plan.num_steps:
+        problems.append(f"{run.steps}: ends after {steps} steps, and the run has ended after {plan.num_steps}")
+    if problems or damaged:
+        raise (LedgerError if problems else CheckpointError)(_in_words(problems + damaged))
+    aside = sorted(file.name for file in path.glob("*.damaged-*"))
+    return Verified(steps, plan.num_steps, in_order * plan.global_batch_size, len(manifests), aside)
+
+
+def _of_small_files(run: RunDir, config: Config) -> list[str]:
+    """What is wrong with the others than ledger and checkpoints."""
+    problems = [mending.config_damage(run, config), mending.environment_damage(run)]
+    found = [problem for problem in problems if problem]
+    found += mending.evaluations_damage(run)
+    for _ in read_lines(run.events, formats.EVENT, found):
+        pass
+    try:
+        run.read_summary()
+    except DamagedFileError as error:
+        found.append(str(error))
+    return found
+
+
+def _checkpoints(run: RunDir) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
+    """Those that are whole, with their manifests; and what is wrong with the others."""
+    whole, damaged = [], []
+    try:
+        for at in steps_of(run.checkpoints):
+            try:
+                whole.append((at, checkpoint.verify(at)))
+            except CheckpointError as error:
+                damaged.append(str(error))
+    except CheckpointError as error:
+        damaged.append(str(error))
+    return whole, damaged
+
+
+def _misplaced(entry: dict[str, Any], plan: RunPlan, config: Config) -> str | None:
+    """What is wrong with the place in the data of a ledger's line."""
+    step = entry["step"]
     expected = _samples_of(step, plan, config.seed)
-    if line.get("samples") != expected:
-        raise LedgerError(
-            f"{where}: step {step} read samples with the digest {line.get('samples')}, the config means {expected}"
-        )
-    if line.get("epoch") != plan.epoch(step):
-        raise LedgerError(f"{where}: step {step} lies in epoch {plan.epoch(step)}, not {line.get('epoch')}")
-    return chain
+    if entry["samples"] != expected:
+        return f"step {step} read samples with the digest {entry['samples']}, the config means {expected}"
+    if entry["epoch"] != plan.epoch(step):
+        return f"step {step} lies in epoch {plan.epoch(step)}, not {entry['epoch']}"
+    return None
+
+
+def _in_words(problems: list[str]) -> str:
+    more = len(problems) - _MOST_SHOWN
+    return "; ".join(problems[:_MOST_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _samples_of(step: int, plan: RunPlan, seed: int) -> str:

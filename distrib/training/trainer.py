@@ -107,7 +107,9 @@ class Trainer:
     def _start(self) -> dict[str, Any] | None:
         work = perf.work(self.task, self.module, self.source, self.config.train.mixed_precision)
         environment = describe(self.world, self.strategy.name, self.plan.num_samples, self.task, work)
-        return self.run.start(self.config, environment, self.resume, self.origin)
+        summary = self.run.start(self.config, environment, self.resume, self.origin)
+        self.record.trouble(finished=summary is not None)
+        return summary
 
     def _train(self) -> dict[str, Any]:
         started = time.perf_counter()
@@ -178,7 +180,11 @@ class Trainer:
 
     def _rewind(self, found: Found | None) -> None:
         """The run folder, to where we go on."""
-        lost = self.run.rewind(self.first_step)
+        if found is not None and found.ours:
+            lost = self.run.rewind(self.first_step, found.manifest, found.led)
+        else:
+            lost = self.run.rewind(self.first_step)
+        self.record.trouble()
         if found is not None or lost:
             passed_over = [] if found is None else found.passed_over
             self.record.event("resumed", step=self.first_step, passed_over=passed_over)
@@ -187,7 +193,7 @@ class Trainer:
     def _save(self, engine: Engine, saver: Saver, steps_done: int) -> None:
         engine.share_buffers()
         manifest = {
-            "chain": self.record.chain,
+            **self.record.state(),
             "world_size": self.world.world_size,
             "strategy": self.strategy.name,
             "stream": self.source.state(),
@@ -241,9 +247,7 @@ class Trainer:
         self.record.evaluation(steps_done, len(self.eval_dataset), metrics, seconds)  # type: ignore[arg-type]
 
     def _finish(self, seconds: float) -> dict[str, Any]:
-        from distrib.reporting.curves import draw_curves  # matplotlib takes its time, so only now
-
         summary = self.account.summary(self.config.name, self.first_step, seconds)
+        self.record.draw_curves()
         self.run.finish(summary)
-        draw_curves(self.run)
         return summary

@@ -1,6 +1,7 @@
 """What can be done with a config or a run besides training it."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ def verify_run(run_dir: str | Path) -> None:
         f"{run_dir}: {found.steps} of {found.of_steps} steps, {ended} in order, {found.samples:,} samples where they "
         f"belong, chain intact, {found.checkpoints} checkpoint(s) whole"
     )
+    if found.set_aside:
+        print(f"{run_dir}: found damaged and set aside when the run went on: {', '.join(found.set_aside)}")
 
 
 def export_run(run_dir: str | Path, out: Path) -> None:
@@ -106,6 +109,9 @@ def _newest(run: RunDir, world: World) -> Found:
     found = newest_whole(run, world)
     if found is None:
         raise CheckpointError(f"{run.checkpoints}: no checkpoint there; the run has not saved one yet")
-    for problem in found.passed_over if world.is_rank_0 else ():
-        print(f"passed over: {problem}", flush=True)
+    if world.is_rank_0:
+        for problem in found.passed_over:
+            print(f"passed over: {problem}", flush=True)
+        for line in run.take_trouble():
+            print(f"warning: {line}", file=sys.stderr, flush=True)
     return found

@@ -31,6 +31,7 @@ from distrib.task import load_task
 pytestmark = pytest.mark.xdist_group("comparison")  # one process makes what they share
 
 STEPS = 12
+START = {"world_size": 1, "strategy": "single", "launcher": "plain"}
 CONFIG = {
     "seed": 3,
     "task": {"target": "tasks:Masked", "dropout": 0.1},
@@ -146,9 +147,10 @@ def test_a_run_that_is_killed_or_goes_on(runs: Path, tmp_path: Path) -> None:
     assert comparison.partings[0].because == f"the same to the last bit over {STEPS - 1} steps"
     assert [run.state for run in comparison.runs] == ["finished", "unfinished"]
     assert comparison.figures[1].steps == STEPS - 1
-    (torn / "steps.jsonl").write_text("{torn}\n" + text)
-    with pytest.raises(RunDirError, match=r"steps\.jsonl line 1: cannot be read"):
-        load_runs([runs / "base", torn])
+    (torn / "steps.jsonl").write_text("{torn}\n" + (runs / "base" / "steps.jsonl").read_text())
+    comparison = compare(load_runs([runs / "base", torn]))
+    assert comparison.partings[0].because == f"the same to the last bit over {STEPS} steps"
+    assert comparison.runs[1].trouble == (f"{torn / 'steps.jsonl'}: damaged: cannot read line 1",)
 
 
 @pytest.mark.parametrize(
@@ -157,14 +159,14 @@ def test_a_run_that_is_killed_or_goes_on(runs: Path, tmp_path: Path) -> None:
 def test_how_a_run_ended(runs: Path, tmp_path: Path, event: str, state: str) -> None:
     shutil.copytree(runs / "base", tmp_path / "ended")
     with (tmp_path / "ended" / "events.jsonl").open("a") as file:
-        file.write(json.dumps({"event": event}) + "\n")
+        file.write(json.dumps({"event": event, "error": "why", "step": 1, **START}) + "\n")
     assert load_runs([runs / "base", tmp_path / "ended"])[1].state == state
 
 
 def test_a_run_that_trains_now(runs: Path, tmp_path: Path) -> None:
     """Another process holds its lock, as `distrib train` does."""
     shutil.copytree(runs / "base", tmp_path / "now")
-    (tmp_path / "now" / "events.jsonl").write_text('{"event": "started"}\n')
+    (tmp_path / "now" / "events.jsonl").write_text(json.dumps({"event": "started", **START}) + "\n")
     hold = (
         "import fcntl, sys; lock = open(sys.argv[1], 'a'); fcntl.lockf(lock, fcntl.LOCK_EX); print(flush=True); input()"
     )

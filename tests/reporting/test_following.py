@@ -10,6 +10,13 @@ from hypothesis import strategies as st
 from distrib.reporting.following import Follower, News
 from distrib.state.run_dir import RunDir
 
+START = {"world_size": 1, "strategy": "single", "launcher": "plain"}
+
+
+def step_line(number: int, seconds: float = 0.1) -> str:
+    entry = {"step": number, "epoch": 0, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "count": 4}
+    return json.dumps({**entry, "verdict": "applied", "samples": "0" * 16, "seconds": seconds}) + "\n"
+
 
 def described(news: News) -> tuple[str, int]:
     return news.kind, news.entry.get("step", -1)
@@ -26,20 +33,20 @@ def test_the_order_of_a_run(doings: list[str], data: st.DataObject) -> None:
                 seen += [described(news) for news in follower.news()]
                 continue
             if doing == "step":
-                path, entry = run.steps, {"step": steps}
+                path, at, line = run.steps, steps, step_line(steps)
                 steps += 1
             elif doing == "evaluation":
-                path, entry = run.evals, {"step": steps}
+                path, at, line = run.evals, steps, json.dumps({"step": steps, "count": 1, "metrics": {}}) + "\n"
             else:
-                path, entry = run.events, {"event": doing, "step": steps}
-            line = json.dumps(entry, separators=(",", ":")) + "\n"
+                event = {"event": doing, "step": steps, "verdict": "skipped:nonfinite_loss"}
+                path, at, line = run.events, steps, json.dumps(event) + "\n"
             torn = data.draw(st.integers(0, len(line)))
             for part in (line[:torn], line[torn:]):
                 with path.open("a") as file:
                     file.write(part)
                 if data.draw(st.booleans()):
                     seen += [described(news) for news in follower.news()]
-            written.append((doing, entry["step"]))
+            written.append((doing, at))
         seen += [described(news) for news in follower.news()]
     # An event and an evaluation between the same two steps may be seen in either order.
     assert [one for one in seen if one[0] == "step"] == [one for one in written if one[0] == "step"]
@@ -55,9 +62,9 @@ def test_a_run_that_is_resumed(tmp_path: Path) -> None:
 
     def step(number: int) -> None:
         with run.steps.open("a") as file:
-            file.write(json.dumps({"step": number, "seconds": "x" * number}) + "\n")
+            file.write(step_line(number, 1 / 3**number))
 
-    run.event("started")
+    run.event("started", **START)
     for number in range(4):
         step(number)
     run.event("checkpoint", step=4)
@@ -68,8 +75,8 @@ def test_a_run_that_is_resumed(tmp_path: Path) -> None:
     run.event("checkpoint", step=9)
     whole = run.steps.read_text().splitlines(keepends=True)
     run.steps.write_text("".join(whole[:2]))
-    run.event("started")
-    run.event("resumed", step=2)
+    run.event("started", **START)
+    run.event("resumed", step=2, passed_over=[])
     step(2)
     assert [described(news) for news in follower.news()] == [
         *(("checkpoint", 9), ("started", -1), ("resumed", 2), ("step", 0), ("step", 1), ("step", 2)),
@@ -79,14 +86,14 @@ def test_a_run_that_is_resumed(tmp_path: Path) -> None:
 def test_a_fork_that_fails_at_once(tmp_path: Path) -> None:
     """It goes on after a step of another run, and has none of its own."""
     run = RunDir(tmp_path)
-    run.event("started")
-    run.event("resumed", step=40)
-    run.event("failed", step=0)
+    run.event("started", **START)
+    run.event("resumed", step=40, passed_over=[])
+    run.event("failed", step=0, error="why")
     assert [described(news) for news in Follower(run).news()] == [("started", -1), ("resumed", 40), ("failed", 0)]
 
 
 def test_more_steps_than_are_kept_in_memory(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    run.steps.write_text("".join(f'{{"step":{number}}}\n' for number in range(25_001)))
-    run.event("failed", step=25_001)
+    run.steps.write_text("".join(step_line(number) for number in range(25_001)))
+    run.event("failed", step=25_001, error="why")
     assert [described(news)[1] for news in Follower(run).news()] == [*range(25_001), 25_001]

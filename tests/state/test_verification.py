@@ -108,6 +108,9 @@ def test_other_samples_under_a_chain_made_to_fit(run_dir: Path) -> None:
 def test_another_seed_in_the_config(run_dir: Path) -> None:
     config = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(config.replace("seed: 5", "seed: 6"))
+    with pytest.raises(LedgerError, match=r"config\.yaml: damaged: seed was 5, is 6"):  # the checkpoint knows
+        verify_run(run_dir)
+    shutil.rmtree(run_dir / "checkpoints")
     with pytest.raises(LedgerError, match="line 1: step 0 read samples"):
         verify_run(run_dir)
 

@@ -1,0 +1,171 @@
+"""The forms of a run folder's JSON: the keys that are read back, and their types. Further keys may stand beside."""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
+from typing_extensions import NotRequired, TypedDict
+
+_FORM = ConfigDict(extra="allow", strict=True)
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Seconds = Annotated[float, Field(ge=0, lt=1e9)]
+Number = float | None  # null: not finite
+_ENOUGH = {  # of each event
+    "started": ("world_size", "strategy", "launcher"),
+    "resumed": ("step", "passed_over"),
+    "warning": ("reason",),
+    "skipped": ("step", "verdict"),
+    "compiling": ("what",),
+    "checkpoint": ("step",),
+    "preempted": ("step",),
+    "failed": ("error",),
+}
+
+
+class Step(TypedDict):
+    """A line of steps.jsonl."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    step: Count
+    epoch: Count
+    loss: Number
+    lr: float
+    grad_norm: Number
+    count: Number
+    verdict: str
+    samples: str
+    seconds: Seconds
+    data_seconds: NotRequired[Seconds]
+    optimizer_seconds: NotRequired[Seconds]
+    communication_seconds: NotRequired[Seconds]
+    peak_memory: NotRequired[Count]
+    loss_scale: NotRequired[Number]
+
+
+class Evaluation(TypedDict):
+    """A line of evals.jsonl."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    step: Count
+    count: Count
+    metrics: dict[str, Number]
+    seconds: NotRequired[Seconds]
+
+
+class Event(TypedDict):
+    """A line of events.jsonl."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    event: str
+    time: NotRequired[str]
+    step: NotRequired[Count]
+    reason: NotRequired[str]
+    error: NotRequired[str]
+    verdict: NotRequired[str]
+    what: NotRequired[str]
+    passed_over: NotRequired[list[str]]
+    requeue: NotRequired[bool]
+    seconds: NotRequired[Seconds]
+    stall: NotRequired[Seconds]
+
+
+class Origin(TypedDict):
+    """`forked_from` of environment.json."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    path: str
+    step: Count
+    chain: str
+
+
+class Lost(TypedDict):
+    """Of environment.json's `lost_steps`: the lines of steps.jsonl from step `first` to before `next` are lost."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    first: Count
+    next: Count
+    chain: str  # before `next`
+
+
+class Start(TypedDict):
+    """One of environment.json's `starts`."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    world_size: Annotated[int, Field(ge=1, lt=2**31)]
+    versions: NotRequired[dict[str, Any]]
+    machine: NotRequired[dict[str, Any]]
+    code: NotRequired[dict[str, str | None]]
+    flops_per_step: NotRequired[float]
+    peak_flops: NotRequired[float]
+
+
+class Environment(TypedDict):
+    """environment.json."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    training_samples: Annotated[int, Field(ge=1, lt=2**63)] | None
+    starts: Annotated[list[Start], Field(min_length=1)]
+    versions: NotRequired[dict[str, Any]]
+    machine: NotRequired[dict[str, Any]]
+    git_commit: NotRequired[str | None]
+    forked_from: NotRequired[Origin | None]
+    lost_steps: NotRequired[list[Lost]]
+
+
+class Summary(TypedDict):
+    """summary.json."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    steps: Count
+    metrics: dict[str, Number]
+    world_size: Count
+    wall_seconds: float
+
+
+class FileOf(TypedDict):
+    """One of a manifest's `files`."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    bytes: Count
+    sha256: str
+
+
+class Stretches(TypedDict):
+    """One of a manifest's `tensors`."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    dtype: str
+    shape: list[Count]
+    stretches: list[Annotated[tuple[str, Count, Count], Field(strict=False)]]
+
+
+class Manifest(TypedDict):
+    """manifest.json."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    step: Count
+    chain: str
+    applied: Count
+    files: dict[str, FileOf]
+    tensors: dict[str, Stretches]
+    tied: dict[str, str]
+    run: NotRequired[dict[str, str]]
+
+
+def _complete(event: dict[str, Any]) -> dict[str, Any]:
+    for key in _ENOUGH.get(event["event"], ()):
+        if key not in event:
+            raise ValueError(f"{event['event']} has no {key}")
+    return event
+
+
+def _form(of: Any) -> TypeAdapter[dict[str, Any]]:
+    """Plain dictionaries to those who read them, as they may hold more."""
+    return TypeAdapter(of)
+
+
+STEP = _form(Step)
+EVALUATION = _form(Evaluation)
+EVENT = _form(Annotated[Event, AfterValidator(_complete)])
+ENVIRONMENT = _form(Environment)
+SUMMARY = _form(Summary)
+MANIFEST = _form(Manifest)
