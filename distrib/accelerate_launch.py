@@ -10,6 +10,9 @@ def what_accelerate_was_told(environ: Mapping[str, str]) -> dict[str, Any]:
     asked: dict[str, Any] = {}
     if told.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         asked["train.mixed_precision"] = told["ACCELERATE_MIXED_PRECISION"]
+    if (backend := told.get("ACCELERATE_DYNAMO_BACKEND", "no")) not in ("no", ""):
+        parts = "blocks" if told.get("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION") == "true" else "model"
+        asked["train.compile"] = parts if backend == "inductor" else f"by the backend {backend}"
     for other in ("megatron_lm", "parallelism_config"):
         if told.get(f"ACCELERATE_USE_{other.upper()}") == "true":
             asked["strategy.name"] = other
@@ -22,6 +25,10 @@ def what_accelerate_was_told(environ: Mapping[str, str]) -> dict[str, Any]:
         ):
             if told.get(variable) == value:
                 asked[f"strategy.{option}"] = wish
+        if ignored := environ.get("FSDP_IGNORED_MODULES"):
+            asked["fsdp_ignored_modules"] = ignored
+        if told.get("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD") == "true":
+            asked["fsdp_activation_checkpointing_offload"] = True
         if wrap := environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
             asked["fsdp_transformer_layer_cls_to_wrap"] = wrap
         elif told.get("FSDP_AUTO_WRAP_POLICY") == "size_based_wrap":

@@ -34,6 +34,11 @@ def require_tools(mode: str, world: World) -> None:
             f"train.compile: {mode}, but TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE is set, so torch would compile "
             "nothing; unset it, or give false"
         )
+    if os.environ.get("TORCHDYNAMO_SUPPRESS_ERRORS"):
+        raise ConfigError(
+            f"train.compile: {mode}, but TORCHDYNAMO_SUPPRESS_ERRORS is set, so torch would go on uncompiled where it "
+            "cannot compile; unset it, or give false"
+        )
     if not world.use_cpu:
         return
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")

@@ -1,5 +1,6 @@
 """DeepSpeed's JSON, compiled from our config. One way only: where we decide, an option of the user's may not differ."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -18,26 +19,63 @@ def compile_config(config: Config, strategy: StrategyConfig, world_size: int) ->
 
     Raises ConfigError where `strategy.deepspeed` contradicts another key, with both values named.
     """
-    given = _read(strategy.deepspeed)
+    given, problems = copy.deepcopy(_read(strategy.deepspeed)), []
     for key, decided_by in _OTHERS_DECIDE.items():
         if key in given:
-            raise ConfigError(f"strategy.deepspeed: {key} is decided by {decided_by}; leave it out")
+            problems.append(f"{key} is decided by {decided_by}; leave it out")
+            del given[key]
+    problems += _check_precision(given, config.train.mixed_precision)
     result, keys = _ours(config, strategy, world_size)
-    _merge(result, given, keys)
+    _merge(result, given, keys, problems)
+    if problems:
+        raise ConfigError(f"strategy.deepspeed: {'; '.join(problems)}")
     return result
+
+
+def _check_precision(given: dict[str, Any], mixed_precision: str) -> list[str]:
+    """Return what the sections bf16 and fp16 ask for and train.mixed_precision does not.
+
+    DeepSpeed's own bf16 and fp16 stay off: torch's autocast does the same here as under every other strategy.
+    """
+    problems = []
+    for name in ("bf16", "fp16"):
+        section, wanted = given.get(name), mixed_precision == name
+        if not isinstance(section, dict):
+            continue
+        if section.get("enabled", "auto") not in ("auto", wanted):
+            makes = json.dumps(wanted)
+            problems.append(
+                f"{name}.enabled is {json.dumps(section['enabled'])}, but train.mixed_precision makes it {makes}; "
+                'leave it out, or write "auto"'
+            )
+        elif wanted:
+            further = [key for key, value in section.items() if key != "enabled" and value != "auto"]
+            problems += [f"{name}.{key} has no effect: precision is train.mixed_precision's" for key in further]
+        given[name] = {**section, "enabled": "auto"}
+    return problems
 
 
 def stage_of(options: dict[str, Any] | str) -> int:
     """The stage that a DeepSpeed JSON asks for; 0 is DeepSpeed's default. Raises ConfigError."""
-    stage = _read(options).get("zero_optimization", {}).get("stage", 0)
+    stage = _zero(options).get("stage", 0)
     if stage not in range(4):
         raise ConfigError(f"strategy.deepspeed: zero_optimization.stage is {stage!r}; give 0, 1, 2 or 3")
     return int(stage)
 
 
+def offload_of(options: dict[str, Any] | str, strategy: str) -> str:
+    """Return what a DeepSpeed JSON offloads to the CPU under `strategy`: none, optimizer or all. Raises ConfigError."""
+    parts = {part: _zero(options).get(part) for part in ("offload_optimizer", "offload_param")}
+    devices = {part: value.get("device") if isinstance(value, dict) else None for part, value in parts.items()}
+    if devices["offload_param"] == "cpu" and strategy == "zero3":
+        return "all"
+    return "optimizer" if devices["offload_optimizer"] == "cpu" and strategy != "zero0" else "none"
+
+
 def persistence_threshold(strategy: StrategyConfig) -> int:
     """Up to how many elements a parameter stays whole on every rank at stage 3. Raises ConfigError."""
-    return int(_read(strategy.deepspeed).get("zero_optimization", {}).get(_PERSISTENCE, 100_000))
+    given = _zero(strategy.deepspeed).get(_PERSISTENCE, "auto")
+    return 100_000 if given == "auto" else int(given)
 
 
 def _read(options: dict[str, Any] | str) -> dict[str, Any]:
@@ -51,6 +89,14 @@ def _read(options: dict[str, Any] | str) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"strategy.deepspeed: {options}: holds a {type(loaded).__name__}, not an object")
     return loaded
+
+
+def _zero(options: dict[str, Any] | str) -> dict[str, Any]:
+    """Return the section zero_optimization. Raises ConfigError if it is not one."""
+    section = _read(options).get("zero_optimization", {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"strategy.deepspeed: zero_optimization is {json.dumps(section)}; it is an object of options")
+    return section
 
 
 def _ours(config: Config, strategy: StrategyConfig, world_size: int) -> tuple[dict[str, Any], dict[str, str]]:
@@ -104,23 +150,28 @@ def _ours(config: Config, strategy: StrategyConfig, world_size: int) -> tuple[di
     return ours, keys
 
 
-def _merge(ours: dict[str, Any], given: dict[str, Any], keys: dict[str, str], prefix: str = "") -> None:
-    """Add the options of `given` to `ours`. Raises ConfigError for one that differs, or "auto" without an answer."""
+def _merge(
+    ours: dict[str, Any], given: dict[str, Any], keys: dict[str, str], problems: list[str], prefix: str = ""
+) -> None:
+    """Add the options of `given` to `ours`, and to `problems` a line for each that differs.
+
+    An option that is "auto" and that no key of ours decides has DeepSpeed's own default.
+    """
     for name, value in given.items():
         path = f"{prefix}{name}"
+        if value == "auto":
+            continue
         if isinstance(value, dict) and isinstance(ours.setdefault(name, {}), dict):
-            _merge(ours[name], value, keys, f"{path}.")
+            _merge(ours[name], value, keys, problems, f"{path}.")
         elif name not in ours:
-            if value == "auto":
-                raise ConfigError(f'strategy.deepspeed: {path} is "auto", and no key of ours decides it; give a value')
             ours[name] = value
-        elif value not in ("auto", ours[name]):
+        elif value != ours[name]:
             decided_by = next(
                 key
                 for option, key in keys.items()
                 if f"{path}.".startswith(f"{option}.") or option.startswith(f"{path}.")
             )
-            raise ConfigError(
-                f"strategy.deepspeed: {path} is {json.dumps(value)}, but {decided_by} makes it "
-                f'{json.dumps(ours[name])}; leave it out, or write "auto"'
+            problems.append(
+                f"{path} is {json.dumps(value)}, but {decided_by} makes it {json.dumps(ours[name])}; "
+                'leave it out, or write "auto"'
             )

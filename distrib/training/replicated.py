@@ -35,6 +35,7 @@ class Replicated(Placement):
             self.model = with_totals
         self._accelerator = Accelerator(
             cpu=world.use_cpu,
+            dynamo_backend="no",  # or accelerate reads ACCELERATE_DYNAMO_BACKEND; compiling is train.compile's
             mixed_precision="no",  # accelerate ignores fp16 on CPU without a word; precision is the engine's
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # so is the window
             kwargs_handlers=[

@@ -1,6 +1,7 @@
 """The config's strategy: which one runs, whether its options fit, and the placement that it means."""
 
 import functools
+import os
 from typing import Any, get_args
 
 from pydantic import ValidationError
@@ -11,13 +12,15 @@ from distrib.config import Config, StrategyConfig, StrategyName
 from distrib.errors import ConfigError, LaunchError
 from distrib.plan import window_size
 from distrib.training.compiling import compile_forwards
-from distrib.training.deepspeed_config import compile_config, stage_of
+from distrib.training.deepspeed_config import compile_config, offload_of, stage_of
 from distrib.training.placement import MakeOptimizer, Placement
 from distrib.training.replicated import Replicated
 from distrib.training.reproducible import Reproducible
 from distrib.world import World
 
 _ZERO = ("zero0", "zero1", "zero2", "zero3")
+_WRAP = "fsdp_transformer_layer_cls_to_wrap"
+_TF32 = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 # Which strategies an option is for; the others would ignore it.
 _FOR: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("offload", "optimizer", ("zero1", "zero2", "zero3")),
@@ -41,6 +44,8 @@ def resolve(config: Config, world: World) -> StrategyConfig:
     for key, asked in world.asked.items():
         section, _, option = key.partition(".")
         is_set = option in config.strategy.model_fields_set and values.get(option) != "auto"
+        if key == _WRAP:  # see `check_wrapped`: the model is not there yet
+            continue
         if section == "strategy" and not is_set:
             values[option] = asked
         elif (ours := _value(config, key, world)) != asked:
@@ -52,6 +57,8 @@ def resolve(config: Config, world: World) -> StrategyConfig:
         values["name"] = "ddp" if world.world_size > 1 else "single"
     elif values["name"] == "deepspeed":  # accelerate launch names a JSON file in which the stage stands
         values["name"] = f"zero{stage_of(values['deepspeed'])}"
+    if values["name"] in _ZERO and values["offload"] == "none":
+        values["offload"] = offload_of(values["deepspeed"], values["name"])
     if values["name"] not in get_args(StrategyName):
         raise LaunchError(
             f"accelerate launch was told to use {values['name']}, which distrib does not run; it runs "
@@ -66,6 +73,18 @@ def resolve(config: Config, world: World) -> StrategyConfig:
         ) from None
     _check(strategy, config, world)
     return strategy
+
+
+def check_wrapped(world: World, blocks: list[nn.Module]) -> None:
+    """Raise LaunchError if accelerate launch names other classes to wrap than those of the task's blocks."""
+    if _WRAP in world.asked:
+        asked = {name.strip() for name in world.asked[_WRAP].split(",")}
+        found = {type(block).__name__ for block in blocks}
+        if asked != found:
+            raise LaunchError(
+                f"accelerate launch was told {_WRAP}: {', '.join(sorted(asked))}, but Task.blocks gives "
+                f"{', '.join(sorted(found)) or 'none'}; leave it out there, or return those blocks from Task.blocks"
+            )
 
 
 def place(
@@ -132,6 +151,12 @@ def _check(strategy: StrategyConfig, config: Config, world: World) -> None:
         _check_compile(strategy, config)
     if name in _ZERO:
         compile_config(config, strategy, world.world_size)
+    for variable in _TF32:
+        if not world.use_cpu and os.environ.get(variable, "0") != "0":
+            raise LaunchError(
+                f"{variable}={os.environ[variable]}: matrix products in fp32 would be computed in TF32, of which the "
+                "config says nothing; unset it, or train with train.mixed_precision bf16"
+            )
 
 
 def _check_bitwise(strategy: StrategyConfig, config: Config) -> None:
@@ -177,8 +202,10 @@ def _value(config: Config, key: str, world: World) -> Any:
     """What the config makes of a key that a launcher speaks of."""
     if key == "grad_accum_steps":
         return window_size(config, world.world_size)
-    if key.startswith("fsdp_"):
+    if key == "fsdp_auto_wrap_policy":
         return "what Task.blocks gives"
+    if key.startswith("fsdp_"):  # an option that distrib does not have
+        return None
     section, option = key.split(".")
     return getattr(getattr(config, section), option)
 

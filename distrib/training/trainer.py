@@ -67,6 +67,7 @@ class Trainer:
         self.module = assembly.model(task, config.seed)
         strategies.check_module(self.module, config)
         self.blocks = assembly.blocks(task, self.module, self.strategy, config.train.compile)
+        strategies.check_wrapped(self.world, self.blocks)
         if config.train.compile:
             compiling.require_tools(config.train.compile, self.world)
         params = trainable(self.module)

@@ -80,8 +80,9 @@ def test_accelerate_starting_one_process_instead_of_two_is_refused(
     [
         (["--use_fsdp"], "accelerate launch was told to use fsdp1, which distrib does not run"),
         (["--mixed_precision", "bf16"], "told train.mixed_precision: bf16, the config makes it no"),
+        (["--dynamo_backend", "inductor"], "told train.compile: model, the config makes it false"),
     ],
-    ids=["fsdp1", "bf16"],
+    ids=["fsdp1", "bf16", "dynamo"],
 )
 def test_another_strategy_or_precision_than_the_launchers_is_refused(
     run: Run, config: Path, tmp_path: Path, arguments: list[str], said: str

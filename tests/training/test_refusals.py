@@ -11,6 +11,7 @@ from tasks import Masked, WithBatchNorm
 
 from distrib import Config, Trainer, World
 from distrib.errors import ConfigError, DistribError, LaunchError
+from distrib.training.compiling import require_tools
 from distrib.training.deepspeed_config import compile_config
 from distrib.training.strategies import resolve
 
@@ -112,7 +113,14 @@ def test_auto_follows_the_stage_of_a_json_file(tmp_path: Path) -> None:
             {"reshard_after_forward": True},
             ["told strategy.reshard_after_forward: false", "config makes it true"],
         ),
-        ({**FSDP, "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block"}, {}, ["cls_to_wrap: Block", "what Task.blocks gives"]),
+        ({**FSDP, "FSDP_IGNORED_MODULES": "head"}, {}, ["fsdp_ignored_modules: head", "config makes it none"]),
+        (
+            {**FSDP, "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true"},
+            {},
+            ["checkpointing_offload: true", "makes it none"],
+        ),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {}, ["told train.compile: model", "config makes it false"]),
+        ({"ACCELERATE_DYNAMO_BACKEND": "nonsense"}, {}, ["told train.compile: by the backend nonsense", "it false"]),
         ({**FSDP, "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, {}, ["SIZE_BASED_WRAP", "what Task.blocks gives"]),
     ],
 )
@@ -154,8 +162,8 @@ def test_a_contradiction_names_both_sides(told: dict[str, str], strategy: dict[s
             'offload_param.device is "nvme", but strategy.offload makes it "none"',
         ),
         (
-            {"name": "zero1", "deepspeed": {"zero_optimization": {"reduce_bucket_size": "auto"}}},
-            'reduce_bucket_size is "auto", and no key of ours decides it',
+            {"name": "zero1", "deepspeed": {"zero_optimization": 2}},
+            "zero_optimization is 2; it is an object of options",
         ),
         ({"name": "zero1", "deepspeed": {"optimizer": {"type": "Adam"}}}, "optimizer is decided by optim"),
         ({"name": "zero1", "deepspeed": {"scheduler": {}}}, "scheduler is decided by optim.schedule"),
@@ -167,6 +175,92 @@ def test_options_that_do_not_fit(strategy: dict[str, Any], said: str) -> None:
         resolve(config({"max_grad_norm": 0.5}, **strategy), two())
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_accelerate_wraps_must_be_the_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Blocks(Masked):
+        def blocks(self, model: Any) -> list[Any]:
+            return [model[1], model[2]]
+
+    for name, value in {**FSDP, **JOINED, "FSDP_TRANSFORMER_CLS_TO_WRAP": "Sequential"}.items():
+        monkeypatch.setenv(name, value)
+    assert Trainer(Blocks(), config(), tmp_path / "run").strategy.name == "fsdp2"
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Block, Sequential")
+    with pytest.raises(LaunchError, match=r"cls_to_wrap: Block, Sequential, but Task.blocks gives Sequential; leave"):
+        Trainer(Blocks(), config(), tmp_path / "run")
+
+
+def template(**zero: Any) -> dict[str, Any]:
+    """A DeepSpeed JSON as transformers' documentation has it, without its optimizer and scheduler."""
+    scaler = {
+        "loss_scale": 0,
+        "loss_scale_window": 1000,
+        "initial_scale_power": 16,
+        "hysteresis": 2,
+        "min_loss_scale": 1,
+    }
+    offload = {"device": "cpu", "pin_memory": True}
+    return {
+        "fp16": {"enabled": "auto", **scaler},
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": offload,
+            "offload_param": offload,
+            "overlap_comm": True,
+            "reduce_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+            **zero,
+        },
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "steps_per_print": 2000,
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+    }
+
+
+def test_a_deepspeed_json_as_people_have_it() -> None:
+    """Its offload holds without repeating it, and "auto" is ours, or DeepSpeed's own default."""
+    given = config(name="zero3", deepspeed=template())
+    resolved = resolve(given, two())
+    assert resolved.offload == "all"
+    options = compile_config(given, resolved, 2)
+    assert options["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
+    assert "reduce_bucket_size" not in options["zero_optimization"]
+    assert options["train_micro_batch_size_per_gpu"] == 4
+    only_optimizer = template(stage=2)
+    del only_optimizer["zero_optimization"]["offload_param"]
+    assert resolve(config(name="zero2", deepspeed=only_optimizer), two()).offload == "optimizer"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_deepspeed_json_may_repeat_the_precision(precision: str) -> None:
+    given = config({"mixed_precision": precision}, name="zero1", deepspeed={precision: {"enabled": True}})
+    options = compile_config(given, resolve(given, two()), 2)
+    assert options[precision] == {"enabled": False}
+    assert options["torch_autocast"]["enabled"]
+
+
+def test_all_that_a_deepspeed_json_may_not_have_is_named_at_once() -> None:
+    values = {**template(), "optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}, "gradient_clipping": 2.0}
+    with pytest.raises(ConfigError) as error:
+        resolve(config({"mixed_precision": "fp16"}, name="zero3", deepspeed=values), two())
+    for part in (
+        *("optimizer is decided by optim", "scheduler is decided by optim.schedule", "gradient_clipping is 2.0"),
+        *("fp16.loss_scale_window has no effect", "fp16.hysteresis has no effect"),
+    ):
+        assert part in str(error.value)
+
+
+def test_variables_by_which_libraries_change_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    resolve(config(), two())  # a CPU has no TF32
+    with pytest.raises(LaunchError, match=r"NVIDIA_TF32_OVERRIDE=1: matrix products in fp32 would be computed in TF32"):
+        resolve(config(), World(use_cpu=False))
+    monkeypatch.setenv("TORCHDYNAMO_SUPPRESS_ERRORS", "1")
+    with pytest.raises(ConfigError, match=r"train.compile: model, but TORCHDYNAMO_SUPPRESS_ERRORS is set"):
+        require_tools("model", World())
 
 
 @pytest.mark.parametrize(
@@ -247,5 +341,7 @@ def test_ours_hold_whatever_else_is_given(given: dict[str, Any]) -> None:
 
 def holds(merged: Any, part: Any) -> bool:
     if isinstance(part, dict):
-        return isinstance(merged, dict) and all(key in merged and holds(merged[key], part[key]) for key in part)
-    return part == "auto" or bool(merged == part)
+        return isinstance(merged, dict) and all(
+            part[key] == "auto" or (key in merged and holds(merged[key], part[key])) for key in part
+        )
+    return bool(merged == part)
