@@ -13,6 +13,8 @@ from distrib import __version__
 from distrib.errors import CommandLineError
 from distrib.launching.command import LaunchCommand
 from distrib.launching.member import run_and_end, run_as_member
+from distrib.output import end_with_reader
+from distrib.stopping import leave_when_asked
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of the click that this Typer uses, its own or click's
 
@@ -51,11 +53,16 @@ Overrides = Annotated[
 ]
 
 
+_SHOW = ("explain", "watch", "verify", "compare")  # they do nothing but print
+
+
 def _as_member(verb: Callable[..., None]) -> Callable[..., None]:
     """Errors of the user's end in one line and exit code 2, crashes in the failing rank's traceback."""
 
     @functools.wraps(verb)
     def run(*args: object, **kwargs: object) -> None:
+        if verb.__name__ in _SHOW:
+            end_with_reader()
         run_as_member(lambda: verb(*args, **kwargs), trains=verb.__name__ == "train")
 
     return run
@@ -152,8 +159,10 @@ def launch(
 
     Options may stand before and after a config. What stands after a script, or after -m MODULE, is the script's.
 
-    SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP are passed on: the processes save, and all end with exit code 75.
+    SIGTERM, SIGINT (Ctrl-C), SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU are passed on: the processes save, and all end with
+    exit code 75.
     """
+    leave_when_asked(as_launcher=True)
     from distrib.launching import local
 
     processes = local.default_processes() if processes is None else processes

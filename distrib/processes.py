@@ -6,8 +6,19 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 LAUNCHER = "DISTRIB_LAUNCHER_PID"  # the process number of distrib launch, for the ranks that it starts
+# What terminals, users and clusters send to a process that shall end.
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -27,9 +38,20 @@ def shield(parent: int | None = None) -> None:
     Collect garbage, which a rank that forks within a step has put off.
     """
     gc.enable()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     die_with_parent()
+
+
+@contextmanager
+def stop_signals_held() -> Iterator[None]:
+    """Start processes within that call `shield`: until then no signal that is sent to all processes ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ignore_sigterm() -> None:

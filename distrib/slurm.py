@@ -32,8 +32,16 @@ def as_member(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def in_job(environ: Mapping[str, str]) -> str | None:
-    """The number of the job whose srun step this is, also of a step with one task."""
-    return environ.get("SLURM_JOB_ID") if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ else None
+    """The job whose srun step this is, also of a step with one task, by the name that SLURM's commands take.
+
+    A task of an array is ARRAY_TASK: the last one to start has the number of the whole array as its SLURM_JOB_ID. Of a
+    heterogeneous job it is the first component, which stands for all.
+    """
+    if "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ:
+        return None
+    if "SLURM_ARRAY_JOB_ID" in environ and "SLURM_ARRAY_TASK_ID" in environ:
+        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return environ.get("SLURM_JOB_ID_HET_GROUP_0") or environ.get("SLURM_JOB_ID")
 
 
 def first_host(nodelist: str) -> str:

@@ -1,64 +1,120 @@
-"""Being asked to stop: the handler only takes note, the ranks agree at the end of a step.
+"""Signals that ask a process to stop. While it trains the handler only takes note, and the ranks agree on stopping at
+the end of a step; before and after there is nothing to save, and it ends at once.
 
-SIGTERM and SIGUSR1 are what schedulers send, SIGINT is Ctrl-C. SIGUSR1 is also a wish to be started again: where SLURM
-runs the job, it is requeued.
+A signal that was ignored when the process started, as SIGHUP is under nohup, stays ignored.
 """
 
+import _thread
 import os
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from distrib import slurm
+from distrib.processes import STOP_SIGNALS
 
-SAVED = 75  # EX_TEMPFAIL: what we end with when we were asked to stop, and lost nothing
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SAVED = 75  # EX_TEMPFAIL: the exit code of a process that was asked to stop and lost nothing
+# Schedulers send these some time before they kill a job, which SLURM is then asked to start again.
+REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+# SIGTERM and SIGINT end a process that is not training as they end any other.
+LEAVE_SIGNALS = tuple(number for number in STOP_SIGNALS if number not in (signal.SIGTERM, signal.SIGINT))
+_SECONDS_FOR_RANK_0 = 5.0
+
+_postponed: signal.Signals | None = None  # a signal that came to this rank, which is not rank 0, before it trained
+
+
+def handle(numbers: Iterable[signal.Signals], handler: Callable[[int, Any], None]) -> dict[signal.Signals, Any]:
+    """Install `handler` for those of the signals that are not ignored. Returns the handlers that were there before."""
+    return {
+        number: signal.signal(number, handler) for number in numbers if signal.getsignal(number) is not signal.SIG_IGN
+    }
 
 
 @contextmanager
 def when_asked_to_stop(take_note: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Within, call `take_note` on each of the signals; on a second SIGINT raise KeyboardInterrupt, and save nothing.
+    """Within, call `take_note` on each of STOP_SIGNALS; on a second SIGINT raise KeyboardInterrupt, and save nothing.
 
     Only in the main thread, where Python handles signals.
     """
+    global _postponed
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     interrupted = False
 
-    def handle(number: int, _frame: Any) -> None:
+    def note(number: int, _frame: Any) -> None:
         nonlocal interrupted
         if number == signal.SIGINT:
-            if interrupted:
+            # distrib launch ends its ranks itself on a second Ctrl-C, and SLURM sends each signal to it and to them
+            if interrupted and not has_launcher():
                 raise KeyboardInterrupt
             interrupted = True
         take_note(signal.Signals(number))
 
-    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    before = handle(STOP_SIGNALS, note)
+    if _postponed is not None:
+        take_note(_postponed)
+        _postponed = None
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that is not Python's
 
 
-def leave_when_asked() -> None:
-    """From now on SIGUSR1 ends this process, which has nothing to save, as if it had been asked to stop while training.
+def leave_when_asked(as_launcher: bool = False) -> None:
+    """From now on, while it is not training, this process ends with exit code 75 on each of LEAVE_SIGNALS.
 
-    SIGTERM does so as it is. Otherwise a job that is asked to stop while it imports and connects would have failed.
+    Rank 0 decides for all: the others wait for it, so that no launcher ends it before it has said why, or has asked
+    SLURM to start the job again. If rank 0 trains by then, so do they soon, and take note of the signal as it did.
+    Under distrib launch rank 0 dies of the signal, even within a call into C++, and its launcher does the rest.
     """
-    signal.signal(signal.SIGUSR1, _leave)
+    if as_launcher or (_rank() == 0 and not has_launcher()):
+        handle(LEAVE_SIGNALS, _leave)
+    elif _rank() != 0:
+        handle(LEAVE_SIGNALS, _postpone)
 
 
-def _leave(_number: int, _frame: Any) -> None:
-    job = slurm.in_job(os.environ)
-    if int(os.environ.get("RANK", 0)) == 0:
-        then = "start it again" if job is None else slurm.requeue(job)
-        print(f"asked to stop while not training, nothing to save; {then}", file=sys.stderr, flush=True)
-    elif job is not None:
+def nothing_to_save(number: int) -> None:
+    """Print that the run was asked to stop by this signal while it was not training, and requeue SLURM's job if the
+    signal means that. Rank 0 and its launcher do; others wait until SLURM ends them."""
+    job = slurm.in_job(os.environ) if number in REQUEUE_SIGNALS else None
+    if job is not None and _rank() != 0:
         time.sleep(slurm.SECONDS_TO_REQUEUE)
+        job = None
+    then = "start it again" if job is None else slurm.requeue(job)
+    with suppress(OSError):  # not print: the signal may have interrupted one
+        os.write(2, f"asked to stop while not training, nothing to save; {then}\n".encode())
+
+
+def _leave(number: int, _frame: Any) -> None:
+    handle(LEAVE_SIGNALS, lambda *_: None)  # a second one changes nothing
+    nothing_to_save(number)
     os._exit(SAVED)
+
+
+def _postpone(number: int, _frame: Any) -> None:
+    global _postponed
+    if _postponed is None:
+        _postponed = signal.Signals(number)
+        _thread.start_new_thread(_leave_later, (number,))  # threading's takes locks that the main thread may hold
+
+
+def _leave_later(number: int) -> None:
+    time.sleep(_SECONDS_FOR_RANK_0)
+    if _postponed is not None:
+        nothing_to_save(number)
+    if _postponed is not None:  # it did not begin to train meanwhile
+        os._exit(SAVED)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def has_launcher() -> bool:
+    """Was this rank started by distrib launch, which then says what there is to say?"""
+    return os.environ.get("DISTRIB_LAUNCHER") == "distrib"

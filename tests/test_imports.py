@@ -11,6 +11,7 @@ LAYERS = [
     {
         "__version__",
         "errors",
+        "output",
         "processes",
         "slurm",
         "targets",

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distrib import World
-from distrib.slurm import first_host, tasks_per_node
+from distrib.slurm import first_host, in_job, tasks_per_node
 
 STEP = {
     "SLURM_JOB_ID": "17",
@@ -43,6 +43,13 @@ def test_what_looks_like_a_step_and_is_none() -> None:
 def test_a_task_that_sees_one_gpu_takes_that() -> None:
     assert World.detect({**STEP, "SLURM_GPUS_PER_TASK": "1"}).local_rank == 0
     assert World.detect({**STEP, "SLURM_GPUS_PER_TASK": "a100:1"}).local_rank == 0
+
+
+def test_the_job_as_its_commands_name_it() -> None:
+    """Number 17 is that of the array too, where this task was the last to start."""
+    assert in_job({**STEP, "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "4"}) == "17_4"
+    assert in_job({**STEP, "SLURM_JOB_ID": "18", "SLURM_JOB_ID_HET_GROUP_0": "17"}) == "17"
+    assert in_job({"SLURM_JOB_ID": "17"}) is None
 
 
 def test_steps_that_share_a_node_meet_at_ports_of_their_own() -> None:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from distrib.data.order import Positions, derive_seed, digest
 from distrib.data.sampler import DistributedSampler, MicroBatch
-from distrib.processes import shield_worker
+from distrib.processes import shield_worker, stop_signals_held
 
 
 class Read(NamedTuple):
@@ -99,7 +99,7 @@ def data_loader(
     A dataset that has `__getitems__` is asked for the whole micro-batch: a list of samples is collated as usual,
     anything else is taken as the batch itself. torch's TensorDataset is indexed whole in the same way.
     """
-    return DataLoader(
+    return _Loader(
         _Reader(dataset, seed),
         batch_sampler=micro_batches,  # type: ignore[arg-type]  # torch reads any iterable of keys
         collate_fn=_identity,  # what the reader returns is collated already
@@ -109,6 +109,12 @@ def data_loader(
         worker_init_fn=shield_worker if num_workers else None,
         generator=torch.Generator(),  # or the loader would draw from the generator that the model uses
     )
+
+
+class _Loader(DataLoader[Read]):
+    def __iter__(self) -> Any:
+        with stop_signals_held():  # until its workers leave them to this process
+            return super().__iter__()
 
 
 class _Reader(Dataset[Any]):

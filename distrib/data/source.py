@@ -15,7 +15,7 @@ from distrib.data.loader import Ahead, Read, Window, data_loader, train_windows
 from distrib.data.sampler import DistributedSampler, MicroBatch
 from distrib.errors import CheckpointError, ConfigError
 from distrib.plan import RunPlan
-from distrib.processes import shield_worker
+from distrib.processes import shield_worker, stop_signals_held
 from distrib.world import World
 
 
@@ -108,7 +108,9 @@ class Stream(Source):
         number, empty = start * per_rank, 0
         while empty < 2:  # once it may have just ended
             empty += 1
-            for batch in self._loader:
+            with stop_signals_held():  # until its workers leave them to this process
+                batches = iter(self._loader)
+            for batch in batches:
                 if number == 0:
                     self._refuse_the_same(batch)
                 empty = 0

@@ -15,8 +15,10 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from distrib import presence
+from distrib.launching.member import INTERRUPTED
 from distrib.launching.rendezvous import NodeRendezvous
-from distrib.stopping import SAVED
+from distrib.processes import STOP_SIGNALS
+from distrib.stopping import LEAVE_SIGNALS, SAVED
 
 USER_CODES = (2, SAVED)  # a member that ends so has said why, and would do so again
 _SECONDS_TO_FOLLOW = 10.0
@@ -66,7 +68,7 @@ class Agent(LocalElasticAgent):
                 raise StoppedBeforeRanks
         for rank in ranks:
             with suppress(ProcessLookupError):
-                os.kill(rank, signal.SIGTERM if number == signal.SIGHUP else number)
+                os.kill(rank, number)
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         """Count a restart on all machines, also on those whose ranks were only ended for the sake of the others."""
@@ -89,7 +91,7 @@ class Agent(LocalElasticAgent):
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state is WorkerState.FAILED:
             rank, failure = first_failure(result)
-            if self.asked is not None or failure.exitcode in USER_CODES:
+            if self.asked is not None or self.left(result) is not None or failure.exitcode in USER_CODES:
                 self._remaining_restarts = 0
             elif self._remaining_restarts > 0:
                 attempt = worker_group.spec.max_restarts - self._remaining_restarts + 1
@@ -98,6 +100,15 @@ class Agent(LocalElasticAgent):
                     f"{worker_group.spec.max_restarts}"
                 )
         return result
+
+    def left(self, result: RunResult) -> signal.Signals | None:
+        """The signal that asked the ranks to stop, if one of them died of it, which none does while it trains."""
+        for failure in result.failures.values():
+            if self.asked is not None and failure.exitcode in (*(-number for number in STOP_SIGNALS), INTERRUPTED):
+                return self.asked
+            if -failure.exitcode in LEAVE_SIGNALS:
+                return signal.Signals(-failure.exitcode)
+        return None
 
     def _hurry_after_failure(self) -> None:
         """Where a rank has failed the others soon do so too, but for one that hangs: torch gives it 30 s."""
@@ -141,5 +152,11 @@ def _kill(ranks: list[int]) -> None:
 
 def _ranks() -> list[int]:
     """The processes that this one started and that still run."""
-    children = psutil.Process().children()
-    return [child.pid for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    return [child.pid for child in psutil.Process().children() if _runs(child)]
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

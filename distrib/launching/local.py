@@ -23,10 +23,8 @@ from distrib.launching.member import INTERRUPTED
 from distrib.launching.rendezvous import NodeRendezvous
 from distrib.plan import window_size
 from distrib.presence import KEPT_AT
-from distrib.processes import LAUNCHER
-from distrib.stopping import SAVED
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+from distrib.processes import LAUNCHER, STOP_SIGNALS
+from distrib.stopping import SAVED, handle, nothing_to_save
 
 
 @dataclass(frozen=True)
@@ -126,12 +124,11 @@ def launch(arguments: Sequence[str], options: Options) -> int:
     agent = Agent(spec, DefaultLogsSpecs(), grace=options.grace)
     if options.node_rank:
         agent.start_watchdog(f"node 0's launcher at {options.rendezvous} does not answer; ending all")
-    for number in _SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup
-            signal.signal(number, agent.handle)
+    handle(STOP_SIGNALS, agent.handle)
     try:
         result = agent.run()
     except StoppedBeforeRanks:
+        nothing_to_save(agent.asked or signal.SIGTERM)
         return SAVED
     except RendezvousTimeoutError:
         absent = (
@@ -164,9 +161,8 @@ def _outcome(agent: Agent, result: RunResult, options: Options) -> int:
     if agent.killed and agent.asked is not None:
         say(f"the ranks did not save within {options.grace:g} s of {agent.asked.name} and were killed (--grace)")
         return 128 + agent.asked
-    if agent.asked is not None and failure.exitcode in (*(-number for number in _SIGNALS), INTERRUPTED):
-        # by the signal itself, for which only training has a handler
-        say("asked to stop before training began; start it again")
+    if (left := agent.left(result)) is not None:
+        nothing_to_save(left)
         return SAVED
     if failure.exitcode in USER_CODES:
         if options.node_rank and failure.exitcode == SAVED:  # rank 0 said it on another machine

@@ -13,12 +13,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 from distrib import slurm
 from distrib.errors import DistribError, Preempted, WriteError
+from distrib.output import keep_writable
 from distrib.processes import die_with_launcher
-from distrib.stopping import leave_when_asked
+from distrib.stopping import has_launcher, leave_when_asked
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells do
 _SECONDS_FOR_RANK_0 = 5.0
@@ -48,7 +50,7 @@ def run_as_member(work: Callable[[], object], trains: bool = False) -> int:
             said = None if isinstance(error, Preempted) else said
         _end(said, error.exit_code)
     except KeyboardInterrupt:
-        _end("interrupted", INTERRUPTED)
+        _end(None if has_launcher() else "interrupted", INTERRUPTED)
     except Exception as error:
         _end_by_sigterm(1)
         from distrib.presence import report_failure
@@ -65,6 +67,7 @@ def run_and_end(program: Callable[[], object]) -> NoReturn:
     """Run a whole program, and end the process with its exit code, after its threads and exit handlers, before C++
     tears itself down: there gloo's threads, about 1 time in 100, abort a process whose work was done (seen)."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings of a store that is gone are pages of addresses
+    keep_writable()
     code: object = 0
     try:
         program()
@@ -97,8 +100,9 @@ def _end_by_sigterm(code: int) -> None:
 def _end(message: str | None, code: int) -> NoReturn:
     if message is not None:
         print(message, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # it may be closed, none at all, or be written to where a signal interrupted us
+            stream.flush()
     os._exit(code)
 
 

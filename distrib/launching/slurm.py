@@ -53,6 +53,11 @@ class Job:
         for option in self.further:
             if not re.fullmatch(r"[a-z][a-z-]*(=[^\n\"']*)?", option):
                 raise LaunchError(f"--slurm: {option!r}, give an option of sbatch's without its dashes: partition=long")
+            if option.partition("=")[0] == "array":
+                raise LaunchError(
+                    f"--slurm: {option!r}, but all tasks of the array would train in one run folder; submit an array "
+                    "of runs by sbatch --array=… slurm/sweep.sbatch"
+                )
 
     def script(self, program: str, comment: str = "") -> str:
         """The batch script. It takes what `distrib train` takes."""

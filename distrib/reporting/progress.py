@@ -15,6 +15,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from distrib.output import keep_writable
+
 Verbosity: TypeAlias = Literal["quiet", "normal", "verbose"]
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_DRAWS = 0.1  # a step may take less than a millisecond
@@ -26,6 +28,7 @@ class ProgressDisplay:
 
     def __init__(self, name: str, num_steps: int, batch_size: int, verbosity: Verbosity = "normal") -> None:
         """`batch_size`: samples of a step, on all ranks."""
+        keep_writable()  # in a script of the user's nobody has done so yet
         self.console = Console(highlight=False, soft_wrap=True)
         self.num_steps, self.batch_size, self.verbosity = num_steps, batch_size, verbosity
         self._seconds: deque[float] = deque(maxlen=_STEPS_OF_RATE)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from distrib import output
 from distrib.config import TrackingConfig
 from distrib.errors import Preempted, WriteError
 from distrib.reporting.progress import ProgressDisplay
@@ -52,6 +53,8 @@ class Record:
             self._ledger.append(entry)
             self.display.step(entry)
             self._pass_on()
+            while output.problems:
+                self.warn(f"{output.problems.pop(0)}; what is printed is lost, the run goes on")
 
     def evaluation(self, step: int, count: int, metrics: dict[str, float], seconds: float) -> None:
         """One line of evals.jsonl."""

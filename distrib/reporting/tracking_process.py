@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 from distrib.config import Config, TrackingConfig
 from distrib.errors import RunDirError
-from distrib.processes import ignore_sigterm, shield
+from distrib.output import keep_writable
+from distrib.processes import ignore_sigterm, shield, stop_signals_held
 from distrib.reporting.following import Follower
 from distrib.reporting.metrics import Metrics
 from distrib.reporting.tracking import (
@@ -68,7 +69,7 @@ class TrackingProcess:
         name = "tracking.log" if self._first else f"tracking-{arguments[-1]}.log"
         own = {k: v for k, v in os.environ.items() if k not in _LAUNCHERS and not k.startswith("ACCELERATE_")}
         try:
-            with (run.path / name).open("ab") as log:
+            with (run.path / name).open("ab") as log, stop_signals_held():
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", __name__, str(run.path), *arguments],
                     env=own,
@@ -198,6 +199,7 @@ def say(line: str) -> None:
 
 
 def main() -> None:
+    keep_writable()
     path, run_id, first_step, parent, *host = sys.argv[1:]
     shield(int(parent))
     os.nice(19)  # training goes first

@@ -2,6 +2,7 @@
 
 import signal
 
+from distrib.stopping import REQUEUE_SIGNALS
 from distrib.world import World
 
 
@@ -12,18 +13,18 @@ class Preemption:
         self.world = world
         self.asked = False
         self.longest_evaluation = 0.0  # seconds, in which nobody stops
-        self._by_usr1 = False
+        self._requeue = False
         self._warned = False
 
     def take_note(self, number: signal.Signals) -> None:
         """All that a signal's handler may do."""
         self.asked = True
-        self._by_usr1 |= number == signal.SIGUSR1
+        self._requeue |= number in REQUEUE_SIGNALS
 
     def requeue(self) -> bool:
-        """Shall SLURM start the job again? Where a rank was sent SIGUSR1: SIGTERM is also sent to a cancelled job, and
-        SLURM itself requeues what it preempts. Collective."""
-        return self.world.job is not None and any(self.world.from_all(self._by_usr1))
+        """Shall SLURM start the job again? If a rank was sent one of REQUEUE_SIGNALS: SIGTERM is also sent to a
+        cancelled job, and SLURM itself requeues what it preempts. Collective."""
+        return self.world.job is not None and any(self.world.from_all(self._requeue))
 
     def too_long(self, save_seconds: float) -> str | None:
         """A warning, once, where a stop would become a kill."""

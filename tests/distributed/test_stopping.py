@@ -2,11 +2,12 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import check_same, events, lines, ranks, start, steps_done, until
+from conftest import Run, check, check_same, events, lines, ranks, start, steps_done, until
 
 STEPS = 60
 CONFIG = {
@@ -57,3 +58,62 @@ def test_ctrl_c_in_one_process(mark: str, tmp_path: Path) -> None:
     twice.send_signal(signal.SIGINT)
     _, said = twice.communicate(timeout=60)
     assert (twice.returncode, said) == (130, "interrupted\n")
+
+
+EACH_SIGNAL = """
+import os, signal
+from distrib import Config, Trainer
+from distrib.errors import Preempted
+from tasks import Masked
+
+class SendsItself(Masked):
+    sent = False
+
+    def forward(self, model, batch):
+        if not self.sent:
+            self.sent = True
+            os.kill(os.getpid(), number)
+        return super().forward(model, batch)
+
+config = Config.from_dict(
+    {"name": "run", "data": {"global_batch_size": 16, "micro_batch_size": 16}, "train": {"steps": 20}}
+)
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+numbers = ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP"]
+for name in numbers:
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    try:
+        Trainer(SendsItself(), config).fit()
+    except Preempted:
+        assert name != "SIGHUP"
+    else:
+        assert name == "SIGHUP"
+    assert signal.getsignal(number) is before
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+try:
+    Trainer(SendsItself(), config, "hung-up").fit()
+except Preempted:
+    print("all as they should")
+"""
+
+
+def test_each_signal_that_asks_to_stop(run: Run, tmp_path: Path) -> None:
+    """Each ends a start of the run, in one process; the one that nohup ignores does nothing."""
+    (tmp_path / "each.py").write_text(EACH_SIGNAL)
+    assert check(run(sys.executable, "each.py")).splitlines()[-1] == "all as they should"
+    assert events(tmp_path / "runs/run").count("preempted") == 5
+    assert events(tmp_path / "runs/run")[-1] == "finished"
+    assert events(tmp_path / "hung-up")[-1] == "preempted"
+
+
+def test_a_connection_that_is_lost_while_it_starts(mark: str, tmp_path: Path) -> None:
+    """distrib train alone ends as it does under distrib launch; each signal but SIGTERM and SIGINT goes this way."""
+    phased = {**CONFIG, "task": {"target": "tasks:Phased", "folder": str(tmp_path)}}
+    (tmp_path / "phased.yaml").write_text(yaml.safe_dump(phased))
+    running = start(mark, tmp_path, "train", "phased.yaml")
+    until((tmp_path / "start-up").exists, "it does not begin")
+    running.send_signal(signal.SIGHUP)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 75
+    assert said == "asked to stop while not training, nothing to save; start it again\n"

@@ -49,6 +49,7 @@ def test_the_template_is_what_submit_renders() -> None:
         (["--time", "tomorrow"], "--time: 'tomorrow', give MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS"),
         (["--slurm", "--partition=long"], "--slurm: '--partition=long', give an option of sbatch's without its dashes"),
         (["--slurm", "comment=a\n#SBATCH --uid=0"], "--slurm: 'comment=a\\n#SBATCH --uid=0', give"),
+        (["--slurm", "array=0-3"], "--slurm: 'array=0-3', but all tasks of the array would train in one run folder"),
         (["optim.lr=fast"], "optim.lr: 'fast'"),
         (["name=a b"], "name: 'a b'"),
     ],

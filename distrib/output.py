@@ -1,0 +1,105 @@
+"""Standard output and error that cannot be written: a pipe without a reader, a terminal that is gone, a full disk.
+
+A run trains on, because its folder keeps everything. A command that only shows something ends, as other programs do.
+"""
+
+import errno
+import io
+import os
+import select
+import signal
+import sys
+from contextlib import suppress
+from typing import Any
+
+problems: list[str] = []  # what could not be written and why, once for each stream; for the run folder
+_PASSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # there may be room again later
+_ends_with_reader = False
+
+
+class _Stream(io.FileIO):
+    """A file descriptor to which a write never fails."""
+
+    problem: str | None = None
+
+    def write(self, data: Any) -> int:
+        while True:
+            try:
+                written = super().write(data)
+            except OSError as error:
+                self._failed(error)
+                return memoryview(data).nbytes
+            if written is not None:
+                return written
+            select.select([], [self], [])  # another program has made it non-blocking
+
+    def _failed(self, error: OSError) -> None:
+        if _ends_with_reader and error.errno == errno.EPIPE:
+            os._exit(128 + signal.SIGPIPE)
+        problem = f"{self.name}: {error.strerror}"
+        if _ends_with_reader:
+            with suppress(OSError):
+                os.write(2, f"error: {problem}\n".encode())
+            os._exit(1)
+        if self.problem is None:
+            self.problem = problem
+            problems.append(problem)
+        if error.errno not in _PASSES:  # for writers that are not Python's, too
+            _discard(self.fileno())
+
+
+def keep_writable() -> None:
+    """From now on no write to sys.stdout or sys.stderr raises an OSError or UnicodeEncodeError.
+
+    Streams that are not the process's own, such as a notebook's, stay as they are.
+    """
+    closed = [descriptor for descriptor in range(3) if not _is_open(descriptor)]
+    for descriptor in closed:  # or the next file that is opened would be taken for standard output
+        _discard(descriptor)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None and descriptor in closed:
+            stream = io.TextIOWrapper(io.FileIO(descriptor, "w", closefd=False), write_through=True)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        raw = getattr(stream.buffer, "raw", stream.buffer)
+        if type(raw) is not io.FileIO or raw.fileno() != descriptor:
+            continue
+        with suppress(OSError):
+            stream.flush()
+        lasting = _Stream(descriptor, "w", closefd=False)
+        lasting.name = f"<{name}>"
+        wrapped = io.TextIOWrapper(
+            lasting if stream.buffer is raw else io.BufferedWriter(lasting),
+            encoding=stream.encoding,
+            errors="backslashreplace",
+            newline="\n",
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        setattr(sys, name, wrapped)
+        setattr(sys, f"__{name}__", wrapped)
+
+
+def end_with_reader() -> None:
+    """From now on this process ends when its output cannot be written, with SIGPIPE's exit code if nobody reads it."""
+    global _ends_with_reader
+    _ends_with_reader = True
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
+def _discard(descriptor: int) -> None:
+    """Have the descriptor, and those of programs that inherit it, lead nowhere."""
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != descriptor:
+        os.dup2(null, descriptor)
+        os.close(null)
+    else:
+        os.set_inheritable(descriptor, True)
