@@ -1,15 +1,18 @@
 """`distrib submit`: a batch job that trains, saves when SLURM stops it, and goes on when SLURM starts it again."""
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distrib.config import Config
-from distrib.errors import LaunchError
+from distrib.errors import LaunchError, RunDirError
 from distrib.plan import window_size
 from distrib.state.run_dir import RunDir
 
@@ -95,21 +98,53 @@ def submit(config: Config, run_dir: Path | None, job: Job, dry_run: bool) -> Non
     job = replace(job, log=log)
     script, file = job.script(f"{shlex.quote(sys.executable)} -m distrib"), run.path / "job.sbatch"
     command = ["sbatch", "--parsable", str(file), str(run.config), "--run-dir", str(run.path)]
+    run.check_reserve(config)
+    _check_writable(run.path)
     if dry_run:
         print(f"{script}\n# {shlex.join(command)}")
         return
     if shutil.which("sbatch") is None:
         raise LaunchError("sbatch: not found, is there no SLURM? distrib launch starts processes on this machine")
-    was_there = run.config.exists()
-    run.reserve(config)
-    file.write_text(script)
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        if not was_there:
-            shutil.rmtree(run.path)
-        raise LaunchError(f"sbatch refused the job: {' '.join(result.stderr.split())}")
+    with _undone_on_failure(run.path, (run.config, file)):
+        run.reserve(config)
+        try:
+            file.write_text(script)
+            result = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            raise LaunchError(f"{error.filename}: the job cannot be submitted: {error.strerror}") from None
+        if result.returncode != 0:
+            raise LaunchError(f"sbatch refused the job: {' '.join(result.stderr.split())}")
     number = result.stdout.strip().partition(";")[0]
     print(f"job {number}, its log: {log.replace('%j', number)}")
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises RunDirError if a run folder cannot be made there."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise RunDirError(f"{folder}: cannot write the run folder: {there} is not a directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunDirError(f"{folder}: cannot write the run folder: no permission to write into {there}")
+
+
+@contextmanager
+def _undone_on_failure(folder: Path, files: Sequence[Path]) -> Iterator[None]:
+    """If anything is raised within, leave the files in the folder, and the folders, as they were before."""
+    before = {file: file.read_bytes() if file.exists() else None for file in files}
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for file, content in before.items():
+            with suppress(OSError):
+                if content is None:
+                    file.unlink()
+                elif file.read_bytes() != content:
+                    file.write_bytes(content)
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def seconds_of(time: str) -> int:

@@ -115,8 +115,19 @@ class RunDir:
     def reserve(self, config: Config) -> None:
         """Make the folder and write the config into it, for a run that begins later.
 
-        Raises RunDirError where another run is there, or one waits to begin with another config.
+        Raises RunDirError as `check_reserve` does, or if it cannot be written.
         """
+        self.check_reserve(config)
+        try:
+            self._make()
+            write_whole(self.config, config.dump())
+        except OSError as error:
+            raise RunDirError(f"{self.path}: cannot write the run folder: {error.strerror}") from None
+
+    def check_reserve(self, config: Config) -> None:
+        """Raises RunDirError if another run or other files are here, or a run waits to begin with another config."""
+        if self.path.is_dir():
+            self._refuse_other_files()
         if os.path.lexists(self.config):
             self._refuse_another(config, None)
             if not self.has_begun() and self.read_config() != config:
@@ -124,11 +135,6 @@ class RunDir:
                     f"{self.path}: holds the config of a run that has yet to begin, and another; remove the folder if "
                     "it is not waiting in a queue, or choose another with --run-dir"
                 )
-        try:
-            self._make()
-            write_whole(self.config, config.dump())
-        except OSError as error:
-            raise RunDirError(f"{self.path}: cannot write the run folder: {error.strerror}") from None
 
     def held(self) -> bool:
         """Does a process train in this folder now? Where a file system has no locks, it cannot be told: False."""
@@ -147,6 +153,9 @@ class RunDir:
 
     def _make(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        self._refuse_other_files()
+
+    def _refuse_other_files(self) -> None:
         ours = os.path.lexists(self.config) or files_saved(self.checkpoints)
         if not ours and any(path.name not in _LEFT_BY_A_START for path in self.path.iterdir()):
             raise RunDirError(f"{self.path}: the folder holds other files; choose another with --run-dir")

@@ -65,6 +65,54 @@ def test_without_slurm(run: Run, config: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_refuses_what_submit_refuses(run: Run, config: Path, tmp_path: Path) -> None:
+    """Without a change to what is there."""
+    waiting, taken = tmp_path / "waiting", tmp_path / "taken"
+    check(run("distrib", "submit", config, "--run-dir", "waiting", PATH=str(sbatch(tmp_path, "echo 17"))))
+    taken.mkdir()
+    (taken / "thesis.tex").touch()
+    before = contents(tmp_path)
+    for arguments, said in (
+        (["--run-dir", "waiting", "optim.lr=0.5"], f"error: {waiting}: holds a run of another config"),
+        (
+            ["--run-dir", "waiting", "eval.every_steps=1"],
+            f"error: {waiting}: holds the config of a run that has yet to",
+        ),
+        (["--run-dir", "taken"], f"error: {taken}: the folder holds other files"),
+        (["--run-dir", "small.yaml/run"], f"error: {config}/run: cannot write the run folder: {config} is not a dir"),
+    ):
+        for dry_run in ([], ["--dry-run"]):
+            assert refused(run("distrib", "submit", config, *arguments, *dry_run)).startswith(said)
+        assert contents(tmp_path) == before
+
+
+def test_a_job_that_sbatch_refuses_leaves_nothing(run: Run, config: Path, tmp_path: Path) -> None:
+    """A folder that was there is as it was, although the config may differ from its own in what decides nothing."""
+    path = str(sbatch(tmp_path, "echo 17"))
+    check(run("distrib", "submit", config, "--run-dir", "begun", PATH=path))
+    (tmp_path / "begun" / "steps.jsonl").write_text("a line\n")
+    (tmp_path / "empty").mkdir()
+    sbatch(tmp_path, "echo no such partition >&2; exit 1")
+    before = contents(tmp_path)
+    for folder in ("begun", "empty", "new/one"):
+        again = run("distrib", "submit", config, "eval.every_steps=1", "--nodes", 2, "--run-dir", folder, PATH=path)
+        assert refused(again) == "error: sbatch refused the job: no such partition"
+        assert contents(tmp_path) == before
+
+
+def sbatch(folder: Path, does: str) -> Path:
+    """The folder of an sbatch that SLURM does not answer."""
+    program = folder / "bin" / "sbatch"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(f"#!/bin/sh\n{does}\n")
+    program.chmod(0o755)
+    return program.parent
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: None if path.is_dir() else path.read_bytes() for path in folder.rglob("*")}
+
+
 @given(st.integers(0, 9), st.integers(0, 23), st.integers(0, 59), st.integers(0, 59))
 def test_times_are_read_as_slurm_reads_them(days: int, hours: int, minutes: int, seconds: int) -> None:
     in_day = (hours * 60 + minutes) * 60 + seconds
