@@ -41,7 +41,7 @@ def shield(parent: int | None = None) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    die_with_parent()
+    die_with_parent(parent)
 
 
 @contextmanager
