@@ -1,7 +1,6 @@
 """The command line: one function a verb, no logic. Imports wait until a verb needs them."""
 
 import functools
-import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,6 @@ from distrib import __version__
 from distrib.errors import CommandLineError
 from distrib.launching.command import LaunchCommand
 from distrib.launching.member import run_and_end, run_as_member
-from distrib.output import end_with_reader
-from distrib.stopping import leave_when_asked
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of the click that this Typer uses, its own or click's
 
@@ -53,17 +50,12 @@ Overrides = Annotated[
 ]
 
 
-_SHOW = ("explain", "watch", "verify", "compare")  # they do nothing but print
-
-
 def _as_member(verb: Callable[..., None]) -> Callable[..., None]:
     """Errors of the user's end in one line and exit code 2, crashes in the failing rank's traceback."""
 
     @functools.wraps(verb)
     def run(*args: object, **kwargs: object) -> None:
-        if verb.__name__ in _SHOW:
-            end_with_reader()
-        run_as_member(lambda: verb(*args, **kwargs), trains=verb.__name__ == "train")
+        run_as_member(lambda: verb(*args, **kwargs), verb.__name__)
 
     return run
 
@@ -162,7 +154,6 @@ def launch(
     SIGTERM, SIGINT (Ctrl-C), SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU are passed on: the processes save, and all end with
     exit code 75.
     """
-    leave_when_asked(as_launcher=True)
     from distrib.launching import local
 
     processes = local.default_processes() if processes is None else processes
@@ -291,8 +282,6 @@ def main() -> None:
 
 
 def _run() -> NoReturn:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a locale's letters do not end a run
     try:
         code = app(args=sys.argv[1:] or ["--help"], prog_name="distrib", standalone_mode=False)
     except _UsageError as error:

@@ -18,26 +18,30 @@ from typing import NoReturn
 
 from distrib import slurm
 from distrib.errors import DistribError, Preempted, WriteError
-from distrib.output import keep_writable
+from distrib.output import end_with_reader, keep_writable
 from distrib.processes import die_with_launcher
 from distrib.stopping import has_launcher, leave_when_asked
 
+_SHOW = ("explain", "watch", "verify", "compare")  # these commands do nothing but print
 INTERRUPTED = 130  # 128 + SIGINT, as shells do
 _SECONDS_FOR_RANK_0 = 5.0
 _SECONDS_TO_BE_SECOND = 1.0  # launchers name the first to end, and end the others
 
 
-def run_as_member(work: Callable[[], object], trains: bool = False) -> int:
+def run_as_member(work: Callable[[], object], command: str = "") -> int:
     """Run `work` and return the exit code: 0 done, 1 failed, 2 the user's input is wrong, 75 asked to stop.
 
-    An error of the user's is one line, said by rank 0 alone; a crash is a traceback, said by the rank that failed
-    first. A failed process ends at once, without waiting for threads that wait for the other ranks.
+    `command`: the command of distrib's that runs; none for a script. An error of the user's is one line, said by rank 0
+    alone; a crash is a traceback, said by the rank that failed first. A failed process ends at once, without
+    waiting for threads that wait for the other ranks.
     """
     die_with_launcher()
     if "RANK" not in os.environ:
         os.environ.update(slurm.as_member(os.environ))  # here and for what the user brings
-    if trains:
-        leave_when_asked()
+    if command in ("train", "launch"):
+        leave_when_asked(as_launcher=command == "launch")
+    elif command in _SHOW:
+        end_with_reader()
     try:
         work()
     except DistribError as error:
