@@ -4,8 +4,10 @@ BIN := .venv/bin
 
 .PHONY: train test lint clean
 
+# Two processes, or one on a machine with one GPU: a process needs a GPU of its own.
 train: .venv/.installed
-	$(BIN)/distrib launch --processes 2 configs/digits.yaml
+	$(BIN)/distrib launch --processes \
+		$$($(BIN)/python -c 'import torch; print(min(torch.accelerator.device_count() or 2, 2))') configs/digits.yaml
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest

@@ -1,7 +1,9 @@
 """What the pages promise holds: commands run, links lead somewhere, every config key is explained."""
 
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,26 @@ def test_every_command_of_the_readme_runs(mark: str, tmp_path: Path) -> None:
             )
             assert result.returncode == 0, f"{text}\n{result.stdout}\n{result.stderr}"
     assert commands >= 5
+
+
+def test_distrib_installs_into_an_environment_of_ones_own(mark: str, tmp_path: Path) -> None:
+    """The README's command, on a copy: building leaves files beside the sources. What distrib depends on is here."""
+    for name in ("pyproject.toml", "README.md", "LICENSE", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "distrib", tmp_path / "distrib", ignore=shutil.ignore_patterns("__pycache__"))
+    (command,) = re.findall(r"^\$ pip (install .*) \.$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    own = environment(mark, PYTHONPATH=str(tmp_path / "own"))
+    pip = [sys.executable, "-m", "pip", *command.split(), "--quiet", "--no-deps", "--target", tmp_path / "own"]
+    subprocess.run([*pip, "."], cwd=tmp_path, env=own, check=True, timeout=300)
+    program = "import distrib, pathlib; print(pathlib.Path(distrib.__file__).parent)"
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path / "own", env=own, stdout=subprocess.PIPE, text=True
+    )
+    installed, here = Path(found.stdout.strip()), ROOT / "distrib"
+    assert installed == tmp_path / "own" / "distrib"
+    assert {p.relative_to(installed) for p in installed.rglob("*") if p.suffix != ".pyc" and p.is_file()} == {
+        p.relative_to(here) for p in here.rglob("*") if p.suffix != ".pyc" and p.is_file()
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
