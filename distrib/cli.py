@@ -91,12 +91,12 @@ def train(
     """Train in this process, or as a member where a launcher (torchrun, accelerate, distrib) started it."""
     from distrib.config import Config
     from distrib.reporting.progress import Verbosity
-    from distrib.task import load_task
+    from distrib.training import assembly
     from distrib.training.trainer import Trainer
 
     loaded = Config.load(config, overrides or ())
     verbosity: Verbosity = "quiet" if quiet else "verbose" if verbose else "normal"
-    Trainer(load_task(loaded.task), loaded, run_dir, resume=resume, fork=fork, verbosity=verbosity).fit()
+    Trainer(assembly.task(loaded), loaded, run_dir, resume=resume, fork=fork, verbosity=verbosity).fit()
 
 
 class _Launch(LaunchCommand):

@@ -1,5 +1,6 @@
 """What the user brings: data, model, loss, metrics."""
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,36 @@ class Loss:
 
 
 class Task:
-    """Subclass, and override what your task needs. The first four have no default."""
+    """Subclass, and override what your task needs. The first four have no default.
+
+    Python's, numpy's and torch's generators are seeded from the config before each of `prepare`, `train_dataset`,
+    `eval_dataset`, `model` and `optimizer`, on every rank alike, and before the class is called by a command. In a
+    script of your own you call it, and seed what it draws.
+    """
+
+    _given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})  # the arguments of the class, see state/identity.py
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Task":
+        task = super().__new__(cls)
+        task._given = (args, kwargs)
+        return task
+
+    # Or inspect.signature would show the arguments above for a class without an __init__ of its own.
+    __new__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter("cls", inspect.Parameter.POSITIONAL_ONLY)]
+    )
+
+    def __init__(self) -> None:
+        pass
+
+    def prepare(self) -> None:
+        """Make the files that the datasets read: download, unpack, tokenise. Nothing by default.
+
+        Called in every command that reads data, before `train_dataset()` and `eval_dataset()`, in one process of each
+        machine: rank 0 first, and when it is done, local rank 0 of all other machines at once. The other ranks wait. So
+        return at once if the files are there: then it works once a machine on local disks, and once on a shared file
+        system. Keep nothing on `self`, because most ranks never run it.
+        """
 
     def train_dataset(self) -> Dataset[Any]:
         """The samples to train on: with `__len__`, or an IterableDataset that gives each rank its own."""

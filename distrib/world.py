@@ -111,6 +111,8 @@ class World:
 
         Raises LaunchError where fewer came than were asked for, or some have other versions of the libraries.
         """
+        if self.control is not None:  # joined already, for Task.prepare
+            return
         from accelerate import PartialState
 
         if "OMP_NUM_THREADS" not in os.environ:  # or accelerate sets it for the cores of one process, with a warning

@@ -99,8 +99,19 @@ def data_loader(
     A dataset that has `__getitems__` is asked for the whole micro-batch: a list of samples is collated as usual,
     anything else is taken as the batch itself. torch's TensorDataset is indexed whole in the same way.
     """
+    return batch_loader(SampleReader(dataset, seed), micro_batches, num_workers, prefetch_factor, pin_memory)
+
+
+def batch_loader(
+    reader: "SampleReader",
+    micro_batches: Iterable[MicroBatch],
+    num_workers: int = 0,
+    prefetch_factor: int = 2,
+    pin_memory: bool = False,
+) -> DataLoader[Read]:
+    """A DataLoader of what `reader` returns for each micro-batch, in order."""
     return _Loader(
-        _Reader(dataset, seed),
+        reader,
         batch_sampler=micro_batches,  # type: ignore[arg-type]  # torch reads any iterable of keys
         collate_fn=_identity,  # what the reader returns is collated already
         num_workers=num_workers,
@@ -117,7 +128,7 @@ class _Loader(DataLoader[Read]):
             return super().__iter__()
 
 
-class _Reader(Dataset[Any]):
+class SampleReader(Dataset[Any]):
     """What a worker runs: read one micro-batch, each sample with the random numbers that belong to it."""
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:

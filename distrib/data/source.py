@@ -43,7 +43,10 @@ class Source:
     def some_batch(self) -> Any:
         """A micro-batch of the first samples, to see what one looks like."""
         first = np.arange(self.plan.micro_batch_size, dtype=np.uint64)
-        return next(iter(data_loader(self.dataset, [MicroBatch(first, first)], seed=self.seed))).batch
+        # If the run has workers, one of them reads: they must not share a file that the dataset opens in this process.
+        workers = min(1, self.loading["num_workers"])
+        loader = data_loader(self.dataset, [MicroBatch(first, first)], seed=self.seed, num_workers=workers)
+        return next(iter(loader)).batch
 
     def state(self) -> list[Any] | None:
         """What a checkpoint keeps, from all ranks: nothing. Collective."""

@@ -208,6 +208,7 @@ def _described(run: RunDir, config: Config) -> dict[str, Any]:
     """What wandb's config holds: ours, resolved; and where, by what and on what the run's latest start runs."""
     environment = run.read_environment()
     start = environment.pop("starts")[-1]
+    environment.pop("task", None)  # names every parameter
     plan = RunPlan.create(config, start["world_size"], environment["training_samples"])
     return {**config.model_dump(mode="json"), "distrib": {**environment, **start, "plan": asdict(plan)}}
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import inspect
+import json
+import math
 import os
 import platform
 import subprocess
@@ -9,11 +11,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
+from distrib.data.fingerprint import sample_print
 from distrib.state.ledger import now
 from distrib.task import Task
 from distrib.world import World, versions
+
+_LONGEST = 200  # characters of an argument that environment.json shows; of longer ones it has a digest
 
 
 def describe(
@@ -74,10 +81,71 @@ def identity(task: Task | None) -> dict[str, str | None]:
 
 
 def _source(of: type) -> str | None:
+    file = source_file(of)
     try:
-        return hashlib.sha256(Path(inspect.getfile(of)).read_bytes()).hexdigest()
-    except (OSError, TypeError):  # made in an interactive session
+        return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError:
         return None
+
+
+def describe_task(task: Task, module: nn.Module) -> dict[str, Any]:
+    """Return the `task` of environment.json."""
+    return {
+        "class": _class_name(type(task)),
+        "file": source_file(type(task)),
+        "arguments": _arguments(task),
+        "parameters": {name: list(parameter.shape) for name, parameter in module.named_parameters()},
+    }
+
+
+def source_file(of: type) -> str | None:
+    """The file that a class stands in; None if it was made in an interactive session."""
+    try:
+        return inspect.getfile(of)
+    except (OSError, TypeError):
+        return None
+
+
+def _class_name(of: type) -> str:
+    file = source_file(of)
+    module = Path(file).stem if of.__module__ == "__main__" and file is not None else of.__module__
+    return f"{module}:{of.__qualname__}"
+
+
+def _arguments(task: Task) -> dict[str, Any]:
+    """What the class was called with, by the names of its parameters."""
+    args, kwargs = task._given
+    try:
+        bound = inspect.signature(type(task)).bind(*args, **kwargs)
+    except (TypeError, ValueError):  # a class with a __new__ of its own
+        return {}
+    bound.apply_defaults()
+    return {name: _plain(value) for name, value in bound.arguments.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Numbers as they are; a digest of text, which may be a secret, and of what is long; of other things the type."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str | os.PathLike):
+        return _digest(os.fspath(value))
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return sample_print(value)
+    if isinstance(value, dict):
+        plain: Any = {str(key): _plain(item) for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        plain = [_plain(item) for item in value]
+    else:
+        named = value if hasattr(value, "__qualname__") else type(value)
+        return f"{named.__module__}:{named.__qualname__}"
+    text = json.dumps(plain)
+    return plain if len(text) <= _LONGEST else _digest(text)
+
+
+def _digest(text: str | bytes) -> str:
+    return "sha256:" + hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()[:16]
 
 
 def _git(*arguments: str) -> bytes | None:

@@ -98,6 +98,33 @@ class Start(TypedDict):
     peak_flops: NotRequired[float]
 
 
+Figures = Annotated[list[float], Field(min_length=1)]
+
+
+class Print(TypedDict):
+    """Of one sample."""
+
+    exact: str
+    float: Figures
+    coarse: Figures
+
+
+class Data(TypedDict):
+    """Of environment.json's `data`: a dataset's fingerprint."""
+
+    length: Count
+    samples: dict[str, Print | str]
+
+
+class TaskOf(TypedDict):
+    """`task` of environment.json."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    file: str | None
+    arguments: dict[str, Any]
+    parameters: dict[str, list[Count]]
+
+
 class Environment(TypedDict):
     """environment.json."""
 
@@ -107,6 +134,8 @@ class Environment(TypedDict):
     versions: NotRequired[dict[str, Any]]
     machine: NotRequired[dict[str, Any]]
     git_commit: NotRequired[str | None]
+    data: NotRequired[dict[str, Data | None]]
+    task: NotRequired[TaskOf]
     forked_from: NotRequired[Origin | None]
     lost_steps: NotRequired[list[Lost]]
 

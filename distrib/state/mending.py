@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from distrib.config import Config
 from distrib.errors import DamagedFileError
-from distrib.state import formats, ledger
+from distrib.state import formats, identity, ledger
 from distrib.state.files import Unreadable, lines_of, open_regular, parse, read_json, set_aside, write_whole
 from distrib.state.manifest import files_saved
 
@@ -22,6 +22,15 @@ _SAME_IN_ALL_STARTS = ("training_samples", "forked_from")  # of environment.json
 def evaluations(run: RunDir) -> str:
     """The lines of evals.jsonl."""
     return b"".join(_split(run.evals, formats.EVALUATION)[0]).decode()
+
+
+def changes(run: RunDir, config: Config, environment: dict[str, Any] | None) -> tuple[str, str]:
+    """Return what of a run of `config` is not the folder's, config, task or data, and how; or ("", "")."""
+    if (keys := changed_keys(run.read_config(), config)) and not saved_with(run, config):
+        return "config", keys
+    if environment is None:
+        return "", ""
+    return identity.changes(run.environment_or_nothing(), environment, in_config=config.task is not None)
 
 
 def changed_keys(before: Config, now: Config) -> str:

@@ -52,14 +52,14 @@ class RunDir:
         path, step and chain of another run's checkpoint that this run begins from. Damaged files are set aside, see
         `trouble`. Raises RunDirError where another run is there, WriteError.
         """
-        if (summary := self._finished_before(config, resume, origin)) is not None:
+        if (summary := self._finished_before(config, resume, origin, environment)) is not None:
             return summary
         new = not os.path.lexists(self.config) and not self.has_begun()
         try:
             self._make()
             if (reason := self._lock.hold()) is not None:
                 self.event("warning", reason=reason)
-            if (summary := self._finished_before(config, resume, origin)) is not None:  # in the meantime
+            if (summary := self._finished_before(config, resume, origin, environment)) is not None:  # in the meantime
                 return summary
             self.trouble.clear()  # what follows finds it again
             if self.has_begun():
@@ -96,11 +96,13 @@ class RunDir:
         write_whole(path, text)
         self._written[path.name] = text
 
-    def _finished_before(self, config: Config, resume: str, origin: dict[str, Any] | None) -> dict[str, Any] | None:
+    def _finished_before(
+        self, config: Config, resume: str, origin: dict[str, Any] | None, environment: dict[str, Any]
+    ) -> dict[str, Any] | None:
         """The summary, where there is nothing left to do. Raises RunDirError where this run may not go on here."""
         if not self.has_begun() or not (os.path.lexists(self.config) or files_saved(self.checkpoints)):
             return None
-        self._refuse_another(config, origin)
+        self._refuse_another(config, origin, environment)
         if resume in ("auto", "never") or origin is not None:
             with suppress(DamagedFileError):  # then it is made anew
                 if (summary := self.read_summary()) is not None:
@@ -129,7 +131,7 @@ class RunDir:
         if self.path.is_dir():
             self._refuse_other_files()
         if os.path.lexists(self.config):
-            self._refuse_another(config, None)
+            self._refuse_another(config, None, None)
             if not self.has_begun() and self.read_config() != config:
                 raise RunDirError(
                     f"{self.path}: holds the config of a run that has yet to begin, and another; remove the folder if "
@@ -259,15 +261,17 @@ class RunDir:
         trouble, self.trouble = self.trouble, []
         return trouble
 
-    def _refuse_another(self, config: Config, origin: dict[str, Any] | None) -> None:
+    def _refuse_another(
+        self, config: Config, origin: dict[str, Any] | None, environment: dict[str, Any] | None
+    ) -> None:
         if origin is not None and origin != self.origin():
             raise RunDirError(
                 f"{self.path}: holds a run that did not begin at {origin['path']}; choose another with --run-dir"
             )
-        changes = mending.changed_keys(self.read_config(), config)
-        if changes and not mending.saved_with(self, config):
+        what, changes = mending.changes(self, config, environment)
+        if changes:
             raise RunDirError(
-                f"{self.path}: holds a run of another config ({changes}); choose another with --run-dir, and to begin "
+                f"{self.path}: holds a run of another {what} ({changes}); choose another with --run-dir, and to begin "
                 "with this one's state give --resume CHECKPOINT --fork"
             )
 

@@ -2,24 +2,41 @@
 
 from typing import Any
 
-import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import Dataset, IterableDataset
 
 from distrib.config import Compile, Config, StrategyConfig
+from distrib.data.fingerprint import fingerprint
+from distrib.data.seeding import seeded
 from distrib.errors import ConfigError
-from distrib.task import Task
-from distrib.training import evaluation
+from distrib.state.identity import Fingerprint
+from distrib.task import Task, load_task
+from distrib.training import agreement, evaluation
 from distrib.training.engine import Engine
 from distrib.training.optimizers import build_optimizer
 from distrib.training.placement import MakeOptimizer
 from distrib.world import World
 
 
+def task(config: Config) -> Task:
+    """The config's task. Raises ConfigError."""
+    with seeded("task", config.seed):
+        return load_task(config.task)
+
+
+def prepare(task: Task, config: Config, world: World) -> None:
+    """Let the task make its files, before any rank reads them. Joins the processes if the task has something to do."""
+    if type(task).prepare is not Task.prepare:
+        world.connect(config.strategy.timeout)
+        with seeded("prepare", config.seed):
+            agreement.on_each_machine(world, task.prepare)
+
+
 def model(task: Task, seed: int) -> nn.Module:
     """With the initial weights that belong to `seed`."""
-    torch.manual_seed(seed)
-    return task.model()
+    with seeded("model", seed):
+        return task.model()
 
 
 def blocks(task: Task, module: nn.Module, strategy: StrategyConfig, compile: Compile = False) -> list[nn.Module]:
@@ -35,25 +52,38 @@ def blocks(task: Task, module: nn.Module, strategy: StrategyConfig, compile: Com
     return found
 
 
-def train_dataset(task: Task) -> tuple[Dataset[Any], int | None]:
+def train_dataset(task: Task, seed: int) -> tuple[Dataset[Any], int | None]:
     """And how many samples it has; a stream (an IterableDataset) does not say. Raises ConfigError."""
-    dataset = task.train_dataset()
+    with seeded("train_dataset", seed):
+        dataset = task.train_dataset()
     if isinstance(dataset, IterableDataset):
         return dataset, None
     return _sized(dataset, "train_dataset"), len(dataset)  # type: ignore[arg-type]
 
 
-def eval_dataset(task: Task) -> Dataset[Any] | None:
+def eval_dataset(task: Task, seed: int) -> Dataset[Any] | None:
     """Raises ConfigError where it has no length, or no samples."""
-    dataset = task.eval_dataset()
+    with seeded("eval_dataset", seed):
+        dataset = task.eval_dataset()
     if dataset is not None and len(_sized(dataset, "eval_dataset")) == 0:  # type: ignore[arg-type]
         raise ConfigError("task.eval_dataset: it has no samples; return None for no evaluation")
     return dataset
 
 
+def fingerprints(train: Dataset[Any], evaluation: Dataset[Any] | None, config: Config) -> dict[str, Fingerprint | None]:
+    """Of both sets, by the name of the method that returned them; None for a stream and for no evaluation."""
+    sets = {"train_dataset": train, "eval_dataset": evaluation}
+    return {name: fingerprint(dataset, config.seed, config.data.num_workers) for name, dataset in sets.items()}
+
+
 def optimizer_maker(task: Task, config: Config) -> MakeOptimizer:
     """Makes the task's own optimizer, or the config's, over the parameters that it is given."""
-    return lambda params: task.optimizer(params) or build_optimizer(config.optim, params, task.decays)
+
+    def make(params: list[tuple[str, nn.Parameter]]) -> Optimizer:
+        with seeded("optimizer", config.seed):
+            return task.optimizer(params) or build_optimizer(config.optim, params, task.decays)
+
+    return make
 
 
 def loading(config: Config, world: World) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """What a micro-batch, a backward and an update mean on many processes and in mixed precision."""
 
 import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.utils import send_to_device
@@ -109,9 +111,14 @@ class Engine:
         return nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
 
     def seed_random(self, seed: int) -> None:
-        """torch's generators of the CPU and of this device. torch.manual_seed takes 100 times as long."""
+        """Seed Python's, numpy's and torch's generators of the CPU and of this device.
+
+        torch.manual_seed takes 100 times as long.
+        """
         for manual_seed in self._generators:
             manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
 
     def share_buffers(self) -> None:
         """Give every rank rank 0's buffers (running statistics), as DDP does before a training forward."""

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from distrib.data.loader import data_loader
 from distrib.data.order import derive_seed
 from distrib.data.sampler import MicroBatch
+from distrib.data.seeding import seeded
 from distrib.errors import ConfigError
 from distrib.task import Loss, Task
 from distrib.training.engine import Engine
@@ -53,7 +54,9 @@ def evaluate(engine: Engine, task: Task, dataset: Dataset[Any], batch_size: int,
                 )
         total, count = (math.fsum(column) for column in gathered_losses["losses"].T.tolist())
         result = {"loss": total / count if count else math.nan}
-        result.update({key: float(value) for key, value in task.metrics(gathered).items()})
+        with seeded("metrics", engine.seed):
+            computed = task.metrics(gathered)
+        result.update({key: float(value) for key, value in computed.items()})
         return result
 
     return world.on_rank_0(metrics)

@@ -16,7 +16,8 @@ from distrib.reporting.progress import ProgressDisplay, Verbosity, format_summar
 from distrib.reporting.record import Record
 from distrib.reporting.tracking import in_sweep, require_trackers
 from distrib.schedule import learning_rate_factor
-from distrib.state.environment import describe
+from distrib.state.environment import describe, describe_task
+from distrib.state.identity import Fingerprint, notes
 from distrib.state.ledger import GENESIS
 from distrib.state.resume import Found, named, newest_whole, require_steps_left, whole
 from distrib.state.run_dir import RunDir
@@ -35,8 +36,9 @@ from distrib.world import World
 class Trainer:
     """Trains a task as its config says, in as many processes as the launcher started.
 
-    What can be refused is refused on construction, before the processes join and before anything is written:
-    ConfigError, LaunchError. The run folder is `run_dir`, or runs/NAME; in a sweep of wandb's runs/sweep-ID/RUN.
+    What can be refused is refused on construction, before anything is written and, unless the task has a `prepare`,
+    before the processes join: ConfigError, LaunchError.
+    The run folder is `run_dir`, or runs/NAME; in a sweep of wandb's runs/sweep-ID/RUN.
     """
 
     def __init__(
@@ -58,8 +60,9 @@ class Trainer:
         if self.world.is_rank_0:
             require_trackers(config.tracking)
         self.strategy = strategies.resolve(config, self.world)
-        self.train_dataset, num_samples = assembly.train_dataset(task)
-        self.eval_dataset = assembly.eval_dataset(task)
+        assembly.prepare(task, config, self.world)
+        self.train_dataset, num_samples = assembly.train_dataset(task, config.seed)
+        self.eval_dataset = assembly.eval_dataset(task, config.seed)
         self.plan = RunPlan.create(config, self.world.world_size, num_samples)
         require_steps_left(self.origin, self.plan.num_steps)
         loading = assembly.loading(config, self.world)
@@ -89,7 +92,9 @@ class Trainer:
         """
         self.world.connect(self.config.strategy.timeout)
         agreement.require_same_config(self.world, self.config)
-        summary = self.world.on_rank_0(self._start)
+        data = assembly.fingerprints(self.train_dataset, self.eval_dataset, self.config)
+        agreement.require_same_data(self.world, data)
+        summary = self.world.on_rank_0(lambda: self._start(data))
         try:
             agreement.require_shared(self.world, self.run.environment)
             if summary is None:
@@ -105,9 +110,10 @@ class Trainer:
         self.record.say(format_summary(self.run.path, summary, what))
         return summary
 
-    def _start(self) -> dict[str, Any] | None:
+    def _start(self, data: dict[str, Fingerprint | None]) -> dict[str, Any] | None:
         work = perf.work(self.task, self.module, self.source, self.config.train.mixed_precision)
         environment = describe(self.world, self.strategy.name, self.plan.num_samples, self.task, work)
+        environment.update(task=describe_task(self.task, self.module), data=data)
         summary = self.run.start(self.config, environment, self.resume, self.origin)
         self.record.trouble(finished=summary is not None)
         return summary
@@ -190,6 +196,8 @@ class Trainer:
             passed_over = [] if found is None else found.passed_over
             self.record.event("resumed", step=self.first_step, passed_over=passed_over)
             self.record.metrics = self.run.latest_metrics()
+        for reason in notes(self.run.read_environment()):
+            self.record.warn(reason)
 
     def _save(self, engine: Engine, saver: Saver, steps_done: int) -> None:
         engine.share_buffers()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distrib.config import Config, StrategyConfig
+from distrib.data.seeding import seeded
 from distrib.errors import CheckpointError, ConfigError
 from distrib.plan import RunPlan
 from distrib.reporting.explain import print_plan
@@ -16,7 +17,7 @@ from distrib.state.export import export
 from distrib.state.resume import Found, newest_whole
 from distrib.state.run_dir import RunDir
 from distrib.targets import find
-from distrib.task import Task, load_task
+from distrib.task import Task
 from distrib.training import assembly, strategies
 from distrib.training.deepspeed_config import compile_config
 from distrib.training.engine import Engine
@@ -26,11 +27,13 @@ from distrib.world import World
 
 def explain_run(config: Config, processes: int) -> None:
     """Print the plan for so many processes, and for ZeRO DeepSpeed's JSON. Raises ConfigError where a run would."""
-    task = load_task(config.task)
+    task = assembly.task(config)
     strategy = strategies.resolve(config, World(world_size=processes, launcher="distrib"))
-    _, num_samples = assembly.train_dataset(task)
+    assembly.prepare(task, config, World())
+    _, num_samples = assembly.train_dataset(task, config.seed)
     plan = RunPlan.create(config, processes, num_samples)
-    memory = plan_memory(task, strategy, processes, assembly.optimizer_maker(task, config))
+    with seeded("model", config.seed):
+        memory = plan_memory(task, strategy, processes, assembly.optimizer_maker(task, config))
     print_plan(config, strategy.name, replace(plan, memory=memory))
     if strategy.name.startswith("zero"):
         print("DeepSpeed's JSON:")
@@ -46,11 +49,11 @@ def evaluate_run(run_dir: str | Path) -> dict[str, float]:
     config = run.read_config()
     if config.task is None:
         raise ConfigError(f"{run.path}: the run's task was given in Python, so its config does not name it")
-    task = load_task(config.task)
-    dataset = assembly.eval_dataset(task)
+    task, world = assembly.task(config), World.detect()
+    assembly.prepare(task, config, world)
+    dataset = assembly.eval_dataset(task, config.seed)
     if dataset is None:
         raise ConfigError(f"task.target: {config.task.target} has no eval_dataset, so there is nothing to evaluate on")
-    world = World.detect()
     config = _for_evaluation(config, world)
     strategy = strategies.resolve(config, world)
     module = assembly.model(task, config.seed)
@@ -101,7 +104,7 @@ def _exporter(config: Config) -> Task:
     if config.task is None:
         return Task()
     found: Any = find(config.task.target, "task", Task)
-    return Task() if found.export is Task.export else load_task(config.task)
+    return Task() if found.export is Task.export else assembly.task(config)
 
 
 def _newest(run: RunDir, world: World) -> Found:

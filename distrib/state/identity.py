@@ -1,0 +1,104 @@
+"""What makes a run this run besides its config: its data, the task's class and arguments, and the model."""
+
+import json
+from typing import Any, TypeAlias
+
+# By how much the figures of two prints may differ, relatively; 'coarse' are 8-bit pixels and half-precision numbers.
+TOLERANCES = {"float": 1e-4, "coarse": 1e-2}
+VARIES, UNKNOWN = "varies", "unknown"  # stand in place of a sample's print; such samples are not compared
+
+Print: TypeAlias = dict[str, Any] | str
+Fingerprint: TypeAlias = dict[str, Any]  # length, and samples: {index: print}; indices are strings, as in JSON
+
+
+def changes(before: dict[str, Any], now: dict[str, Any], in_config: bool) -> tuple[str, str]:
+    """Return what differs between the environments of two starts, "task" or "data", and how, in words; or ("", "").
+
+    `in_config`: the config names the task's class and arguments, and is compared by itself. What a folder does not
+    record, because an older version wrote it, is not compared.
+    """
+    for what, found in (("task", _task_changes(before, now, in_config)), ("data", _data_changes(before, now))):
+        if found:
+            return what, "; ".join(found)
+    return "", ""
+
+
+def _task_changes(before: dict[str, Any], now: dict[str, Any], in_config: bool) -> list[str]:
+    then, task = before.get("task"), now["task"]
+    if then is None:
+        return []
+    found = []
+    if not in_config:
+        if (was := then.get("class")) != task["class"]:
+            found.append(f"the task's class was {was}, is {task['class']}")
+        found += _differing("argument", then["arguments"], task["arguments"])
+    return found + _differing("the shape of parameter", then["parameters"], task["parameters"])
+
+
+def _data_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    then = before.get("data") or {}
+    found = {name: difference(data, then.get(name), "at the run's start") for name, data in now["data"].items()}
+    return [f"task.{name} {text}" for name, text in found.items() if text is not None]
+
+
+def notes(environment: dict[str, Any]) -> list[str]:
+    """Return what is no reason to refuse a start, and yet to be said at it."""
+    found = [_code_change(environment["starts"], environment["task"]["file"])]
+    for name, data in environment["data"].items():
+        samples = {} if data is None else data["samples"]
+        varying = [place for place, print_ in samples.items() if print_ == VARIES]
+        if varying:
+            found.append(
+                f"task.{name}: sample {varying[0]} is another each time it is read, so that no run can be repeated; "
+                "draw from random, numpy.random or torch, which are seeded for each sample"
+            )
+        elif samples and all(print_ == UNKNOWN for print_ in samples.values()):
+            found.append(f"task.{name}: its samples cannot be compared with those of other starts, only its length")
+    return [text for text in found if text is not None]
+
+
+def _code_change(starts: list[dict[str, Any]], file: str | None) -> str | None:
+    if len(starts) < 2:
+        return None
+    before, now = ((start.get("code") or {}).get("task") for start in starts[-2:])
+    if before is None or now is None or before == now:
+        return None
+    return f"{file}: has changed since the run's last start; from here on the run is computed by the new code"
+
+
+def _differing(what: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    found = []
+    for name in dict.fromkeys([*before, *now]):
+        was, value = (json.dumps(values.get(name, "not there"), sort_keys=True) for values in (before, now))
+        if was != value:
+            shown = f" was {was}, is {value}" if "sha256:" not in was + value else " is another"
+            found.append(f"{what} {name}{shown}")
+    return found
+
+
+def difference(found: Fingerprint | None, expected: Fingerprint | None, reference: str) -> str | None:
+    """Describe the first difference in words, where `reference` names what was expected. None if none is known."""
+    if found is None or expected is None:
+        return None
+    if found["length"] != expected["length"]:
+        return f"has {found['length']} samples, not {expected['length']} as {reference}"
+    for place, wanted in expected["samples"].items():
+        if not same(found["samples"].get(place, UNKNOWN), wanted):
+            return f"has another sample {place} than {reference}"
+    return None
+
+
+def same(first: Print, second: Print) -> bool:
+    """Whether two prints may be of one sample."""
+    if isinstance(first, str) or isinstance(second, str):
+        return True
+    if first["exact"] != second["exact"]:
+        return False
+    return all(_close(first[kind], second[kind], tolerance) for kind, tolerance in TOLERANCES.items())
+
+
+def _close(first: list[float], second: list[float], tolerance: float) -> bool:
+    """Figures as data/fingerprint.py makes them: the first is a scale, the others are relative to it."""
+    scale, other = first[0], second[0]
+    near = abs(scale - other) <= tolerance * max(scale, other)
+    return near and all(abs(a - b) <= tolerance for a, b in zip(first[1:], second[1:], strict=False))

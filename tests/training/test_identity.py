@@ -1,0 +1,176 @@
+"""What makes a run this run besides its config: its data, and a task that is given in Python."""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import interrupted, lines
+from tasks import Masked
+from torch import nn
+from torch.utils.data import Subset
+
+from distrib import Config, Trainer
+from distrib.errors import RunDirError
+from distrib.training import assembly
+
+VALUES: dict[str, Any] = {
+    "data": {"global_batch_size": 8, "micro_batch_size": 4},
+    "train": {"steps": 6},
+    "checkpoint": {"every_steps": 3},
+}
+
+
+class Rows(Masked):
+    """Some of the rows of its data, which lie outside of the config."""
+
+    rows: "list[int] | range" = range(97)
+
+    def train_dataset(self) -> Any:
+        return Subset(super().train_dataset(), self.rows)  # type: ignore[arg-type]
+
+
+class Wide(Masked):
+    width = 16
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Embedding(11, self.width), nn.Linear(self.width, 11))
+
+
+class Narrow(Wide):
+    pass
+
+
+def fit(folder: Path, task: Any, **more: Any) -> Path:
+    Trainer(task, Config.from_dict({"name": "run", **VALUES, **more}), folder).fit()
+    return folder
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        (range(90), "task.train_dataset has 90 samples, not 97 as at the run's start"),
+        ([96, *range(96)], "task.train_dataset has another sample 0 than at the run's start"),
+    ],
+)
+def test_other_data_are_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool, rows: Any, what: str
+) -> None:
+    run = fit(tmp_path / "run", Rows())
+    if not finished:
+        run = interrupted(run, tmp_path / "interrupted", after=3)
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    monkeypatch.setattr(Rows, "rows", rows)
+    with pytest.raises(RunDirError, match="holds a run of another data") as refusal:
+        fit(run, Rows())
+    assert what in str(refusal.value)
+    assert "--fork" in str(refusal.value)
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    origin = str(run / "checkpoints/step-00000003")
+    config = Config.from_dict({"name": "run", **VALUES})
+    Trainer(Rows(), config, tmp_path / "fork", resume=origin, fork=True).fit()
+    assert len(lines(tmp_path / "fork")) == 3
+
+
+def test_a_sweep_over_a_tasks_arguments(tmp_path: Path) -> None:
+    run = fit(tmp_path / "run", Masked(dropout=0.1))
+    fit(run, Masked(97, 0.1))  # the same, said otherwise: finished before
+    for task, what in (
+        (Masked(dropout=0.3), "argument dropout was 0.1, is 0.3"),
+        (Masked(dropout=0.1, samples=98), "argument samples was 97, is 98"),
+        (Rows(dropout=0.1), "the task's class was tasks:Masked, is test_identity:Rows"),
+    ):
+        with pytest.raises(RunDirError, match="holds a run of another task") as refusal:
+            fit(run, task)
+        assert what in str(refusal.value)
+
+
+def test_another_model_of_the_same_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fit(tmp_path / "run", Wide())
+    monkeypatch.setattr(Wide, "width", 8)
+    with pytest.raises(RunDirError, match=r"the shape of parameter 0.weight was \[11, 16\], is \[11, 8\]"):
+        fit(run, Wide())
+
+
+def test_what_a_task_keeps_on_itself_is_no_argument(tmp_path: Path) -> None:
+    task = Masked()
+    run = fit(tmp_path / "run", task)
+    task.calls = 17  # type: ignore[attr-defined]
+    fit(run, task)
+
+
+def test_text_given_to_a_task_is_not_shown(tmp_path: Path) -> None:
+    """It may be a secret."""
+
+    class Keyed(Masked):
+        def __init__(self, key: str) -> None:
+            super().__init__()
+
+    run = fit(tmp_path / "run", Keyed("first-secret"))
+    with pytest.raises(RunDirError, match="argument key is another") as refusal:
+        fit(run, Keyed("second-secret"))
+    assert "secret" not in str(refusal.value) + (run / "environment.json").read_text()
+
+
+def older(environment: dict[str, Any]) -> dict[str, Any]:
+    """As versions wrote it that recorded neither data nor task."""
+    return {key: value for key, value in environment.items() if key not in ("data", "task")}
+
+
+def test_what_an_older_version_did_not_record_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = interrupted(fit(tmp_path / "run", Rows()), tmp_path / "older", after=3)
+    path = run / "environment.json"
+    path.write_text(json.dumps(older(json.loads(path.read_text()))))
+    monkeypatch.setattr(Rows, "rows", [96, *range(96)])
+    fit(run, Rows())
+    assert "warning" not in [event["event"] for event in lines(run, "events.jsonl")]
+    assert json.loads(path.read_text())["data"]["train_dataset"]["length"] == 97, "from now on it is known"
+
+
+@pytest.fixture
+def in_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Config]:
+    """A config whose task stands in a file of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    (tmp_path / "of_ones_own.py").write_text("from tasks import Masked\n\n\nclass Own(Masked):\n    pass\n")
+    importlib.invalidate_caches()
+    return lambda: Config.from_dict({"name": "run", **VALUES, "task": {"target": "of_ones_own:Own"}})
+
+
+def test_a_changed_file_is_a_warning(tmp_path: Path, in_file: Callable[[], Config]) -> None:
+    config = in_file()
+    Trainer(assembly.task(config), config, tmp_path / "run").fit()
+    run = interrupted(tmp_path / "run", tmp_path / "interrupted", after=3)
+    with (tmp_path / "of_ones_own.py").open("a") as file:
+        file.write("# changed\n")
+    Trainer(assembly.task(config), config, run).fit()
+    (warning,) = [event for event in lines(run, "events.jsonl") if event["event"] == "warning"]
+    assert f"{tmp_path / 'of_ones_own.py'}: has changed since the run's last start" in warning["reason"]
+    del sys.modules["of_ones_own"]
+
+
+class OwnDraws(Masked):
+    def train_dataset(self) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        data = super().train_dataset()
+
+        class Noisy(torch.utils.data.Dataset[Any]):
+            def __len__(self) -> int:
+                return len(data)
+
+            def __getitem__(self, index: int) -> Any:
+                tokens, targets = data[index]
+                return tokens, targets, torch.rand(3, generator=generator)
+
+        return Noisy()
+
+
+def test_draws_that_cannot_be_repeated_are_a_warning(tmp_path: Path) -> None:
+    run = fit(tmp_path / "run", OwnDraws())
+    (warning,) = [event for event in lines(run, "events.jsonl") if event["event"] == "warning"]
+    assert "task.train_dataset: sample 0 is another each time it is read" in warning["reason"]
