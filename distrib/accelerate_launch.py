@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from distrib.errors import LaunchError
+from distrib.variables import whole_number
+
 
 def what_accelerate_was_told(environ: Mapping[str, str]) -> dict[str, Any]:
     """By our config's keys. What it says by default is no wish, and left out."""
@@ -40,9 +43,13 @@ def what_accelerate_was_told(environ: Mapping[str, str]) -> dict[str, Any]:
         else:
             asked["strategy.name"] = f"zero{told.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
         if told.get("ACCELERATE_GRADIENT_CLIPPING", "none") != "none":
-            asked["train.max_grad_norm"] = float(told["ACCELERATE_GRADIENT_CLIPPING"])
+            try:
+                asked["train.max_grad_norm"] = float(told["ACCELERATE_GRADIENT_CLIPPING"])
+            except ValueError:
+                clipping = told["ACCELERATE_GRADIENT_CLIPPING"]
+                raise LaunchError(f"ACCELERATE_GRADIENT_CLIPPING={clipping!r} is not a number") from None
         if told.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("1", "auto"):
-            asked["grad_accum_steps"] = int(told["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"])
+            asked["grad_accum_steps"] = whole_number(told, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
         for what, wish in (("OPTIMIZER", "optimizer"), ("PARAM", "all")):
             device = told.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none")
             if device != "none":

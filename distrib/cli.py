@@ -11,7 +11,7 @@ import typer
 from distrib import __version__
 from distrib.errors import CommandLineError
 from distrib.launching.command import LaunchCommand
-from distrib.launching.member import run_and_end, run_as_member
+from distrib.launching.member import run_and_end, run_as_member, without_local_rank
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of the click that this Typer uses, its own or click's
 
@@ -283,7 +283,7 @@ def main() -> None:
 
 def _run() -> NoReturn:
     try:
-        code = app(args=sys.argv[1:] or ["--help"], prog_name="distrib", standalone_mode=False)
+        code = app(args=without_local_rank(sys.argv[1:]) or ["--help"], prog_name="distrib", standalone_mode=False)
     except _UsageError as error:
         code = run_as_member(functools.partial(_refuse, error))
     sys.exit(code)

@@ -39,13 +39,13 @@ class Presence:
         self._watching: threading.Event | None = None
         self._heard, self._silent = 0.0, keeper
 
-    def join(self, versions: dict[str, str | None], seconds: float) -> None:
-        """Wait until all ranks have come, the first time. Raises LaunchError: who is missing, or has other versions
-        than rank 0."""
+    def join(self, versions: dict[str, str | None], seconds: float, one_a_host: bool = False) -> None:
+        """Wait until all ranks have come, the first time. Raises LaunchError: who is missing, has other versions than
+        rank 0, or shares its host although it was told of none that does (`one_a_host`)."""
         global _joined
         if self.everyone:
             return
-        me = {"host": self.host, "versions": versions}
+        me = {"host": self.host, "versions": versions, "one_a_host": one_a_host}
         if self._store.add(f"count/{self.rank}", 1) > 1:
             raise LaunchError(f"two processes say that they are {self.name(self.rank)}; give each a rank of its own")
         self._store.set(f"beat/{self.rank}", json.dumps([0, _whereabouts()]))
@@ -128,7 +128,14 @@ class Presence:
                 f"others are on {', '.join(hosts)}; see what the missing ones said, and whether they were started"
             )
         everyone = [json.loads(value) for value in self._store.multi_get(keys)]
+        on_host: dict[str, int] = {}
         for rank, one in enumerate(everyone):
+            first = on_host.setdefault(one["host"], rank)
+            if first != rank and one["one_a_host"]:
+                return (
+                    f"ranks {first} and {rank} are both on {one['host']}, but LOCAL_RANK is not set; set it for each, "
+                    "from 0 on every machine"
+                )
             for package, version in everyone[0]["versions"].items():
                 if (other := one["versions"].get(package)) != version:
                     return (

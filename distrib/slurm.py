@@ -8,24 +8,42 @@ import re
 import subprocess
 from collections.abc import Mapping
 
+from distrib.errors import LaunchError
+from distrib.variables import whole_number
+
 SECONDS_TO_REQUEUE = 60.0  # in which no other task may end, or srun would end rank 0 in the middle of it
+_OF_A_STEP = (
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "SLURM_NODEID",
+    "SLURM_LOCALID",
+    "SLURM_STEP_TASKS_PER_NODE",
+    "SLURM_STEP_NODELIST",
+)
 _FIRST_PORT, _PORTS = 12_000, 18_000  # below those that systems hand out by themselves
 
 
 def as_member(environ: Mapping[str, str]) -> dict[str, str]:
     """RANK, WORLD_SIZE and the rest, as torchrun would have set them; empty outside an srun step of several tasks."""
-    if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1 or "SLURM_PROCID" not in environ:
+    if whole_number(environ, "SLURM_STEP_NUM_TASKS", 1) <= 1 or "SLURM_PROCID" not in environ:
         return {}
-    tasks = tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])
+    if missing := [name for name in _OF_A_STEP if name not in environ]:
+        raise LaunchError(f"srun set SLURM_PROCID but not {', '.join(missing)}; start with srun, or unset it")
+    job, step, node = (whole_number(environ, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_NODEID"))
+    described = environ["SLURM_STEP_TASKS_PER_NODE"]
+    try:
+        local_world_size = tasks_per_node(described)[node]
+    except (ValueError, IndexError):
+        raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE={described!r} does not describe node {node}") from None
     # Unlike for other steps and jobs that share the node; the same for all tasks of this one.
-    own = int(environ["SLURM_JOB_ID"]) * 31 + int(environ["SLURM_STEP_ID"])
+    own = job * 31 + step
     sees_one_gpu = environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2] == "1"
     return {
         "DISTRIB_LAUNCHER": "slurm",
         "RANK": environ["SLURM_PROCID"],
         "LOCAL_RANK": "0" if sees_one_gpu else environ["SLURM_LOCALID"],  # which of the devices that it sees
         "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_WORLD_SIZE": str(tasks[int(environ["SLURM_NODEID"])]),
+        "LOCAL_WORLD_SIZE": str(local_world_size),
         "MASTER_ADDR": environ.get("MASTER_ADDR", first_host(environ["SLURM_STEP_NODELIST"])),
         "MASTER_PORT": environ.get("MASTER_PORT", str(_FIRST_PORT + own % _PORTS)),
     }

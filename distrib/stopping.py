@@ -112,7 +112,8 @@ def _leave_later(number: int) -> None:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0  # what is no number is refused later
 
 
 def has_launcher() -> bool:

@@ -23,11 +23,12 @@ from distrib.accelerate_launch import what_accelerate_was_told
 from distrib.errors import DistribError, LaunchError
 from distrib.network import LOOPBACK, interface_of, own_address
 from distrib.presence import Presence, enter, joined
+from distrib.variables import check_threads, seconds, whole_number
 
 T = TypeVar("T")
 
 PACKAGES = ("distrib", "torch", "accelerate", "deepspeed", "numpy")
-_REQUIRED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SECONDS_TO_COME = 300.0
 
 
@@ -39,6 +40,7 @@ class World:
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
+    one_a_host: bool = False  # as no LOCAL_RANK was given
     launcher: str = "plain"  # plain | distrib | torchrun | accelerate | slurm
     host: str = field(default_factory=socket.gethostname)
     job: str | None = None  # SLURM's number of it
@@ -60,29 +62,35 @@ class World:
         common: dict[str, Any] = {
             "host": environ.get("SLURMD_NODENAME", socket.gethostname()),
             "job": slurm.in_job(environ),
-            "grace": _number(environ, "DISTRIB_GRACE", None),
-            "seconds_to_come": _number(environ, "DISTRIB_JOIN_TIMEOUT", _SECONDS_TO_COME),
+            "grace": seconds(environ, "DISTRIB_GRACE", None),
+            "seconds_to_come": seconds(environ, "DISTRIB_JOIN_TIMEOUT", _SECONDS_TO_COME),
             "asked": what_accelerate_was_told(environ),
             "use_cpu": _cpu_only(environ),
         }
-        given = [name for name in _REQUIRED if name in environ]
-        if "RANK" not in environ and "WORLD_SIZE" not in environ:
+        check_threads(environ)
+        if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & environ.keys():
             _refuse_lone_process(environ, by_accelerate)
             return cls(launcher="accelerate" if by_accelerate else "plain", **common)
-        if missing := [name for name in _REQUIRED if name not in environ]:
+        # Some launchers start one process on each machine and set no LOCAL_RANK (Kubeflow's PyTorchJob).
+        one_a_host = "LOCAL_RANK" not in environ and environ.get("LOCAL_WORLD_SIZE", "1") == "1"
+        required = _REQUIRED if one_a_host else (*_REQUIRED, "LOCAL_RANK")
+        if missing := [name for name in required if name not in environ]:
+            given = [name for name in (*_REQUIRED, "LOCAL_RANK") if name in environ]
             raise LaunchError(
                 f"the launcher set {', '.join(given)} but not {', '.join(missing)}; start with distrib launch, "
                 "torchrun or accelerate launch, or set all of them"
             )
-        numbers = {name: _integer(environ, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-        rank, world_size = numbers["RANK"], numbers["WORLD_SIZE"]
+        rank, world_size = whole_number(environ, "RANK"), whole_number(environ, "WORLD_SIZE")
         if not 0 <= rank < world_size:
             raise LaunchError(f"RANK={rank} does not lie in 0..{world_size - 1} (WORLD_SIZE={world_size})")
+        if not 0 < whole_number(environ, "MASTER_PORT") < 65536:
+            raise LaunchError(f"MASTER_PORT={environ['MASTER_PORT']}, ports are 1 to 65535")
         world = cls(
             rank=rank,
-            local_rank=numbers["LOCAL_RANK"],
+            local_rank=whole_number(environ, "LOCAL_RANK"),
             world_size=world_size,
-            local_world_size=_integer(environ, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environ else world_size,
+            local_world_size=whole_number(environ, "LOCAL_WORLD_SIZE", 1 if one_a_host else world_size),
+            one_a_host=one_a_host,
             launcher=environ.get("DISTRIB_LAUNCHER") or ("accelerate" if by_accelerate else "torchrun"),
             **common,
         )
@@ -116,9 +124,9 @@ class World:
         from accelerate import PartialState
 
         if "OMP_NUM_THREADS" not in os.environ:  # or accelerate sets it for the cores of one process, with a warning
-            threads = os.environ.get("SLURM_CPUS_PER_TASK", str(tuning.threads(self.local_world_size)))
-            os.environ["OMP_NUM_THREADS"] = threads
-            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+            threads = whole_number(os.environ, "SLURM_CPUS_PER_TASK") or tuning.threads(self.local_world_size)
+            os.environ["OMP_NUM_THREADS"] = str(threads)
+            torch.set_num_threads(threads)
         if self.use_cpu:
             tuning.keep_freed_memory()
             if self.world_size > 1:
@@ -126,6 +134,8 @@ class World:
         if self.world_size > 1:
             if "RANK" not in os.environ:  # a script of the user's, started by srun
                 os.environ.update(slurm.as_member(os.environ))
+            if self.one_a_host:
+                os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")  # or accelerate does not see the others
             self._join()
         state = PartialState(cpu=self.use_cpu, timeout=timedelta(seconds=timeout))
         if state.num_processes != self.world_size:
@@ -152,7 +162,7 @@ class World:
             if interface is not None:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             self.presence = enter(host, port, self.rank, self.world_size, self.host, self.seconds_to_come, one_machine)
-        self.presence.join(versions(), self.seconds_to_come)
+        self.presence.join(versions(), self.seconds_to_come, self.one_a_host)
 
     def require_group(self) -> None:
         """A process group where there is none because we are alone: DeepSpeed and FSDP2 need one."""
@@ -250,8 +260,8 @@ def _refuse_lone_process(environ: Mapping[str, str], by_accelerate: bool) -> Non
             "accelerate launch was asked for several processes but started one (it does so with --cpu and with "
             "distributed_type MULTI_CPU or NO); use launch/ddp.yaml, or distrib launch --processes N"
         )
-    for size in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if int(environ.get(size, 1)) > 1:
+    for size in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if whole_number(environ, size, 1) > 1:
             raise LaunchError(
                 f"mpirun started {environ[size]} processes ({size}), but without RANK and WORLD_SIZE each would "
                 "train alone; use srun, or have it start one torchrun or distrib launch on each machine"
@@ -260,20 +270,6 @@ def _refuse_lone_process(environ: Mapping[str, str], by_accelerate: bool) -> Non
 
 def _cpu_only(environ: Mapping[str, str]) -> bool:
     return environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.accelerator.is_available()
-
-
-def _number(environ: Mapping[str, str], name: str, default: float | None) -> float | None:
-    try:
-        return float(environ[name]) if name in environ else default
-    except ValueError:
-        raise LaunchError(f"{name}={environ[name]!r} is not a number of seconds") from None
-
-
-def _integer(environ: Mapping[str, str], name: str) -> int:
-    try:
-        return int(environ[name])
-    except ValueError:
-        raise LaunchError(f"{name}={environ[name]!r} is not a number; it is set by the launcher") from None
 
 
 def _as_bytes(value: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ LAYERS = [
         "network",
         "accelerate_launch",
         "tuning",
+        "variables",
     },
     {"config", "config_yaml", "schedule"},
     {"task", "plan", "world"},

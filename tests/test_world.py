@@ -1,9 +1,17 @@
 """Detection is a predicate over the environment; tests/distributed/test_launchers.py has the real launchers."""
 
+import os
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
 import pytest
 
 from distrib import World
-from distrib.errors import LaunchError
+from distrib.errors import ConfigError, LaunchError
+from distrib.launching.member import without_local_rank
+from distrib.processes import check_temporary_folder
 
 JOINED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -49,9 +57,22 @@ def test_what_accelerate_was_told_is_known(told: dict[str, str], asked: dict[str
     [
         ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, ["accelerate launch", "started one"]),
         ({"OMPI_COMM_WORLD_SIZE": "3"}, ["mpirun started 3 processes"]),
-        ({"WORLD_SIZE": "2"}, ["WORLD_SIZE but not RANK, LOCAL_RANK"]),
+        ({"WORLD_SIZE": "2"}, ["WORLD_SIZE but not RANK, MASTER_ADDR, MASTER_PORT"]),
         ({**JOINED, "RANK": "2"}, ["RANK=2", "0..1"]),
-        ({**JOINED, "RANK": "x"}, ["RANK='x' is not a number"]),
+        ({**JOINED, "RANK": "x"}, ["RANK='x' is not a whole number"]),
+        ({**JOINED, "RANK": "-1"}, ["RANK='-1' is not a whole number"]),
+        ({**JOINED, "LOCAL_RANK": ""}, ["LOCAL_RANK='' is not a whole number"]),
+        ({**JOINED, "MASTER_PORT": "70000"}, ["MASTER_PORT=70000, ports are 1 to 65535"]),
+        ({"LOCAL_RANK": "0"}, ["set LOCAL_RANK but not RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"]),
+        ({"MV2_COMM_WORLD_SIZE": "2", "MV2_COMM_WORLD_RANK": "0"}, ["mpirun started 2 processes (MV2_COMM_WORLD"]),
+        ({"OMPI_COMM_WORLD_SIZE": "x"}, ["OMPI_COMM_WORLD_SIZE='x' is not a whole number"]),
+        ({"OMP_NUM_THREADS": "2,1"}, ["OMP_NUM_THREADS='2,1' is not a whole number"]),
+        ({"OMP_NUM_THREADS": ""}, ["OMP_NUM_THREADS='' is not a whole number"]),
+        ({"OMP_NUM_THREADS": "0"}, ["OMP_NUM_THREADS=0, give 1 or more"]),
+        ({"DISTRIB_GRACE": "soon"}, ["DISTRIB_GRACE='soon' is not a number of seconds"]),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, ["srun set SLURM_PROCID but not SLURM_JOB_ID"]),
+        ({"SLURM_STEP_NUM_TASKS": "two"}, ["SLURM_STEP_NUM_TASKS='two' is not a whole number"]),
+        ({**JOINED, "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_GRADIENT_CLIPPING": "x"}, ["is not a number"]),
         ({key: value for key, value in JOINED.items() if key != "MASTER_PORT"}, ["but not MASTER_PORT"]),
     ],
 )
@@ -59,6 +80,48 @@ def test_processes_that_would_train_alone_are_refused(environ: dict[str, str], p
     with pytest.raises(LaunchError) as error:
         World.detect(environ)
     assert [part for part in parts if part not in str(error.value)] == []
+
+
+def test_without_a_local_rank_it_is_the_only_process_of_its_machine() -> None:
+    """As Kubeflow's PyTorchJob starts it."""
+    world = World.detect({key: value for key, value in JOINED.items() if key != "LOCAL_RANK"})
+    assert (world.rank, world.local_rank, world.world_size, world.local_world_size) == (1, 0, 2, 1)
+    with pytest.raises(LaunchError, match="but not LOCAL_RANK"):
+        World.detect({**{key: value for key, value in JOINED.items() if key != "LOCAL_RANK"}, "LOCAL_WORLD_SIZE": "2"})
+
+
+def test_a_local_rank_before_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch.distributed.launch and deepspeed put it there."""
+    monkeypatch.setenv("LOCAL_RANK", "7")
+    monkeypatch.delenv("LOCAL_RANK")
+    assert without_local_rank(["--local_rank=1", "train", "a.yaml"]) == ["train", "a.yaml"]
+    assert os.environ["LOCAL_RANK"] == "1"
+    assert without_local_rank(["--local-rank=0", "train"]) == ["train"]
+    assert os.environ["LOCAL_RANK"] == "1"
+    assert without_local_rank(["train", "--local_rank=1"]) == ["train", "--local_rank=1"]
+    assert without_local_rank([]) == []
+
+
+@pytest.mark.parametrize(("length", "workers", "fits"), [(75, 1, True), (76, 1, False), (76, 0, True)])
+def test_a_temporary_folder_with_a_long_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, workers: int, fits: bool
+) -> None:
+    """Linux's limit; torch makes its sockets below it when workers hand over their first batch, and would hang."""
+    folder = Path("/tmp") / f"distrib-{os.getpid()}-".ljust(length - 5, "x")
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    try:
+        if not fits:
+            with pytest.raises(ConfigError, match="set TMPDIR to one of at most 75 characters"):
+                check_temporary_folder(workers)
+            return
+        check_temporary_folder(workers)
+        if workers:
+            path = tempfile.mkdtemp(prefix="pymp-") + "/listener-12345678"
+            with socket.socket(socket.AF_UNIX) as server:
+                server.bind(path)
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_one_srun_task_is_no_world() -> None:

@@ -25,6 +25,7 @@ from distrib.plan import window_size
 from distrib.presence import KEPT_AT
 from distrib.processes import LAUNCHER, STOP_SIGNALS
 from distrib.stopping import SAVED, handle, nothing_to_save
+from distrib.variables import check_threads
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Options:
 
     def check(self) -> None:
         """Raises LaunchError where they do not fit together, or this machine."""
+        check_threads(os.environ)
         devices = torch.accelerator.device_count()
         if self.processes < 1:
             raise LaunchError(f"--processes: {self.processes}, give 1 or more")

@@ -36,20 +36,20 @@ def run_as_member(work: Callable[[], object], command: str = "") -> int:
     waiting for threads that wait for the other ranks.
     """
     die_with_launcher()
-    if "RANK" not in os.environ:
-        os.environ.update(slurm.as_member(os.environ))  # here and for what the user brings
-    if command in ("train", "launch"):
-        leave_when_asked(as_launcher=command == "launch")
-    elif command in _SHOW:
-        end_with_reader()
     try:
+        if "RANK" not in os.environ:
+            os.environ.update(slurm.as_member(os.environ))  # here and for what the user brings
+        if command in ("train", "launch"):
+            leave_when_asked(as_launcher=command == "launch")
+        elif command in _SHOW:
+            end_with_reader()
         work()
     except DistribError as error:
         if isinstance(error, WriteError):
             _name_failure()
         said: str | None = str(error) if isinstance(error, Preempted) else f"error: {error}"
         _end_by_sigterm(error.exit_code)
-        if int(os.environ.get("RANK", 0)) != 0:
+        if os.environ.get("RANK", "0") != "0":
             time.sleep(_SECONDS_FOR_RANK_0)  # every rank finds the same: let rank 0 say it
             said = None if isinstance(error, Preempted) else said
         _end(said, error.exit_code)
@@ -65,6 +65,15 @@ def run_as_member(work: Callable[[], object], command: str = "") -> int:
             time.sleep(_SECONDS_TO_BE_SECOND)
         _end(None, 1)
     return 0
+
+
+def without_local_rank(arguments: list[str]) -> list[str]:
+    """Return the arguments without --local_rank=N, which deepspeed and torch.distributed.launch put before them."""
+    name, _, value = arguments[0].partition("=") if arguments else ("", "", "")
+    if name not in ("--local_rank", "--local-rank"):
+        return arguments
+    os.environ.setdefault("LOCAL_RANK", value)
+    return arguments[1:]
 
 
 def run_and_end(program: Callable[[], object]) -> NoReturn:

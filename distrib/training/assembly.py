@@ -10,6 +10,7 @@ from distrib.config import Compile, Config, StrategyConfig
 from distrib.data.fingerprint import fingerprint
 from distrib.data.seeding import seeded
 from distrib.errors import ConfigError
+from distrib.processes import check_temporary_folder
 from distrib.state.identity import Fingerprint
 from distrib.task import Task, load_task
 from distrib.training import agreement, evaluation
@@ -87,7 +88,8 @@ def optimizer_maker(task: Task, config: Config) -> MakeOptimizer:
 
 
 def loading(config: Config, world: World) -> dict[str, Any]:
-    """How a DataLoader reads."""
+    """How a DataLoader reads. Raises ConfigError if its workers could not be reached."""
+    check_temporary_folder(config.data.num_workers)
     return {
         "num_workers": config.data.num_workers,
         "prefetch_factor": config.data.prefetch_factor,

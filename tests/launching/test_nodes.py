@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import psutil
 import pytest
@@ -31,6 +33,8 @@ from conftest import (
     until,
 )
 from conftest import start as beside
+
+from distrib.network import endpoint
 
 CONFIG = {
     "name": "run",
@@ -62,22 +66,42 @@ def machines() -> Iterator[tuple[list[Machine], str]]:
         here = socket.gethostname()
         yield [Machine(here, []), Machine(here, [])], "127.0.0.1"
         return
-    spaces = [f"distrib-{os.getpid()}-{number}" for number in (0, 1)]
-    links = [f"d{os.getpid() % 10**6}-{number}" for number in (0, 1)]
+    with two_machines(("10.77.0.1/24", "10.77.0.2/24")) as both:
+        yield both, "10.77.0.1"
+
+
+@contextmanager
+def two_machines(addresses: tuple[str, str]) -> Iterator[list[Machine]]:
+    """Network namespaces that reach one another by these addresses."""
+    name = f"{os.getpid() % 10**5}{'ab'[':' in addresses[0]]}"
+    spaces, links = ([f"{kind}{name}-{number}" for number in (0, 1)] for kind in ("distrib-", "d"))
     try:
         for space in spaces:
             ip("netns", "add", space)
         ip("link", "add", links[0], "type", "veth", "peer", "name", links[1])
-        for number, (space, link) in enumerate(zip(spaces, links, strict=True)):
+        for space, link, address in zip(spaces, links, addresses, strict=True):
             ip("link", "set", link, "netns", space)
-            ip("-n", space, "addr", "add", f"10.77.0.{number + 1}/24", "dev", link)
+            ip("-n", space, "addr", "add", address, "dev", link, *(["nodad"] if ":" in address else []))
             ip("-n", space, "link", "set", link, "up")
             ip("-n", space, "link", "set", "lo", "up")
-        named = [
-            ["ip", "netns", "exec", space, "unshare", "--uts", "sh", "-c", f'hostname node{number}; exec "$@"', "sh"]
+        yield [
+            Machine(
+                f"node{number}",
+                [
+                    "ip",
+                    "netns",
+                    "exec",
+                    space,
+                    "unshare",
+                    "--uts",
+                    "sh",
+                    "-c",
+                    f'hostname node{number}; exec "$@"',
+                    "sh",
+                ],
+            )
             for number, space in enumerate(spaces)
         ]
-        yield [Machine(f"node{number}", enter) for number, enter in enumerate(named)], "10.77.0.1"
     finally:
         for space in spaces:
             subprocess.run(["ip", "netns", "del", space], check=False)
@@ -86,29 +110,32 @@ def machines() -> Iterator[tuple[list[Machine], str]]:
 Start = Callable[..., "list[subprocess.Popen[str]]"]
 
 
+def launch_on(
+    machines: list[Machine], address: str, mark: str, folder: Path, *arguments: object, own: Any = ((), ()), **env: str
+) -> "list[subprocess.Popen[str]]":
+    """The same on both machines, each with what `own` says for it."""
+    where = endpoint(address, free_port())
+    launchers = []
+    for rank, machine in enumerate(machines):
+        options = ["--nodes", 2, "--node-rank", rank, "--rendezvous", where]
+        command = [*machine.enter, "distrib", "launch", *options, *arguments, *own[rank]]
+        launchers.append(
+            subprocess.Popen(
+                [str(part) for part in command],
+                cwd=folder,
+                env=environment(mark, DISTRIB_RENDEZVOUS_KEY=KEY, **env),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return launchers
+
+
 @pytest.fixture
 def start(mark: str, tmp_path: Path, machines: tuple[list[Machine], str]) -> Start:
-    """`start(CONFIG, …)`: the same on both machines, each with what `own` says for it."""
-
-    def start(*arguments: object, own: tuple[list[object], list[object]] = ([], []), **env: str) -> list[object]:
-        both, address = machines
-        launchers, port = [], free_port()
-        for rank, machine in enumerate(both):
-            where = ["--nodes", 2, "--node-rank", rank, "--rendezvous", f"{address}:{port}"]
-            command = [*machine.enter, "distrib", "launch", *where, *arguments, *own[rank]]
-            launchers.append(
-                subprocess.Popen(
-                    [str(part) for part in command],
-                    cwd=tmp_path,
-                    env=environment(mark, DISTRIB_RENDEZVOUS_KEY=KEY, **env),
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-        return launchers
-
-    return start  # type: ignore[return-value]
+    """`start(CONFIG, …)`: `launch_on` the machines, in the test's folder."""
+    return partial(launch_on, *machines, mark, tmp_path)
 
 
 def write(folder: Path, **changes: object) -> Path:
@@ -299,19 +326,15 @@ def test_a_rank_that_never_comes(mark: str, run: Run, tmp_path: Path) -> None:
 
 
 def test_ranks_without_a_launcher_prove_the_key_too(mark: str, run: Run, tmp_path: Path) -> None:
-    """As srun starts them: rank 0 keeps store and gate."""
-    folder, port = write(tmp_path, train={"steps": 5}), str(free_port())
-    env = {
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
+    """As srun starts them: rank 0 keeps store and gate. By IPv6, where there is any."""
+    folder, port = write(tmp_path, train={"steps": 5}), free_port()
+    address = "::1" if any(one.address == "::1" for one in psutil.net_if_addrs().get("lo", ())) else "127.0.0.1"
+    env = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     first = beside(mark, tmp_path, "train", "run.yaml", RANK="0", DISTRIB_RENDEZVOUS_KEY=KEY, **env)
     result = run("distrib", "train", "run.yaml", RANK="1", DISTRIB_RENDEZVOUS_KEY="another key than theirs", **env)
     assert result.returncode == 2
-    assert f"rendezvous at 127.0.0.1:{port} refused: rank 0 has another key" in result.stderr
+    assert f"rendezvous at {endpoint(address, port)} refused: rank 0 has another key" in result.stderr
     check(run("distrib", "train", "run.yaml", RANK="1", DISTRIB_RENDEZVOUS_KEY=KEY, **env))
     said = first.communicate(timeout=60)
     assert first.returncode == 0, said
@@ -340,6 +363,26 @@ def test_a_machine_that_never_comes(run: Run, tmp_path: Path) -> None:
     assert "not all of 2 nodes came to 127.0.0.1:" in line
     line = refused(run("distrib", "launch", *where, "--node-rank", 1, "run.yaml", DISTRIB_RENDEZVOUS_KEY=KEY))
     assert "no answer within 3 s (Connection refused); node 0's distrib launch should listen there" in line
+
+
+def test_two_on_one_host_although_there_is_no_local_rank(mark: str, tmp_path: Path) -> None:
+    run = write(tmp_path)
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    both = [beside(mark, tmp_path, "train", "run.yaml", RANK=rank, **env) for rank in ("0", "1")]
+    said = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == [2, 2]
+    assert f"ranks 0 and 1 are both on {socket.gethostname()}, but LOCAL_RANK is not set" in said[0]
+    assert not run.exists()
+
+
+@pytest.mark.skipif(not INSIDE, reason="a machine without IPv4 needs root and iproute2")
+def test_machines_that_have_ipv6_alone(mark: str, tmp_path: Path) -> None:
+    run = write(tmp_path, train={"steps": 5})
+    with two_machines(("fd77::1/64", "fd77::2/64")) as machines:
+        launchers = launch_on(machines, "fd77::1", mark, tmp_path, "run.yaml")
+        said = [launcher.communicate(timeout=100) for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], said
+    assert {line["world_size"] for line in lines(run)} == {2}
 
 
 def test_two_machines_with_the_same_node_rank(mark: str, tmp_path: Path) -> None:
