@@ -4,16 +4,13 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, Optional
 
 import typer
 
 from distrib import __version__
-from distrib.errors import CommandLineError
-from distrib.launching.command import LaunchCommand
-from distrib.launching.member import run_and_end, run_as_member, without_local_rank
-
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of the click that this Typer uses, its own or click's
+from distrib.launching.command import LaunchCommand, run_app
+from distrib.launching.member import run_and_end, run_as_member
 
 app = typer.Typer(
     name="distrib",
@@ -48,6 +45,7 @@ Overrides = Annotated[
     Optional[list[str]],
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example optim.lr=0.01 train.epochs=2."),
 ]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/digits.")]
 
 
 def _as_member(verb: Callable[..., None]) -> Callable[..., None]:
@@ -81,7 +79,8 @@ def train(
         str,
         typer.Option(
             metavar="auto|never|PATH",
-            help="auto: go on where the run in this folder was interrupted; never: refuse; PATH: from this checkpoint.",
+            help="auto: go on where the run in this folder was interrupted; never: refuse; PATH: from this checkpoint, "
+            "or from the newest of this run folder.",
         ),
     ] = "auto",
     fork: Annotated[bool, typer.Option("--fork", help="Begin a new run from another run's --resume PATH.")] = False,
@@ -217,18 +216,25 @@ def explain(
 @app.command()
 @_as_member
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/digits.")],
+    run: RunFolder,
+    processes: Annotated[int, typer.Option(help="How many share the work.", min=1)] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Evaluate a run's newest weights on the whole evaluation set. Changes nothing in its folder."""
+    if processes > 1:
+        from distrib.launching import local
+
+        members = ["-m", "distrib", "evaluate", str(run), *(["--json"] if as_json else [])]
+        sys.exit(local.launch(members, local.Options(processes)))
     from distrib.training.verbs import evaluate_run
 
-    evaluate_run(run)
+    evaluate_run(run, as_json)
 
 
 @app.command()
 @_as_member
 def watch(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/digits.")],
+    run: RunFolder,
 ) -> None:
     """Show a run as it goes on, or went, from its folder: from another terminal, or a cluster's login node."""
     from distrib.reporting.watch import watch_run
@@ -239,7 +245,7 @@ def watch(
 @app.command()
 @_as_member
 def verify(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/digits.")],
+    run: RunFolder,
 ) -> None:
     """Check a run's ledger against the order that its config means, and its checkpoints against the ledger."""
     from distrib.training.verbs import verify_run
@@ -264,7 +270,7 @@ def compare(
 @app.command()
 @_as_member
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/digits.")],
+    run: RunFolder,
     out: Annotated[Path, typer.Option(help="The folder to write them into.")],
 ) -> None:
     """Write a run's newest weights: as model.safetensors, under the module's own names, for plain torch.
@@ -278,21 +284,4 @@ def export(
 
 def main() -> None:
     """The entry point of `distrib` and of `python -m distrib`."""
-    run_and_end(_run)
-
-
-def _run() -> NoReturn:
-    try:
-        code = app(args=without_local_rank(sys.argv[1:]) or ["--help"], prog_name="distrib", standalone_mode=False)
-    except _UsageError as error:
-        code = run_as_member(functools.partial(_refuse, error))
-    sys.exit(code)
-
-
-def _refuse(error: Any) -> NoReturn:
-    """A usage error as one line, like every other error of the user's. Raises CommandLineError."""
-    message = " ".join(error.format_message().split()).rstrip(".")
-    if "." in getattr(error, "option_name", ""):
-        message += ". A config key is written without dashes, key=value"
-    command = "distrib" if error.ctx is None else error.ctx.command_path
-    raise CommandLineError(f"{message[0].lower()}{message[1:]}; see {command} --help")
+    run_and_end(lambda: run_app(app))

@@ -66,6 +66,18 @@ class RunPlan:
             warmup_steps=config.optim.warmup_steps,
         )
 
+    def doubts(self, config: Config) -> list[str]:
+        """What is allowed and seldom meant, one line each."""
+        doubts = []
+        if config.optim.lr == 0:
+            doubts.append("optim.lr: 0, so that no step changes a weight")
+        if self.warmup_steps >= self.num_steps:
+            doubts.append(
+                f"optim.warmup_steps: {self.warmup_steps}, and the run has {self.num_steps} steps: the learning rate "
+                "never reaches optim.lr"
+            )
+        return doubts
+
     def epoch(self, step: int) -> int:
         """The epoch in which the first sample of `step` lies; a stream has one."""
         return 0 if self.num_samples is None else step * self.global_batch_size // self.num_samples

@@ -234,8 +234,9 @@ class World:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of the libraries that decide what is computed."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    """Of Python and of the libraries that decide what is computed; torch's with its build, as in 2.11.0+cu130."""
+    found = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    return {**found, "torch": str(torch.__version__)}  # metadata may lack the build
 
 
 def _version(name: str) -> str | None:

@@ -1,10 +1,38 @@
-"""The command line of `distrib launch`: its own options and train's, on either side of the config."""
+"""The command line: usage errors in one line; `distrib launch` takes its own options and train's."""
 
 import copy
-from typing import Any
+import functools
+import io
+import sys
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
+
+from distrib.errors import CommandLineError
+from distrib.launching.member import run_as_member, without_local_rank
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of the click that this Typer uses, its own or click's
+
+
+def run_app(app: typer.Typer) -> NoReturn:
+    """Run the command that sys.argv names, and exit with its code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a locale's letters do not end a run
+    try:
+        code = app(args=without_local_rank(sys.argv[1:]) or ["--help"], prog_name="distrib", standalone_mode=False)
+    except UsageError as error:
+        code = run_as_member(functools.partial(refuse, error))
+    sys.exit(code)
+
+
+def refuse(error: Any) -> NoReturn:
+    """A usage error as one line, like every other error of the user's. Raises CommandLineError."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    if "." in getattr(error, "option_name", ""):
+        message += ". A config key is written without dashes, key=value"
+    command = "distrib" if error.ctx is None else error.ctx.command_path
+    raise CommandLineError(f"{message[0].lower()}{message[1:]}; see {command} --help")
 
 
 class LaunchCommand(TyperCommand):

@@ -209,8 +209,14 @@ def _changes(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, str]:
     return {
         key: f"{_show(ours.get(key))} → {_show(theirs.get(key))}"
         for key in dict.fromkeys([*ours, *theirs])
-        if ours.get(key) != theirs.get(key)
+        if ours.get(key) != theirs.get(key) and not (key == "torch" and _same_release(ours.get(key), theirs.get(key)))
     }
+
+
+def _same_release(ours: Any, theirs: Any) -> bool:
+    """Of torch, where one of the two runs recorded no build (2.11.0, and 2.11.0+cu130): older runs may not have."""
+    releases = [str(version).partition("+") for version in (ours, theirs)]
+    return releases[0][0] == releases[1][0] and not all(build for _, _, build in releases)
 
 
 def _known(ours: dict[str, str], theirs: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:

@@ -34,4 +34,7 @@ def print_plan(config: Config, strategy: str, plan: RunPlan) -> None:
         rows["optimizer state, a rank"] = f"{plan.memory.optimizer_state:,} bytes"
     for name, value in rows.items():
         table.add_row(name, value)
-    Console(highlight=False, soft_wrap=True).print(table)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    for doubt in plan.doubts(config):
+        console.print(f"warning: {doubt}", markup=False)

@@ -47,6 +47,7 @@ def describe(
         "world_size": world.world_size,
         "strategy": strategy,
         "python": sys.executable,
+        "directory": os.getcwd(),
         "code": code,
         "versions": packages,
         "machine": machine,

@@ -94,6 +94,7 @@ class Start(TypedDict):
     versions: NotRequired[dict[str, Any]]
     machine: NotRequired[dict[str, Any]]
     code: NotRequired[dict[str, str | None]]
+    directory: NotRequired[str]
     flops_per_step: NotRequired[float]
     peak_flops: NotRequired[float]
 

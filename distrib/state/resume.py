@@ -66,9 +66,12 @@ def named(resume: str, run: RunDir, fork: bool) -> tuple[Path | None, dict[str, 
         if fork:
             raise ConfigError("--fork: needs a checkpoint to begin from, --resume PATH --fork")
         return None, None
-    path = Path(resume)
+    path = _newest_in(Path(resume))
     if not (path / MANIFEST).exists():
-        raise ConfigError(f"--resume: {resume} is no checkpoint; give auto, never, or a folder RUN/checkpoints/step-…")
+        raise ConfigError(
+            f"--resume: {resume} is no checkpoint, nor has it any; give auto, never, a run folder or "
+            "RUN/checkpoints/step-…"
+        )
     own = path.resolve().parent == run.checkpoints.resolve()
     if own and fork:
         raise ConfigError(f"--fork: {resume} is a checkpoint of the run folder itself; choose another with --run-dir")
@@ -77,6 +80,24 @@ def named(resume: str, run: RunDir, fork: bool) -> tuple[Path | None, dict[str, 
     manifest = read_manifest(path)
     origin = {"path": str(path.resolve()), "step": manifest["step"], "chain": manifest["chain"]}
     return path, origin if fork else None
+
+
+def _newest_in(path: Path) -> Path:
+    """The newest checkpoint that is whole, of a run folder or its checkpoints/; any other path as it is."""
+    if (path / MANIFEST).exists():
+        return path
+    problems = []
+    for folder in (path / "checkpoints", path):
+        for found in steps_of(folder):
+            try:
+                checkpoint.verify(found)
+            except CheckpointError as error:
+                problems.append(str(error))
+            else:
+                return found
+    if problems:
+        raise CheckpointError(f"{path}: none of its checkpoints can be used: {'; '.join(problems)}")
+    return path
 
 
 def require_steps_left(origin: dict[str, Any] | None, num_steps: int) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 from distrib.errors import TrainingError
 from distrib.plan import RunPlan
 from distrib.reporting.record import Record
+from distrib.state.earlier_starts import total_seconds
 from distrib.training.verdict import Step, StepResult
 
 
@@ -55,8 +56,8 @@ class Account:
         self.applied = manifest["applied"]
         self._applied_before = manifest.get("applied_before", self.applied - 1)  # older ones counted all they knew
 
-    def summary(self, name: str, first_step: int, seconds: float) -> dict[str, Any]:
-        """The content of summary.json after the last step. `first_step`, `seconds`: of this start."""
+    def summary(self, name: str, first_step: int) -> dict[str, Any]:
+        """The content of summary.json after the last step. `first_step`: of this start."""
         samples = (self.plan.num_steps - first_step) * self.plan.global_batch_size
         return {
             "name": name,
@@ -64,7 +65,7 @@ class Account:
             "skipped": self.plan.num_steps - self.applied,
             "metrics": self.record.metrics,
             "samples_per_second": round(samples / max(self.record.train_seconds, 1e-9), 1),
-            "wall_seconds": round(seconds, 3),
+            "wall_seconds": round(total_seconds(self.record.run), 3),
             "restarts": len(self.record.run.starts()) - 1,
             "world_size": self.plan.world_size,
             "strategy": self.strategy,

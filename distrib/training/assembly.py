@@ -62,10 +62,15 @@ def train_dataset(task: Task, seed: int) -> tuple[Dataset[Any], int | None]:
     return _sized(dataset, "train_dataset"), len(dataset)  # type: ignore[arg-type]
 
 
-def eval_dataset(task: Task, seed: int) -> Dataset[Any] | None:
-    """Raises ConfigError where it has no length, or no samples."""
+def eval_dataset(task: Task, seed: int, every_steps: int = 0) -> Dataset[Any] | None:
+    """Raises ConfigError if it has no length or no samples, or is missing and to be used `every_steps` steps."""
     with seeded("eval_dataset", seed):
         dataset = task.eval_dataset()
+    if dataset is None and every_steps:
+        raise ConfigError(
+            f"eval.every_steps: {every_steps}, but {type(task).__name__} has no evaluation set (Task.eval_dataset); "
+            "leave the key out"
+        )
     if dataset is not None and len(_sized(dataset, "eval_dataset")) == 0:  # type: ignore[arg-type]
         raise ConfigError("task.eval_dataset: it has no samples; return None for no evaluation")
     return dataset

@@ -16,6 +16,7 @@ from distrib.reporting.progress import ProgressDisplay, Verbosity, format_summar
 from distrib.reporting.record import Record
 from distrib.reporting.tracking import in_sweep, require_trackers
 from distrib.schedule import learning_rate_factor
+from distrib.state.earlier_starts import what_to_do_now
 from distrib.state.environment import describe, describe_task
 from distrib.state.identity import Fingerprint, notes
 from distrib.state.ledger import GENESIS
@@ -62,7 +63,7 @@ class Trainer:
         self.strategy = strategies.resolve(config, self.world)
         assembly.prepare(task, config, self.world)
         self.train_dataset, num_samples = assembly.train_dataset(task, config.seed)
-        self.eval_dataset = assembly.eval_dataset(task, config.seed)
+        self.eval_dataset = assembly.eval_dataset(task, config.seed, config.eval.every_steps)
         self.plan = RunPlan.create(config, self.world.world_size, num_samples)
         require_steps_left(self.origin, self.plan.num_steps)
         loading = assembly.loading(config, self.world)
@@ -102,7 +103,7 @@ class Trainer:
                     summary = self._train()
                 what = "finished"
             else:
-                what = "had finished before; to train again, remove the folder or choose --run-dir"
+                what = f"had finished before; {what_to_do_now(self.run, self.config)}"
         finally:
             self.run.release()
         self.world.part()
@@ -119,7 +120,6 @@ class Trainer:
         return summary
 
     def _train(self) -> dict[str, Any]:
-        started = time.perf_counter()
         if self.config.train.compile:
             compiling.keep_in(self.run.compiled)
             self.record.event("compiling", what=self.config.train.compile)
@@ -133,6 +133,8 @@ class Trainer:
             self.record.warn(
                 f"{kinds}: running statistics depend on the number of processes; GroupNorm or LayerNorm do not"
             )
+        for doubt in self.plan.doubts(self.config):
+            self.record.warn(doubt)
         chain = self._go_on(engine)
         self.module.train()
         if engine.placement.learns_from_its_first_backward and 0 < self.first_step < self.plan.num_steps:
@@ -167,7 +169,7 @@ class Trainer:
                 engine.clock.start()
             saver.wait()
             self._report_saves(saver)
-            return self.world.on_rank_0(lambda: self._finish(time.perf_counter() - started))
+            return self.world.on_rank_0(self._finish)
 
     def _go_on(self, engine: Engine) -> str:
         """Take over where this run was interrupted, if it was; returns the ledger's chain there. Collective."""
@@ -255,8 +257,8 @@ class Trainer:
         self.preemption.longest_evaluation = max(self.preemption.longest_evaluation, seconds)
         self.record.evaluation(steps_done, len(self.eval_dataset), metrics, seconds)  # type: ignore[arg-type]
 
-    def _finish(self, seconds: float) -> dict[str, Any]:
-        summary = self.account.summary(self.config.name, self.first_step, seconds)
+    def _finish(self) -> dict[str, Any]:
+        summary = self.account.summary(self.config.name, self.first_step)
         self.record.draw_curves()
         self.run.finish(summary)
         return summary

@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from distrib.config import Config, StrategyConfig
 from distrib.data.seeding import seeded
@@ -13,7 +13,9 @@ from distrib.plan import RunPlan
 from distrib.reporting.explain import print_plan
 from distrib.reporting.progress import format_metrics
 from distrib.state import verification
+from distrib.state.earlier_starts import where_it_began
 from distrib.state.export import export
+from distrib.state.ledger import to_json
 from distrib.state.resume import Found, newest_whole
 from distrib.state.run_dir import RunDir
 from distrib.targets import find
@@ -31,6 +33,7 @@ def explain_run(config: Config, processes: int) -> None:
     strategy = strategies.resolve(config, World(world_size=processes, launcher="distrib"))
     assembly.prepare(task, config, World())
     _, num_samples = assembly.train_dataset(task, config.seed)
+    assembly.eval_dataset(task, config.seed, config.eval.every_steps)
     plan = RunPlan.create(config, processes, num_samples)
     with seeded("model", config.seed):
         memory = plan_memory(task, strategy, processes, assembly.optimizer_maker(task, config))
@@ -40,12 +43,17 @@ def explain_run(config: Config, processes: int) -> None:
         print(json.dumps(compile_config(config, strategy, processes), indent=2))
 
 
-def evaluate_run(run_dir: str | Path) -> dict[str, float]:
-    """Evaluate a run's newest checkpoint, and say the metrics; changes nothing in its folder.
+def evaluate_run(run_dir: str | Path, as_json: bool = False) -> dict[str, float]:
+    """Evaluate a run's newest checkpoint, and print the metrics; changes nothing in its folder.
 
     Raises RunDirError, ConfigError and CheckpointError.
     """
-    run = RunDir(Path(run_dir))
+    run = RunDir(Path(run_dir).absolute())
+    with where_it_began(run):
+        return _evaluate(run, Path(run_dir), as_json)
+
+
+def _evaluate(run: RunDir, shown: Path, as_json: bool) -> dict[str, float]:
     config = run.read_config()
     if config.task is None:
         raise ConfigError(f"{run.path}: the run's task was given in Python, so its config does not name it")
@@ -60,11 +68,13 @@ def evaluate_run(run_dir: str | Path) -> dict[str, float]:
     world.connect()
     placement = strategies.place(strategy, config, world, module, task.blocks(module))
     engine = Engine(placement, mixed_precision=config.train.mixed_precision, seed=config.seed)
-    found = _newest(run, world)
+    found = _newest(run, world, sys.stderr if as_json else sys.stdout)
     engine.load(found.path, found.manifest)
     metrics = assembly.evaluate(engine, task, dataset, config)
     if world.is_rank_0:
-        print(f"{found.path}: {format_metrics(metrics)}  ({len(dataset)} samples)", flush=True)  # type: ignore[arg-type]
+        shown, samples = shown / found.path.relative_to(run.path), len(dataset)  # type: ignore[arg-type]
+        entry = {"checkpoint": str(shown), "step": found.manifest["step"], "count": samples, "metrics": metrics}
+        print(to_json(entry) if as_json else f"{shown}: {format_metrics(metrics)}  ({samples} samples)", flush=True)
     world.wait_for_all()
     return metrics
 
@@ -93,10 +103,11 @@ def export_run(run_dir: str | Path, out: Path) -> None:
 
     Raises RunDirError, ConfigError and CheckpointError.
     """
-    run = RunDir(Path(run_dir))
-    task = _exporter(run.read_config())
-    for file in export(_newest(run, World()).path, out, task):
-        print(file)
+    run, folder = RunDir(Path(run_dir).absolute()), out.absolute()
+    with where_it_began(run):
+        task = _exporter(run.read_config())
+        for file in export(_newest(run, World()).path, folder, task):
+            print(out / file.relative_to(folder))
 
 
 def _exporter(config: Config) -> Task:
@@ -107,14 +118,14 @@ def _exporter(config: Config) -> Task:
     return Task() if found.export is Task.export else assembly.task(config)
 
 
-def _newest(run: RunDir, world: World) -> Found:
+def _newest(run: RunDir, world: World, out: TextIO | None = None) -> Found:
     """Of a run that has one. Raises CheckpointError. Collective."""
     found = newest_whole(run, world)
     if found is None:
         raise CheckpointError(f"{run.checkpoints}: no checkpoint there; the run has not saved one yet")
     if world.is_rank_0:
         for problem in found.passed_over:
-            print(f"passed over: {problem}", flush=True)
+            print(f"passed over: {problem}", file=out, flush=True)
         for line in run.take_trouble():
             print(f"warning: {line}", file=sys.stderr, flush=True)
     return found

@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distrib import __version__, cli
+from distrib.errors import CommandLineError
+from distrib.launching.command import UsageError, refuse
 
 LAUNCH = typer.main.get_command(cli.app).commands["launch"]  # type: ignore[attr-defined]
 
@@ -68,10 +70,10 @@ def test_what_stands_behind_a_script_is_the_scripts(script: list[str]) -> None:
     ],
 )
 def test_what_launch_refuses(arguments: str, said: str) -> None:
-    with pytest.raises(cli._UsageError) as wrong:
+    with pytest.raises(UsageError) as wrong:
         cli.app(["launch", *arguments.split()], standalone_mode=False)
-    with pytest.raises(cli.CommandLineError) as error:
-        cli._refuse(wrong.value)
+    with pytest.raises(CommandLineError) as error:
+        refuse(wrong.value)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 

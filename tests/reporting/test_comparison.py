@@ -328,6 +328,19 @@ def test_config_comes_before_code_before_numerics() -> None:
         assert (found.cause, found.because) == (cause, because)
 
 
+def test_a_build_of_torch_that_one_run_did_not_record_is_no_difference() -> None:
+    facts = {"function": {}, "machine": {}}
+    for ours, theirs, cause in (
+        ("2.11.0", "2.11.0+cu130", "not recorded"),
+        ("2.11.0+cpu", "2.11.0+cu130", "code"),
+        ("2.10.0", "2.11.0+cu130", "code"),
+    ):
+        runs = [
+            made_up([1.0, loss], [], code={"torch": torch}, **facts) for loss, torch in ((2.0, ours), (3.0, theirs))
+        ]
+        assert part(*runs).cause == cause
+
+
 def test_better_is_lower_for_a_loss_and_higher_else() -> None:
     run = made_up([1.0], [])
     for name, best in {"eval/bits_per_byte": 1, "eval/Perplexity": 1, "eval/accuracy": 3}.items():

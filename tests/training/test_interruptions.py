@@ -14,6 +14,8 @@ from tasks import Masked
 
 from distrib import Config, Trainer
 from distrib.errors import CheckpointError, ConfigError, RunDirError
+from distrib.state import earlier_starts
+from distrib.state.run_dir import RunDir
 from distrib.state.verification import verify_run
 
 STEPS, EVERY = 12, 5
@@ -50,6 +52,28 @@ def test_a_run_goes_on_where_it_was_interrupted(whole: Path, tmp_path: Path) -> 
     summary = json.loads((run / "summary.json").read_text())
     assert summary["restarts"] == 1
     assert summary["metrics"] == json.loads((whole / "summary.json").read_text())["metrics"]
+
+
+def test_what_is_changed_on_a_finished_run_is_named(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (whole / "summary.json").read_bytes()
+    fit(whole, eval={"every_steps": 6})
+    said = capsys.readouterr().out
+    assert "had finished before; what has changed in the config had no effect (eval.every_steps was 4, is 6)" in said
+    assert (whole / "summary.json").read_bytes() == before
+    fit(whole)
+    assert "had no effect" not in capsys.readouterr().out
+
+
+def test_the_seconds_of_all_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir(tmp_path)
+    times = [("started", 0), ("preempted", 20), ("started", 50), ("warning", 51)]
+    facts = {"world_size": 1, "strategy": "single", "launcher": "plain", "step": 5, "requeue": False, "reason": "x"}
+    events = [{"event": name, "time": f"2026-01-01T00:{minute:02}:00.000+00:00", **facts} for name, minute in times]
+    run.events.write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    with run.events.open("a") as file:
+        file.write('damaged\n{"event": "warning"}\n[]\n')
+    monkeypatch.setattr(earlier_starts, "now", lambda: "2026-01-01T00:55:00.000+00:00")
+    assert earlier_starts.total_seconds(run) == 60 * (20 + 5)  # to its last event the first, until now the second
 
 
 def test_a_run_that_lacks_only_its_summary(whole: Path, tmp_path: Path) -> None:
@@ -125,6 +149,8 @@ def test_a_fork_begins_a_new_run_from_the_state_of_another(whole: Path, tmp_path
     same = fit(tmp_path / "same", resume=at, fork=True)
     assert [line["step"] for line in lines(same)] == list(range(EVERY, STEPS))
     assert losses(same) == losses(whole)[EVERY:]
+    newest = fit(tmp_path / "newest", resume=str(whole), fork=True, train={"steps": STEPS + 1})
+    assert [line["step"] for line in lines(newest)] == [STEPS]
     for name, value in tensors(whole).items():
         np.testing.assert_array_equal(tensors(same)[name], value)
     found = verify_run(same)
@@ -151,7 +177,8 @@ def test_checkpoints_that_cannot_be_named(whole: Path, tmp_path: Path) -> None:
     for arguments, said in (
         ({"fork": True}, "--fork: needs a checkpoint to begin from, --resume PATH --fork"),
         ({"resume": at}, f"--resume: {at} is of another run than {run}; --fork begins a new run from it"),
-        ({"resume": str(whole)}, "is no checkpoint; give auto, never, or a folder RUN/checkpoints/step-"),
+        ({"resume": str(whole)}, f"--resume: {whole} is of another run than {run}"),
+        ({"resume": str(tmp_path)}, f"--resume: {tmp_path} is no checkpoint, nor has it any; give auto, never, a run"),
     ):
         with pytest.raises(ConfigError, match=re.escape(said)):
             fit(run, **arguments)

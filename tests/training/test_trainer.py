@@ -122,7 +122,7 @@ def test_groups_of_a_tasks_own_optimizer_keep_their_ratio(tmp_path: Path) -> Non
 
 
 def test_without_an_evaluation_set(tmp_path: Path) -> None:
-    run = fit(tmp_path / "run", NoEvaluation())
+    run = fit(tmp_path / "run", NoEvaluation(), eval={})
     assert not (run / "evals.jsonl").exists()
     assert (run / "curves.png").exists()
 
@@ -147,7 +147,7 @@ def test_items_with_weights_count_by_weight(tmp_path: Path) -> None:
         "train_dataset": {"target": "test_trainer:digits"},
         "loss": {"name": "CrossEntropyLoss", "weight": weight},
     }
-    steps = lines(fit(tmp_path / "run", load_task(TaskConfig.model_validate(task))) / "steps.jsonl")
+    steps = lines(fit(tmp_path / "run", load_task(TaskConfig.model_validate(task)), eval={}) / "steps.jsonl")
     dataset = digits()
     torch.manual_seed(0)
     model = mlp(8, 0.0)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import pytest
 from conftest import Run, check, refused
 from safetensors.torch import load_file
-from tasks import Masked
+from tasks import Masked, NoEvaluation
 
 from distrib import Config, Trainer
+from distrib.errors import ConfigError
 from distrib.task import load_task
-from distrib.training.verbs import explain_run, export_run
+from distrib.training.verbs import evaluate_run, explain_run, export_run
 
 SMALL = {"task": {"target": "tasks:Masked"}, "train": {"steps": 1}}
+DATA = {"global_batch_size": 8, "micro_batch_size": 4}
 LARGE = {  # 21,008,899 parameters
     "task": {"target": "tasks:Large"},
     "data": {"global_batch_size": 8, "micro_batch_size": 1},
@@ -96,6 +99,58 @@ def test_export_needs_the_task_where_it_has_a_form_of_its_own_alone(
     capsys.readouterr()
     export_run(tmp_path / "run", tmp_path / "out")
     assert capsys.readouterr().out == f"{tmp_path / 'out/model.safetensors'}\n"
+
+
+def test_from_another_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task's module, and the files that it reads, lie where the run was started."""
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    project.mkdir()
+    elsewhere.mkdir()
+    (project / "task_of_a_project.py").write_text(
+        "import tasks\n"
+        "class Mine(tasks.Masked):\n"
+        "    def __init__(self): super().__init__(samples=int(open('samples.txt').read()))\n"
+        "    def export(self, weights, folder): (folder / 'mine').touch()\n"
+    )
+    (project / "samples.txt").write_text("40")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(project)
+    config = Config.from_dict({"task": {"target": "task_of_a_project:Mine"}, "train": {"steps": 1}, "data": DATA})
+    metrics = Trainer(load_task(config.task), config, "run").fit()["metrics"]
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(project)])
+    monkeypatch.delitem(sys.modules, "task_of_a_project")
+    monkeypatch.chdir(elsewhere)
+    capsys.readouterr()
+    evaluate_run("../project/run", as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["checkpoint"], found["step"]) == ("../project/run/checkpoints/step-00000001", 1)
+    assert found["metrics"] == {key: value for key, value in metrics.items() if key.startswith("eval/")}
+    export_run("../project/run", Path("out"))
+    assert capsys.readouterr().out == "out/mine\n"
+    assert (elsewhere / "out" / "mine").exists()
+    assert Path.cwd() == elsewhere
+
+
+def test_what_is_seldom_meant_is_a_warning(explain: Explain, tmp_path: Path) -> None:
+    optim = {"lr": 0.0, "warmup_steps": 5}
+    config = {"task": SMALL["task"], "train": {"steps": 5}, "optim": optim}
+    doubts = [
+        "optim.lr: 0, so that no step changes a weight",
+        "optim.warmup_steps: 5, and the run has 5 steps: the learning rate never reaches optim.lr",
+    ]
+    assert explain(1, **config).splitlines()[-2:] == [f"warning: {doubt}" for doubt in doubts]
+    Trainer(Masked(), Config.from_dict(config), tmp_path / "run").fit()
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["reason"] for event in events if event["event"] == "warning"] == doubts
+
+
+def test_evaluations_without_an_evaluation_set_are_refused(tmp_path: Path) -> None:
+    config = Config.from_dict({**SMALL, "task": {"target": "tasks:NoEvaluation"}, "eval": {"every_steps": 5}})
+    for refused_by in (lambda: Trainer(NoEvaluation(), config, tmp_path / "run"), lambda: explain_run(config, 1)):
+        with pytest.raises(ConfigError, match=r"eval.every_steps: 5, but NoEvaluation has no evaluation set"):
+            refused_by()
 
 
 def test_export_refuses_what_is_no_run(run: Run, tmp_path: Path) -> None:
