@@ -34,7 +34,7 @@ from distrib.world import World
 STEPS, AT = 8, 6  # AT: the newest checkpoint of the interrupted run
 SMALL = ("config.yaml", "environment.json", "evals.jsonl", "events.jsonl", "steps.jsonl", "summary.json")
 CONFIG: dict[str, Any] = {
-    "task": {"target": "tasks:Masked", "dropout": 0.1},
+    "task": {"target": "tasks:Masked", "samples": 17, "dropout": 0.1},
     "data": {"global_batch_size": 8, "micro_batch_size": 4},
     "train": {"steps": STEPS},
     "eval": {"every_steps": 2},
@@ -43,7 +43,7 @@ CONFIG: dict[str, Any] = {
 
 
 def fit(folder: Path) -> dict[str, Any]:
-    return Trainer(Masked(dropout=0.1), Config.from_dict(CONFIG), folder, verbosity="quiet").fit()
+    return Trainer(Masked(17, dropout=0.1), Config.from_dict(CONFIG), folder, verbosity="quiet").fit()
 
 
 @pytest.fixture(scope="module")
@@ -235,15 +235,15 @@ def test_values_that_were_changed_and_can_be_read(interrupted: Path, tmp_path: P
     run = copy(interrupted, tmp_path)
     for name, before, after in (
         ("config.yaml", "lr: 0.001", "lr: 0.002"),
-        ("environment.json", '"training_samples": 97', '"training_samples": 96'),
-        ("evals.jsonl", '"count":97', '"count":96'),
+        ("environment.json", '"training_samples": 17', '"training_samples": 16'),
+        ("evals.jsonl", '"count":17', '"count":16'),
     ):
         text = (run / name).read_text()
         assert before in text
         (run / name).write_text(text.replace(before, after, 1))
     with pytest.raises(LedgerError) as error:
         verify_run(run)
-    for said in ("optim.lr was 0.001, is 0.002", "training_samples is 96, was 97", "holds other evaluations"):
+    for said in ("optim.lr was 0.001, is 0.002", "training_samples is 16, was 17", "holds other evaluations"):
         assert said in str(error.value)
     fit(run)
     assert verify_run(run).set_aside == [
