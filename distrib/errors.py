@@ -6,6 +6,11 @@ class DistribError(Exception):
 
     exit_code = 2
 
+    def __init__(self, message: str) -> None:
+        if "\nOriginal Traceback " in message:  # a DataLoader raises what its worker raised, with its traceback
+            message = message.rstrip().rpartition(f"{type(self).__name__}: ")[2]
+        super().__init__(message)
+
 
 class CommandLineError(DistribError):
     """An option or argument of a command is missing, unknown or has a wrong value."""

@@ -9,7 +9,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from distrib import gate
 from distrib.errors import LaunchError
 from distrib.network import LOOPBACK, endpoint, keep_store, listen, own_address, wait_for_answer
+from distrib.tracebacks import format_error
 
 KEPT_AT = "DISTRIB_STORE_AT"  # where the store is that distrib launch keeps, if its ranks go through a relay
 SILENCE = 60.0  # seconds after which a rank that is not heard of is held to be gone
@@ -247,13 +247,11 @@ def report_failure(error: BaseException) -> tuple[str, bool]:
     The first rank to fail says so in the job's store before its connections close, so that those who fail only for
     want of it can tell. They say one line; the traceback that matters comes once.
     """
-    me, trace = _joined, "".join(traceback.format_exception(error)).rstrip()
+    me, trace = _joined, format_error(error)
     if me is None:
         return f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()} failed:\n{trace}", True
     name, said = me.name(me.rank), str(error).lower()
-    collective = isinstance(error, DistError) or (
-        isinstance(error, RuntimeError) and ("gloo" in said or "nccl" in said)
-    )
+    collective = is_collective(error)
     waited, lost = collective and ("timed out" in said or "timeout" in said), collective and "connection" in said
     first = me.claim_failure(began_here=not (waited or lost))
     if first not in (None, name):
@@ -263,6 +261,12 @@ def report_failure(error: BaseException) -> tuple[str, bool]:
     if lost:
         return f"{name} stopped: it lost contact with {me.missing()}", False
     return f"{name} failed:\n{trace}", True
+
+
+def is_collective(error: BaseException) -> bool:
+    """Was it raised by a collective, and so for want of another rank?"""
+    said = str(error).lower()
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and ("gloo" in said or "nccl" in said))
 
 
 def _whereabouts() -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from distrib.errors import ConfigError
+from distrib.tracebacks import first_line, place
 
 
 def build(target: str, arguments: dict[str, Any], key: str, kind: type[Any], factories: bool = False) -> Any:
@@ -52,12 +53,14 @@ def find(target: str, key: str, kind: type[Any], factories: bool = False) -> Cal
         raise ConfigError(f"{key}.target: {target} is a part of Python itself, not a {kind.__name__}")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there, but imports something that is not
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            raise ConfigError(
+                f"{key}.target: there is no module {error.name!r}, neither in {os.getcwd()} nor installed"
+            ) from None
         raise ConfigError(
-            f"{key}.target: there is no module {error.name!r}, neither in {os.getcwd()} nor installed"
-        ) from None
+            f"{key}.target: {module_name} cannot be imported: {first_line(error)}{place(error)}"
+        ) from error
     found = getattr(module, name, None)
     if found is None:
         close = difflib.get_close_matches(name, dir(module), n=1)

@@ -197,29 +197,34 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def gather_rows(self, rows: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """Concatenate the ranks' rows, in rank order, on rank 0; None on the others.
+    def gather_rows(self, rows: dict[str, Tensor | list[Any]]) -> dict[str, list[Any]]:
+        """Every rank's rows on rank 0: for each name its parts in rank order. Nothing on the other ranks.
 
-        Tensors are CPU tensors with one entry a sample in the first dimension; a rank without samples gives {}.
+        Rows are a CPU tensor, or a list of anything that can be pickled; a rank without samples may give {}.
         """
         if self.control is None:
-            return rows
-        shapes: list[Any] = [None] * self.world_size
-        described = {key: (value.dtype, tuple(value.shape)) for key, value in rows.items()}
-        dist.gather_object(described, shapes if self.is_rank_0 else None, dst=0, group=self.control)
+            return {key: [value] for key, value in rows.items()}
+        described: dict[str, Any] = {
+            key: (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else value
+            for key, value in rows.items()
+        }
+        everyone: list[Any] = [None] * self.world_size
+        dist.gather_object(described, everyone if self.is_rank_0 else None, dst=0, group=self.control)
         if not self.is_rank_0:
             for value in rows.values():
-                if value.numel():
+                if isinstance(value, Tensor) and value.numel():
                     dist.send(_as_bytes(value), dst=0, group=self.control)
-            return None
-        parts: dict[str, list[Tensor]] = {key: [value] for key, value in rows.items()}
+            return {}
+        parts: dict[str, list[Any]] = {key: [value] for key, value in rows.items()}
         for rank in range(1, self.world_size):
-            for key, (dtype, shape) in shapes[rank].items():
-                value = torch.empty(shape, dtype=dtype)
-                if value.numel():
-                    dist.recv(_as_bytes(value), src=rank, group=self.control)
+            for key, value in everyone[rank].items():
+                if not isinstance(value, list):
+                    dtype, shape = value
+                    value = torch.empty(shape, dtype=dtype)
+                    if value.numel():
+                        dist.recv(_as_bytes(value), src=rank, group=self.control)
                 parts.setdefault(key, []).append(value)
-        return {key: torch.cat(values) for key, values in parts.items()}
+        return parts
 
     def wait_for_all(self) -> None:
         """Return when every rank has come here."""

@@ -22,6 +22,7 @@ LAYERS = [
         "accelerate_launch",
         "tuning",
         "variables",
+        "tracebacks",
     },
     {"config", "config_yaml", "schedule"},
     {"task", "plan", "world"},

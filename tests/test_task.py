@@ -91,13 +91,28 @@ def test_no_task_at_all() -> None:
         load_task(None)
 
 
-def test_an_import_that_fails_inside_the_users_file_is_theirs_to_see(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "import a_package_that_is_not_there",
+            "ModuleNotFoundError: No module named 'a_package_that_is_not_there' at ",
+        ),
+        ("from distrib import Tusk", "ImportError: cannot import name 'Tusk' from 'distrib'"),
+        ("def f(:\n  pass", "SyntaxError: invalid syntax at "),
+        ("x = undefined", "NameError: name 'undefined' is not defined at "),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_named_with_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str
 ) -> None:
-    (tmp_path / "imports_nothing.py").write_text("import a_package_that_is_not_there")
+    name = f"mistaken_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(f"\n{text}\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
-        load(target="imports_nothing:X")
+    with pytest.raises(ConfigError) as error:
+        load(target=f"{name}:X")
+    assert str(error.value).startswith(f"task.target: {name} cannot be imported: {said}")
+    assert str(error.value).endswith(f" at {tmp_path / name}.py:2")
 
 
 class Layer(nn.Sequential):

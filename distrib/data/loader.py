@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from distrib.data.order import Positions, derive_seed, digest
 from distrib.data.sampler import DistributedSampler, MicroBatch
+from distrib.data.shapes import describe
+from distrib.errors import ConfigError
 from distrib.processes import shield_worker, stop_signals_held
 
 
@@ -146,12 +148,26 @@ class SampleReader(Dataset[Any]):
         if self.fetch is not None:
             self._seed_for(micro_batch.positions[0], micro_batch.indices[0])
             batch = self.fetch(micro_batch.indices.tolist())
-            return Read(micro_batch, default_collate(batch) if isinstance(batch, list) else batch)
+            return Read(micro_batch, self._collated(batch) if isinstance(batch, list) else batch)
         samples = []
         for position, index in zip(*micro_batch, strict=True):
             self._seed_for(position, index)
             samples.append(self.dataset[int(index)])
-        return Read(micro_batch, default_collate(samples))
+        return Read(micro_batch, self._collated(samples))
+
+    def _collated(self, samples: list[Any]) -> Any:
+        """Raises ConfigError if the samples do not make a batch."""
+        try:
+            return default_collate(samples)
+        except (TypeError, RuntimeError, KeyError, ValueError):
+            shown = [describe(sample) for sample in samples]
+            other = next((number for number, one in enumerate(shown) if one != shown[0]), None)
+            found = f"one is {shown[0]}" + ("" if other is None else f", another {shown[other]}")
+            raise ConfigError(
+                f"task: the samples of {type(self.dataset).__name__} cannot be put together to a batch: {found}; give "
+                "tensors or numbers, of the same shape in all samples (pad them), or let the dataset's "
+                "__getitems__(indices) return whole batches"
+            ) from None
 
     def _seed_for(self, position: Positions, index: Positions) -> None:
         """Random numbers belong to (seed, epoch, sample), whoever reads it and when."""

@@ -145,6 +145,12 @@ def rewind_evaluations(run: RunDir, steps: int, manifest: dict[str, Any] | None)
         write_whole(run.evals, b"".join(kept).decode())
 
 
+def lacks_evaluation(run: RunDir, step: int) -> bool:
+    """Is there none after `step`, the last that the run has made? A fork needs none for the step it begins at."""
+    last = ledger.last_line(run.evals, formats.EVALUATION)
+    return step > min(run.anchors()) and (last is None or last["step"] != step)
+
+
 def evaluations_damage(run: RunDir) -> list[str]:
     """What is wrong with evals.jsonl, compared with the newest checkpoint's copy too."""
     saved = files_saved(run.checkpoints)  # first: the run may be going on

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,16 @@ class Saver:
             self._thread = None
         if self._error is not None:
             self.completed()
+
+    @contextmanager
+    def completed_first(self) -> Iterator[None]:
+        """If what is done here fails, raise it when the save that is under way has ended: the process ends then."""
+        try:
+            yield
+        except Exception:
+            with suppress(CheckpointError):
+                self.wait()
+            raise
 
     def _stage(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copies in CPU memory, also of what lies there: the next update changes that. Kept for the next save, since

@@ -14,6 +14,7 @@ from distrib.processes import check_temporary_folder
 from distrib.state.identity import Fingerprint
 from distrib.task import Task, load_task
 from distrib.training import agreement, evaluation
+from distrib.training.contract import check_blocks, check_dataset, check_model, check_optimizer
 from distrib.training.engine import Engine
 from distrib.training.optimizers import build_optimizer
 from distrib.training.placement import MakeOptimizer
@@ -37,12 +38,12 @@ def prepare(task: Task, config: Config, world: World) -> None:
 def model(task: Task, seed: int) -> nn.Module:
     """With the initial weights that belong to `seed`."""
     with seeded("model", seed):
-        return task.model()
+        return check_model(task.model())
 
 
 def blocks(task: Task, module: nn.Module, strategy: StrategyConfig, compile: Compile = False) -> list[nn.Module]:
     """The task's blocks. Raises ConfigError where something is to be done to each and there are none."""
-    found = task.blocks(module)
+    found = check_blocks(task.blocks(module))
     needed = {"strategy.activation_checkpointing": strategy.activation_checkpointing, "train.compile": compile}
     for key, value in needed.items():
         if value in (True, "blocks") and not found:
@@ -56,10 +57,8 @@ def blocks(task: Task, module: nn.Module, strategy: StrategyConfig, compile: Com
 def train_dataset(task: Task, seed: int) -> tuple[Dataset[Any], int | None]:
     """And how many samples it has; a stream (an IterableDataset) does not say. Raises ConfigError."""
     with seeded("train_dataset", seed):
-        dataset = task.train_dataset()
-    if isinstance(dataset, IterableDataset):
-        return dataset, None
-    return _sized(dataset, "train_dataset"), len(dataset)  # type: ignore[arg-type]
+        dataset = check_dataset(task.train_dataset(), "train_dataset")
+    return dataset, None if isinstance(dataset, IterableDataset) else len(dataset)  # type: ignore[arg-type]
 
 
 def eval_dataset(task: Task, seed: int, every_steps: int = 0) -> Dataset[Any] | None:
@@ -71,7 +70,7 @@ def eval_dataset(task: Task, seed: int, every_steps: int = 0) -> Dataset[Any] | 
             f"eval.every_steps: {every_steps}, but {type(task).__name__} has no evaluation set (Task.eval_dataset); "
             "leave the key out"
         )
-    if dataset is not None and len(_sized(dataset, "eval_dataset")) == 0:  # type: ignore[arg-type]
+    if dataset is not None and len(check_dataset(dataset, "eval_dataset")) == 0:  # type: ignore[arg-type]
         raise ConfigError("task.eval_dataset: it has no samples; return None for no evaluation")
     return dataset
 
@@ -87,7 +86,7 @@ def optimizer_maker(task: Task, config: Config) -> MakeOptimizer:
 
     def make(params: list[tuple[str, nn.Parameter]]) -> Optimizer:
         with seeded("optimizer", config.seed):
-            return task.optimizer(params) or build_optimizer(config.optim, params, task.decays)
+            return check_optimizer(task.optimizer(params)) or build_optimizer(config.optim, params, task.decays)
 
     return make
 
@@ -106,12 +105,6 @@ def evaluate(engine: Engine, task: Task, dataset: Dataset[Any], config: Config) 
     """The metrics under the names that the run folder has for them."""
     metrics = evaluation.evaluate(engine, task, dataset, config.data.micro_batch_size, **loading(config, engine.world))
     return {f"eval/{key}": value for key, value in metrics.items()}
-
-
-def _sized(dataset: Dataset[Any], name: str) -> Dataset[Any]:
-    if not hasattr(dataset, "__len__"):
-        raise ConfigError(f"task.{name}: {type(dataset).__name__} has no __len__; its order could not be repeated")
-    return dataset
 
 
 def batch_norms(module: nn.Module) -> str:

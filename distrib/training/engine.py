@@ -16,6 +16,7 @@ from torch import Tensor
 from distrib.data.loader import Ahead, Window
 from distrib.data.order import derive_seed
 from distrib.task import Loss, Task
+from distrib.training.contract import check_loss
 from distrib.training.perf import Clock
 from distrib.training.placement import Placement, named_state
 from distrib.training.totals import Totals
@@ -133,6 +134,7 @@ class Engine:
     def backward(self, loss: Loss) -> None:
         """Add the gradient of `loss.total`; on the window's last micro-batch, sum over the ranks."""
         assert self._window is not None, "backward belongs into engine.microbatch"
+        check_loss(loss, for_training=True)
         if self.mixed_precision == "fp16" and self.loss_scale is None:
             self.loss_scale = self._first_loss_scale(loss, self._window)
         count = loss.count

@@ -1,12 +1,13 @@
 """Exact evaluation: every sample once, metrics over the whole set, the same bits for any number of processes."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 
 from distrib.data.loader import data_loader
@@ -15,6 +16,7 @@ from distrib.data.sampler import MicroBatch
 from distrib.data.seeding import seeded
 from distrib.errors import ConfigError
 from distrib.task import Loss, Task
+from distrib.training.contract import check_loss, check_metrics, check_rows
 from distrib.training.engine import Engine
 from distrib.world import World
 
@@ -25,7 +27,28 @@ def evaluate(engine: Engine, task: Task, dataset: Dataset[Any], batch_size: int,
     The dataset is cut into the same batches whatever the number of processes, and each rank takes a contiguous block
     of them. Rows are gathered on rank 0 alone, in dataset order, and the metrics are computed there.
     """
-    world, size = engine.world, len(dataset)  # type: ignore[arg-type]
+    size = len(dataset)  # type: ignore[arg-type]
+    collect = predict(engine, task, dataset, size, batch_size, **loading)
+
+    def metrics() -> dict[str, float]:
+        rows, losses = collect()
+        total, count = (math.fsum(column) for column in losses.T.tolist())
+        with seeded("metrics", engine.seed):
+            found = check_metrics(task.metrics(rows))
+        return {"loss": total / count if count else math.nan, **found}
+
+    return engine.world.on_rank_0(metrics)
+
+
+def predict(
+    engine: Engine, task: Task, dataset: Dataset[Any], size: int, batch_size: int, **loading: Any
+) -> Callable[[], tuple[dict[str, Any], Tensor]]:
+    """Run the task over the first `size` samples. Collective.
+
+    What is returned gives, on rank 0, the rows in dataset order, and total and count of each batch's loss. It raises
+    ConfigError if a rank found something wrong with the rows.
+    """
+    world = engine.world
     batches = list(_batches(size, batch_size, world))
     num_own = len(batches)
     if engine.placement.forward_is_collective:  # all ranks run equally many; what is too many is dropped
@@ -38,28 +61,22 @@ def evaluate(engine: Engine, task: Task, dataset: Dataset[Any], batch_size: int,
     was_training = model.training
     model.eval()
     try:
-        rows, losses = _rows(engine, task, model, loader, num_own)
+        rows = _Rows()
+        _predict(engine, task, model, loader, num_own, rows)
     finally:
         model.train(was_training)
-    gathered = world.gather_rows(rows)
-    gathered_losses = world.gather_rows({"losses": losses} if len(losses) else {})
+    parts, others = world.gather_rows(rows.joined()), world.gather_rows(rows.losses())
 
-    def metrics() -> dict[str, float]:
-        assert gathered is not None, "this is rank 0"
-        assert gathered_losses is not None, "this is rank 0"
-        for key, value in gathered.items():
+    def collected() -> tuple[dict[str, Any], Tensor]:
+        if problems := _joined("problems", others["problems"]):
+            raise ConfigError(problems[0])
+        whole = {key: _joined(key, values) for key, values in parts.items()}
+        for key, value in whole.items():
             if len(value) != size:
-                raise ConfigError(
-                    f"task.predict: {key!r} has {len(value)} rows for {size} samples; give one row a sample"
-                )
-        total, count = (math.fsum(column) for column in gathered_losses["losses"].T.tolist())
-        result = {"loss": total / count if count else math.nan}
-        with seeded("metrics", engine.seed):
-            computed = task.metrics(gathered)
-        result.update({key: float(value) for key, value in computed.items()})
-        return result
+                raise ConfigError(f"task.predict: {key!r} has {len(value)} rows for {size} samples; give it for all")
+        return whole, _joined("losses", others["losses"])
 
-    return world.on_rank_0(metrics)
+    return collected
 
 
 def _batches(size: int, batch_size: int, world: World) -> Iterator[MicroBatch]:
@@ -71,28 +88,63 @@ def _batches(size: int, batch_size: int, world: World) -> Iterator[MicroBatch]:
         yield MicroBatch(indices, indices)
 
 
-def _rows(engine: Engine, task: Task, model: nn.Module, loader: Any, num_own: int) -> tuple[dict[str, Tensor], Tensor]:
-    """The task's rows of this rank's `num_own` batches on the CPU, and (total, count) of their loss, (num_own, 2)."""
-    parts: dict[str, list[Tensor]] = {}
-    losses: list[Tensor] = []
-    unread: list[tuple[Loss, dict[str, Tensor]]] = []  # of the last batch: read when the next is on its way
-
-    def read_last() -> None:
-        for loss, predicted in unread:
-            losses.append(torch.tensor([float(loss.total), float(loss.count)], dtype=torch.float64))
-            for key, value in predicted.items():
-                parts.setdefault(key, []).append(value.cpu())
-        unread.clear()
-
+def _predict(engine: Engine, task: Task, model: nn.Module, loader: Any, num_own: int, rows: "_Rows") -> None:
+    """Add the losses and rows of this rank's `num_own` batches."""
+    unread: list[tuple[int, Loss, Any]] = []  # of the last batch: read when the next is on its way
     with torch.no_grad(), engine.autocast():
         for number, read in enumerate(loader):
             batch = engine.to_device(read.batch)
             engine.seed_random(derive_seed(engine.seed, int(read.micro_batch.positions[0])))
             output = task.forward(model, batch)
             if number < num_own:
-                made = task.loss(output, batch), task.predict(output, batch)
-                read_last()
-                unread.append(made)
-    read_last()
-    rows = {key: torch.cat(values) for key, values in parts.items()}
-    return rows, torch.stack(losses) if losses else torch.empty(0, 2, dtype=torch.float64)
+                made = len(read.micro_batch.indices), check_loss(task.loss(output, batch)), task.predict(output, batch)
+                for last in unread:
+                    rows.add(*last)
+                unread = [made]
+    for last in unread:
+        rows.add(*last)
+
+
+class _Rows:
+    """What this rank's batches gave, on the CPU. Something wrong is kept too, for rank 0 to say: a rank that raised it
+    alone would leave the others waiting."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[Any]] = {}
+        self._losses: list[Tensor] = []
+        self._problems: list[str] = []
+
+    def add(self, size: int, loss: Loss, predicted: Any) -> None:
+        self._losses.append(torch.tensor([float(loss.total), float(loss.count)], dtype=torch.float64))
+        try:
+            for key, value in check_rows(predicted, size).items():
+                self._parts.setdefault(key, []).append(tree_map_only(Tensor, Tensor.cpu, value))
+        except ConfigError as error:
+            self._problems.append(str(error))
+
+    def joined(self) -> dict[str, Any]:
+        """One tensor or list for each name."""
+        try:
+            return {key: _joined(key, values) for key, values in self._parts.items()}
+        except ConfigError as error:
+            self._problems.append(str(error))
+            return {}
+
+    def losses(self) -> dict[str, Any]:
+        """Total and count of each batch's loss, shape (batches, 2); and what is wrong."""
+        return {**({"losses": torch.stack(self._losses)} if self._losses else {}), "problems": self._problems}
+
+
+def _joined(key: str, parts: list[Any]) -> Any:
+    """Raises ConfigError if they do not fit together."""
+    if all(isinstance(part, list) for part in parts):
+        return [row for part in parts for row in part]
+    if not all(isinstance(part, Tensor) for part in parts):
+        raise ConfigError(f"task.predict: {key!r} is a list in one batch and a tensor in another; give one of the two")
+    shapes = list(dict.fromkeys(tuple(part.shape[1:]) for part in parts))
+    if len(shapes) > 1:
+        raise ConfigError(
+            f"task.predict: {key!r} has rows of shape {shapes[0]} in one batch and {shapes[1]} in another; give a list "
+            f"of them, list({key}), or pad them to one shape"
+        )
+    return torch.cat(parts)

@@ -16,6 +16,7 @@ from distrib.reporting.progress import ProgressDisplay, Verbosity, format_summar
 from distrib.reporting.record import Record
 from distrib.reporting.tracking import in_sweep, require_trackers
 from distrib.schedule import learning_rate_factor
+from distrib.state import mending
 from distrib.state.earlier_starts import what_to_do_now
 from distrib.state.environment import describe, describe_task
 from distrib.state.identity import Fingerprint, notes
@@ -25,12 +26,13 @@ from distrib.state.run_dir import RunDir
 from distrib.state.saver import Saver
 from distrib.stopping import when_asked_to_stop
 from distrib.task import Task
-from distrib.training import agreement, assembly, compiling, perf, strategies
+from distrib.training import agreement, assembly, compiling, perf, probe, strategies
 from distrib.training.account import Account
 from distrib.training.engine import Engine
 from distrib.training.loop import train_step
 from distrib.training.placement import trainable
 from distrib.training.preemption import Preemption
+from distrib.training.verdict import Step
 from distrib.world import World
 
 
@@ -145,12 +147,13 @@ class Trainer:
             stack.enter_context(when_asked_to_stop(self.preemption.take_note))
             stack.enter_context(self.record.open(chain, self.config.tracking, self.first_step))
             stack.callback(self.account.close)
+            self._before_training(engine)
             engine.clock.start()
             for window in self._windows(engine):
                 engine.stop_asked = self.preemption.asked
                 steps_done = window.step + 1
                 with tuning.no_collection():
-                    step = train_step(engine, self.task, window, self._learning_rate(engine))
+                    step = self._step(engine, window)
                 stop = self.account.read()  # what came of the step before: the device is busy with this one
                 evaluate = self.eval_dataset is not None and self._is_due(self.config.eval.every_steps, steps_done)
                 save = self._is_due(self.config.checkpoint.every_steps, steps_done)
@@ -159,10 +162,11 @@ class Trainer:
                 self.account.made(window.step, step, self._seconds(engine, window.step))
                 if evaluate or save or stop:
                     stop |= self.account.read()
-                if evaluate:
-                    self._evaluate(engine, steps_done)
-                if save:
+                if save:  # before the evaluation, whose mistakes must not cost what was trained
                     self._save(engine, saver, steps_done)
+                if evaluate:
+                    with saver.completed_first():
+                        self._evaluate(engine, steps_done)
                 self._report_saves(saver)
                 if stop and steps_done < self.plan.num_steps:
                     self._stop(engine, saver, steps_done, saved=save)
@@ -200,6 +204,23 @@ class Trainer:
             self.record.metrics = self.run.latest_metrics()
         for reason in notes(self.run.read_environment()):
             self.record.warn(reason)
+
+    def _before_training(self, engine: Engine) -> None:
+        """Make an evaluation that a stop kept from being made after its step was saved, or else try one. Collective."""
+        if self.eval_dataset is None:
+            return
+        step = self.first_step
+        due = step > 0 and self._is_due(self.config.eval.every_steps, step)
+        if due and self.world.on_rank_0(lambda: mending.lacks_evaluation(self.run, step)):
+            self._evaluate(engine, step)
+        elif step < self.plan.num_steps:
+            probe.trial_evaluation(engine, self.task, self.eval_dataset, self.config, self.record)
+
+    def _step(self, engine: Engine, window: Window) -> Step:
+        rate = self._learning_rate(engine)
+        if window.step == self.first_step:
+            return probe.first_step(engine, self.task, window, rate, self.plan.micro_batch_size)
+        return train_step(engine, self.task, window, rate)
 
     def _save(self, engine: Engine, saver: Saver, steps_done: int) -> None:
         engine.share_buffers()

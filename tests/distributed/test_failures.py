@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import tasks
 import yaml
 from conftest import BIN, Run, check, refused
 
@@ -48,7 +49,7 @@ def test_what_the_launcher_refuses(run: Run, tmp_path: Path, arguments: list[str
     [
         ("data.global_batch_size=128", "global_batch_size: 128, but the training set has only 97 samples"),
         ("task.target=tasks:Maskd", "module 'tasks' has no 'Maskd', did you mean tasks:Masked?"),
-        ("task.target=tasks:NoLength", "has no __len__"),
+        ("task.target=tasks:NoLength", "task.train_dataset: returned list_iterator; return a Dataset"),
         ("task.samples=0", "task.eval_dataset: it has no samples"),
         ("task={target: 'distrib.tasks.digits:Digits', network: rnn}", "task.network: 'rnn'; give cnn or mlp"),
         ("optim.name=adamx", "optim.name: 'adamx'"),
@@ -114,6 +115,7 @@ def test_a_rank_that_raises_ends_all_and_is_named(run: Run, tmp_path: Path, on_r
     assert f"rank {on_rank} of 2 on {socket.gethostname()} failed:" in result.stderr
     assert result.stderr.count("Traceback") == 1
     assert result.stderr.count("ZeroDivisionError: the task divided by zero") == 1
+    assert re.findall(r'File "(.*)", line', result.stderr) == [tasks.__file__]
     assert f"distrib launch: rank {on_rank} failed with exit code 1" in result.stderr
     events = (tmp_path / "runs" / "small" / "events.jsonl").read_text()
     assert on_rank != 0 or json.loads(events.splitlines()[-1])["event"] == "failed"

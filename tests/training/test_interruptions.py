@@ -266,3 +266,53 @@ def test_running_statistics(tmp_path: Path) -> None:
     undisturbed = fit(tmp_path / "undisturbed", Normalised())
     assert "model.1.running_mean" in tensors(undisturbed)
     check_same(fit(interrupted(undisturbed, tmp_path / "run", after=EVERY), Normalised()), undisturbed)
+
+
+class Mistaken(Masked):
+    """Its metrics fail on the whole evaluation set, until the mistake is mended."""
+
+    mended = False
+
+    def metrics(self, rows: dict[str, torch.Tensor]) -> dict[str, float]:
+        if not self.mended and len(rows["right"]) == self.samples:
+            raise ZeroDivisionError("a mistake")
+        return super().metrics(rows)
+
+
+def evaluations(run: Path) -> list[Any]:
+    return [(entry["step"], entry["count"], entry["metrics"]) for entry in lines(run, "evals.jsonl")]
+
+
+def test_a_mistake_in_the_last_evaluation_costs_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as mended:
+        mended.setattr(Mistaken, "mended", True)
+        undisturbed = fit(tmp_path / "undisturbed", Mistaken(dropout=0.2), eval={"every_steps": 0})
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path / "run", Mistaken(dropout=0.2), eval={"every_steps": 0})
+    run = tmp_path / "run"
+    assert not (run / "evals.jsonl").exists()
+    assert lines(run, "events.jsonl")[-1]["event"] == "failed"
+    monkeypatch.setattr(Mistaken, "mended", True)
+    fit(run, Mistaken(dropout=0.2), eval={"every_steps": 0})
+    (resumed,) = [event for event in lines(run, "events.jsonl") if event["event"] == "resumed"]
+    assert resumed["step"] == STEPS
+    check_same(run, undisturbed)
+    summaries = [json.loads((folder / "summary.json").read_text())["metrics"] for folder in (run, undisturbed)]
+    assert summaries[0] == summaries[1]
+
+
+def test_an_evaluation_is_made_once_where_a_kill_came_between_it_and_the_save(tmp_path: Path) -> None:
+    undisturbed = fit(tmp_path / "undisturbed", eval={"every_steps": EVERY})
+    for name, kept in (("before", 0), ("after", 1)):
+        run = interrupted(undisturbed, tmp_path / name, after=EVERY)
+        entries = (run / "evals.jsonl").read_text().splitlines(keepends=True)
+        (run / "evals.jsonl").write_text("".join(entries[:kept]))
+        fit(run, eval={"every_steps": EVERY})
+        check_same(run, undisturbed)
+    assert [step for step, *_ in evaluations(undisturbed)] == [5, 10, 12]
+
+
+def test_a_fork_does_not_evaluate_where_it_begins(whole: Path, tmp_path: Path) -> None:
+    checkpoint = str(whole / "checkpoints" / "step-00000005")
+    fork = fit(tmp_path / "fork", resume=checkpoint, fork=True, eval={"every_steps": EVERY}, optim={"lr": 0.1})
+    assert [step for step, *_ in evaluations(fork)] == [10, 12]

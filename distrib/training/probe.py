@@ -1,0 +1,182 @@
+"""Finds a task's mistakes before they cost anything: in the first step, and in a trial evaluation before it."""
+
+import copy
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from distrib.config import Config
+from distrib.data.loader import Window
+from distrib.data.seeding import seeded
+from distrib.errors import ConfigError, DistribError
+from distrib.reporting.record import Record
+from distrib.task import Loss, Task
+from distrib.tracebacks import first_line, place
+from distrib.training import assembly, evaluation
+from distrib.training.contract import check_loss, check_metrics, trial
+from distrib.training.engine import Engine
+from distrib.training.loop import train_step
+from distrib.training.placement import Placement
+from distrib.training.verdict import Step
+
+# Half the gradient, and the same total, within what the precisions round. A sum has the same gradient, or twice the
+# total, which is far from both.
+_GRADIENT_TOLERANCE = 1e-2
+_TOTAL_TOLERANCE = 1e-4
+
+
+def first_step(engine: Engine, task: Task, window: Window, lr: float, micro_batch_size: int) -> Step:
+    """A training step that also checks the task. Raises ConfigError."""
+    with trial():
+        return train_step(engine, MeanLossCheck(task, engine.placement, micro_batch_size), window, lr)
+
+
+def trial_evaluation(engine: Engine, task: Task, dataset: Dataset[Any], config: Config, record: Record) -> None:
+    """Evaluate two batches, and drop the result, because the first real evaluation may come hours later.
+
+    Raises ConfigError; only warns if `metrics` fails, because it may need more samples. Collective.
+    """
+    batch_size = config.data.micro_batch_size
+    size = min(2 * batch_size, len(dataset))  # type: ignore[arg-type]
+    loading = assembly.loading(config, engine.world)
+    loading["num_workers"] = min(1, loading["num_workers"])
+    with trial():
+        collect = evaluation.predict(engine, task, dataset, size, batch_size, **loading)
+
+    def metrics() -> None:
+        rows, _ = collect()
+        try:
+            with seeded("metrics", engine.seed):
+                found = task.metrics(rows)
+        except DistribError:
+            raise
+        except Exception as error:
+            record.warn(
+                f"task.metrics failed on a trial with {size} samples: {first_line(error)}{place(error)}; if it fails "
+                "on the whole evaluation set too, the run cannot finish"
+            )
+        else:
+            check_metrics(found)
+
+    engine.world.on_rank_0(metrics)
+
+
+class MeanLossCheck(Task):
+    """Stands in for a task in the first step, and refuses a loss that is a mean but is counted like a sum.
+
+    Such a loss trains with a gradient that is too small by the batch size. It shows if a batch holds each of its
+    samples twice: the count doubles, but the total stays. Only a clear case is refused. If a batch cannot be repeated,
+    or if the loss compares samples with one another, nothing is decided.
+    """
+
+    def __init__(self, task: Task, placement: Placement, size: int) -> None:
+        """`size`: samples in a micro-batch."""
+        self.task, self.placement, self.size = task, placement, size
+        self._checked = False
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        return self.task.forward(model, batch)
+
+    def loss(self, output: Any, batch: Any) -> Loss:
+        loss = self.task.loss(output, batch)
+        if not self._checked:
+            self._checked = True
+            check_loss(loss, for_training=True)
+            self._refuse_mean(output, batch)
+        return loss
+
+    def _refuse_mean(self, output: Any, batch: Any) -> None:
+        mean = None
+        with suppress(Exception):  # what cannot handle a batch of another size leaves it undecided
+            mean = self._mean_by_gradient(output, batch)
+        if mean is None and not self.placement.forward_is_collective:  # which must not fail on one rank alone
+            with suppress(Exception):
+                mean = self._mean_by_total(batch)
+        if mean:
+            raise ConfigError(
+                "task.loss: its total is a mean over the batch, but its count is the number of items: with each "
+                "sample twice the count doubles and the total stays, so the gradient would be divided by the count "
+                'twice; return distrib.Loss(sum of the losses, number of items), with reduction="sum"'
+            )
+
+    def _mean_by_gradient(self, output: Any, batch: Any) -> bool | None:
+        """Compare the gradients with respect to the output. Needs no forward, and sees the samples' part alone."""
+        gradients, counts = [], []
+        for times in (1, 2):
+            leaves: list[Tensor] = []
+            loss = self._loss(_taken(output, self.size, times, leaves), _taken(batch, self.size, times))
+            if not leaves or not loss.total.requires_grad:
+                return None
+            got = torch.autograd.grad(loss.total, leaves, allow_unused=True)
+            parts = [part[: self.size].flatten().cpu().double() for part in got if part is not None]
+            gradients.append(torch.cat(parts))
+            counts.append(float(loss.count))
+        once, twice = gradients
+        if not 0 < once.norm() < math.inf:
+            return None
+        return bool((once / 2 - twice).norm() < _GRADIENT_TOLERANCE * once.norm()) and _doubles(*counts)
+
+    def _mean_by_total(self, batch: Any) -> bool:
+        """Compare the totals, without dropout: for a model that computes the loss itself."""
+        model = self.placement.evaluation_model
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                once, twice, half = (
+                    self._loss(self.task.forward(model, part), part)
+                    for part in (_taken(batch, self.size, times) for times in (1, 2, 0.5))
+                )
+        finally:
+            model.train(was_training)
+        total, change = float(once.total), abs(float(twice.total) - float(once.total))
+        # A total that does not depend on the samples (a large regulariser, zeros) says nothing.
+        depends = abs(float(half.total) - total) > 10 * _TOTAL_TOLERANCE * abs(total)
+        same = change <= _TOTAL_TOLERANCE * abs(total)
+        return depends and same and _doubles(float(once.count), float(twice.count))
+
+    def _loss(self, output: Any, batch: Any) -> Loss:
+        return check_loss(self.task.loss(output, batch))
+
+
+def _doubles(once: float, twice: float) -> bool:
+    return once > 0 and math.isclose(twice, 2 * once, rel_tol=1e-6)
+
+
+def _taken(value: Any, size: int, times: float, leaves: list[Tensor] | None = None) -> Any:
+    """A copy in which each tensor with `size` rows has them `times` as often. With `leaves`: floating ones get a
+    gradient, and are added to it. Raises ValueError if it is unclear what a part has to do with the samples."""
+    if isinstance(value, Tensor):
+        value = value.detach()
+        if value.ndim and len(value) == size:
+            rows = torch.arange(int(size * times), device=value.device) % size
+            value = value.index_select(0, rows)
+            if leaves is not None and value.is_floating_point():
+                leaves.append(value.requires_grad_())
+        elif value.ndim:
+            raise ValueError("not one row a sample")
+        else:
+            value = value.clone()
+        return value
+    if isinstance(value, Mapping):
+        parts = {key: _taken(part, size, times, leaves) for key, part in value.items()}
+        if type(value) is dict:
+            return parts
+        other = copy.copy(value)  # of a class of its own, such as transformers' ModelOutput
+        for key, part in parts.items():
+            other[key] = part  # type: ignore[index]
+        return other
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_taken(part, size, times, leaves) for part in value))
+    if type(value) in (list, tuple):
+        if len(value) == size and not any(isinstance(part, Tensor) for part in value):
+            return type(value)(value[int(row)] for row in torch.arange(int(size * times)) % size)
+        return type(value)(_taken(part, size, times, leaves) for part in value)
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise ValueError(f"cannot repeat a {type(value).__name__}")

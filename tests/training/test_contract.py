@@ -1,0 +1,222 @@
+"""What a task's methods must return, and the trial before anything is trained. In this process."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import lines
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from distrib import Config, Loss, Task, Trainer
+from distrib.errors import ConfigError
+from distrib.training.placement import Placement
+from distrib.training.probe import MeanLossCheck
+from distrib.world import World
+
+CONFIG = {"data": {"global_batch_size": 8, "micro_batch_size": 4}, "train": {"steps": 2}}
+
+
+class Classes(Task):
+    """Of which a test changes one method."""
+
+    def train_dataset(self) -> Any:
+        return TensorDataset(torch.randn(16, 3), torch.arange(16) % 2)
+
+    def eval_dataset(self) -> Any:
+        return self.train_dataset()
+
+    def model(self) -> Any:
+        return nn.Linear(3, 2)
+
+    def loss(self, output: Any, batch: Any) -> Any:
+        return Loss(F.cross_entropy(output, batch[1], reduction="sum"), len(output))
+
+    def predict(self, output: Any, batch: Any) -> Any:
+        return {"right": output.argmax(1) == batch[1]}
+
+    def metrics(self, rows: Any) -> Any:
+        return {"right": rows["right"].sum()}
+
+
+def fit(folder: Path, changed: dict[str, Callable[..., Any]], **config: Any) -> None:
+    task = type("Changed", (Classes,), changed)()
+    Trainer(task, Config.from_dict({**CONFIG, **config}), folder).fit()
+
+
+def samples(*sizes: int) -> list[Any]:
+    return [(torch.randn(size), 1) for size in sizes * 16]
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "said"),
+    [
+        ("train_dataset", lambda self: None, "task.train_dataset: returned None; return a Dataset"),
+        ("train_dataset", lambda self: DataLoader(samples(3)), "task.train_dataset: returned a DataLoader; return its"),
+        ("train_dataset", lambda self: (torch.ones(8), torch.ones(8)), "returned (Tensor (8) float32, Tensor (8) fl"),
+        ("train_dataset", lambda self: iter(samples(3)), "task.train_dataset: returned list_iterator; return a Data"),
+        ("train_dataset", lambda self: {"train": 1}, "task.train_dataset: returned {'train': int}; return a Dataset"),
+        ("train_dataset", lambda self: samples(3, 5), "one is (Tensor (3) float32, int), another (Tensor (5) float32"),
+        ("train_dataset", lambda self: [{"x": x} for x, _ in samples(3)], "calls model(batch[0]), which raised KeyErr"),
+        ("train_dataset", lambda self: [([1.0, 2.0], 1)] * 16, "must be Tensor, not list; the batch is [[Tensor (4)"),
+        ("eval_dataset", lambda self: DataLoader(samples(3)), "task.eval_dataset: returned a DataLoader"),
+        ("model", lambda self: nn.Linear, "task.model: returned the class Linear, not an instance; return a torch.nn"),
+        ("model", lambda self: nn.Linear(7, 2), "task.forward: the default calls model(batch[0]), which raised Runti"),
+        ("optimizer", lambda self, params: ([], []), "task.optimizer: returned ([], []); return a torch.optim.Optimiz"),
+        ("loss", lambda self, output, batch: output.sum(), "task.loss: returned Tensor () float32; return distrib.Lo"),
+        ("loss", lambda self, output, batch: (output.sum(), 4), "task.loss: returned (Tensor () float32, int); return"),
+        ("loss", lambda self, output, batch: Loss(output, 4), "the total of the Loss is Tensor (4, 2) float32, not a"),
+        ("loss", lambda self, output, batch: Loss(output.sum(), batch[1]), "count of the Loss is Tensor (4) int64, no"),
+        ("loss", lambda self, output, batch: Loss(output.sum(), -1), "the count of the Loss is -1, not 0 or more"),
+        ("loss", lambda self, output, batch: Loss(output.sum().detach(), 4), "does not depend on the model's param"),
+        ("predict", lambda self, output, batch: output, "task.predict: returned Tensor (4, 2) float32; return a dict"),
+        ("predict", lambda self, output, batch: {"a": output.sum()}, "task.predict: 'a' is Tensor () float32; give"),
+        ("predict", lambda self, output, batch: {"a": np.ones(4)}, "task.predict: 'a' is ndarray (4) float64; give a"),
+        ("predict", lambda self, output, batch: {"a": {"b": output}}, "'a' is {'b': Tensor (4, 2) float32}; give a t"),
+        ("predict", lambda self, output, batch: {"a": output[:3]}, "'a' has 3 rows for a batch of 4 samples; give a"),
+        ("metrics", lambda self, rows: 0.5, "task.metrics: returned float; return a dict"),
+        ("metrics", lambda self, rows: {"a": rows["right"]}, "task.metrics: 'a' is Tensor (8) bool; give each name"),
+    ],
+)
+def test_what_a_task_must_not_return(tmp_path: Path, method: str, change: Callable[..., Any], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        fit(tmp_path / "run", {method: change})
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not lines(tmp_path / "run", "steps.jsonl") if (tmp_path / "run" / "steps.jsonl").exists() else True
+
+
+def test_rows_of_other_length_in_each_batch(tmp_path: Path) -> None:
+    lengths = iter(range(1, 99))
+    change = {"predict": lambda self, output, batch: {"tokens": torch.ones(len(output), next(lengths))}}
+    with pytest.raises(
+        ConfigError, match=r"'tokens' has rows of shape \(1,\) in one batch and \(2,\) in another; give"
+    ):
+        fit(tmp_path / "run", change)
+
+
+def test_a_mistake_in_the_users_own_lines_shows_those(tmp_path: Path) -> None:
+    def predict(self: Task, output: Any, batch: Any) -> Any:
+        return {"right": output.argmax(1) == batch["label"]}
+
+    with pytest.raises(ConfigError) as error:
+        fit(tmp_path / "run", {"predict": predict})
+    first, header, frame, code, *_, last = str(error.value).splitlines()
+    assert first.startswith("task.predict failed on its first batch; the batch is (Tensor (4, 3) float32, Tensor (4)")
+    assert header == "Traceback (most recent call last):"
+    assert frame.startswith(f'  File "{__file__}", line ')
+    assert code == '    return {"right": output.argmax(1) == batch["label"]}'
+    assert last == "TypeError: tuple indices must be integers or slices, not str"
+
+
+def test_metrics_that_need_more_samples_than_a_trial_has(tmp_path: Path) -> None:
+    def metrics(self: Task, rows: Any) -> Any:
+        if len(rows["right"]) < 16:
+            raise ValueError("too few")
+        return {"right": rows["right"].sum()}
+
+    fit(tmp_path / "run", {"metrics": metrics})
+    (warning,) = [event["reason"] for event in lines(tmp_path / "run", "events.jsonl") if event["event"] == "warning"]
+    assert warning.startswith(f"task.metrics failed on a trial with 8 samples: ValueError: too few at {__file__}:")
+    assert len(lines(tmp_path / "run", "evals.jsonl")) == 1
+
+
+def mean(self: Task, output: Any, batch: Any) -> Loss:
+    return Loss(F.cross_entropy(output, batch[1]), len(output))
+
+
+@pytest.mark.parametrize("strategy", ["single", "zero2", "zero3", "fsdp2"])
+def test_a_mean_that_is_counted_as_a_sum(tmp_path: Path, strategy: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"task.loss: its total is a mean over the batch, but its count is the number"
+    ):
+        fit(tmp_path / "run", {"loss": mean}, strategy={"name": strategy})
+
+
+class WithLoss(nn.Module):
+    """Computes the loss itself, as Hugging Face's models do."""
+
+    def __init__(self, reduction: str) -> None:
+        super().__init__()
+        self.layers, self.reduction = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)), reduction
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        logits = self.layers(inputs)
+        return {"loss": F.cross_entropy(logits, targets, reduction=self.reduction), "logits": logits}
+
+
+def by_the_model(reduction: str) -> dict[str, Callable[..., Any]]:
+    return {
+        "model": lambda self: WithLoss(reduction),
+        "forward": lambda self, model, batch: model(*batch),
+        "loss": lambda self, output, batch: Loss(output["loss"], len(batch[1])),
+        "predict": lambda self, output, batch: {"right": output["logits"].argmax(1) == batch[1]},
+    }
+
+
+def test_a_mean_that_the_model_itself_computes(tmp_path: Path) -> None:
+    fit(tmp_path / "sum", by_the_model("sum"))
+    with pytest.raises(ConfigError, match=r"task.loss: its total is a mean over the batch"):
+        fit(tmp_path / "mean", by_the_model("mean"))
+
+
+def contrastive(output: Tensor, batch: Any) -> Loss:
+    similar = output @ torch.roll(output, 1, 0).T
+    return Loss(F.cross_entropy(similar, torch.arange(len(output)), reduction="sum"), len(output))
+
+
+# Each is right as it is, or cannot be told from what is right.
+RIGHT: dict[str, Callable[[Tensor, Any], Loss]] = {
+    "sum": lambda output, batch: Loss(F.cross_entropy(output, batch[1], reduction="sum"), len(output)),
+    "sum of squares": lambda output, batch: Loss(output.square().sum(), output.numel()),
+    "mean, counted as one": lambda output, batch: Loss(F.cross_entropy(output, batch[1]), 1),
+    "mean times count": lambda output, batch: Loss(F.cross_entropy(output, batch[1]) * len(output), len(output)),
+    "masked": lambda output, batch: Loss(
+        F.cross_entropy(output, torch.where(batch[1] > 0, batch[1], -100), reduction="sum"), (batch[1] > 0).sum()
+    ),
+    "regularised": lambda output, batch: Loss(
+        1e6 * (output.detach() * 0 + 1).mean() + F.cross_entropy(output, batch[1], reduction="sum"), len(output)
+    ),
+    "contrastive": contrastive,
+    "zero": lambda output, batch: Loss(output.sum() * 0, len(output)),
+    "not a number": lambda output, batch: Loss(output.sum() * float("nan"), len(output)),
+}
+
+
+@given(
+    name=st.sampled_from(sorted(RIGHT)),
+    size=st.integers(1, 6),
+    scale=st.sampled_from([1e-6, 1.0, 1e6]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    seed=st.integers(0, 999),
+)
+def test_no_right_loss_is_refused(name: str, size: int, scale: float, dtype: torch.dtype, seed: int) -> None:
+    class Right(Task):
+        def loss(self, output: Tensor, batch: Any) -> Loss:
+            return RIGHT[name](output, batch)
+
+    generator = torch.Generator().manual_seed(seed)
+    module = nn.Linear(3, 2)
+    inputs, targets = torch.randn(size, 3, generator=generator), torch.arange(size) % 2
+    placement = Placement(World(), module)
+    placement.evaluation_model = module
+    check = MeanLossCheck(Right(), placement, size)
+    output = (scale * module(inputs)).to(dtype)
+    check.loss(output, (inputs, targets))
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mean_is_seen_at_any_size_and_precision(size: int, dtype: torch.dtype) -> None:
+    module = nn.Linear(3, 2)
+    placement = Placement(World(), module)
+    check = MeanLossCheck(type("Mean", (Classes,), {"loss": mean})(), placement, size)
+    output = module(torch.randn(size, 3)).to(dtype)
+    with pytest.raises(ConfigError, match="is a mean"):
+        check.loss(output, (torch.randn(size, 3), torch.arange(size) % 2))
