@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ ROUNDING = {"no": 1e-5, "fp16": 2.0**-11, "bf16": 2.0**-8}
 
 _LOSSES = ("train/loss", "loss", "train_loss")  # the last two: other programs' names
 _EVALUATED = ("eval", "val", "test")  # so begin the names of what has a best: here eval/, elsewhere also the others
+_EVALUATED_LOSSES = ("eval/loss", "val/loss", "val_loss", "test/loss", "test_loss")
+_OUT_OF_PROPORTION = 10  # an evaluation's loss differs by so many times what any step's does: that is no rounding
+_LAST = sys.maxsize  # a step that no run has
 _DECIDE_ORDER = ("seed", "data.global_batch_size", "training_samples")  # by the same code
 _ACT_THROUGH_RATE = ("optim.schedule", "optim.warmup_steps", "train.steps", "train.epochs")
 _MOST_REASONS = 5
@@ -44,6 +48,7 @@ class Parting:
     beyond_rounding: int | None  # the first step whose loss differs by more than `rounding`, relatively
     rounding: float
     largest: float  # relative difference
+    evaluation: int | None  # the first evaluation, by the steps done before it, with another metric, to the bit
     cause: str  # nothing, data order, config, code, numerics, not recorded
     because: str
 
@@ -103,15 +108,56 @@ def part(first: Run, other: Run) -> Parting:
     apart = relative_difference(ours, theirs)
     rounding = max(_rounding(first), _rounding(other))
     loss, beyond = _first(steps, apart > 0), _first(steps, apart > rounding)
-    parted = min((step for step in (samples, loss) if step is not None), default=None)
-    if parted is None:
-        cause = "nothing"
-        because = f"the same to the last bit over {len(steps)} steps" if len(steps) else "no step has a loss in both"
-    else:
-        began_by_rounding = loss is not None and loss != beyond
-        cause, because = _cause(first, other, parted, parted == samples, began_by_rounding)
     largest = float(apart.max(initial=0))
-    return Parting(len(steps), samples, len(both) > 0, loss, beyond, rounding, largest, cause, because)
+    evaluations = _evaluations(first, other)
+    evaluation = evaluations.first_that_differs
+    # Losses that part by rounding alone do not show why they part by more later on.
+    seen = loss if beyond is None else beyond
+    by_order = samples is not None and (beyond is None or samples <= beyond)
+    if beyond is None and not by_order and evaluations.loss_apart > max(rounding, _OUT_OF_PROPORTION * largest):
+        cause, because = _cause(first, other, _LAST, False, False)
+        because = f"evaluations part, not the training: {because}"
+    elif seen is None and not by_order and evaluation is not None:
+        cause, because = _cause(first, other, _LAST, False, evaluations.loss_apart > 0)
+        because = f"evaluations part, not the training: {because}"
+    elif seen is None and not by_order:
+        cause, because = "nothing", _the_same(len(steps), evaluations.number)
+    else:
+        until = samples if by_order else seen
+        assert until is not None, "samples or losses differ"
+        cause, because = _cause(first, other, until, by_order, loss != beyond)
+    return Parting(len(steps), samples, len(both) > 0, loss, beyond, rounding, largest, evaluation, cause, because)
+
+
+@dataclass(frozen=True)
+class _Evaluations:
+    """How the evaluations of two runs differ that were made after equally many steps."""
+
+    number: int
+    first_that_differs: int | None  # to the bit, in any metric
+    loss_apart: float  # the largest relative difference of their losses
+
+
+def _evaluations(first: Run, other: Run) -> _Evaluations:
+    compared: set[int] = set()
+    differing: set[int] = set()
+    loss_apart = 0.0
+    for key in first.curves.keys() & other.curves.keys():
+        if not key.startswith(_EVALUATED):
+            continue
+        steps, at, there = _in_both(first.curves[key].steps, other.curves[key].steps)
+        apart = relative_difference(first.curves[key].values[at], other.curves[key].values[there])
+        compared.update(steps.tolist())
+        differing.update(steps[apart > 0].tolist())
+        if key in _EVALUATED_LOSSES:
+            loss_apart = max(loss_apart, float(apart.max(initial=0)))
+    return _Evaluations(len(compared), min(differing, default=None), loss_apart)
+
+
+def _the_same(steps: int, evaluations: int) -> str:
+    if not steps:
+        return "no step has a loss in both"
+    return f"the same to the last bit over {steps} steps" + (f" and {evaluations} evaluations" if evaluations else "")
 
 
 def relative_difference(ours: Values, theirs: Values) -> Values:
@@ -138,7 +184,11 @@ def _cause(first: Run, other: Run, parted: int, by_order: bool, began_by_roundin
     elif began_by_rounding:
         cause, reasons, unknown = "numerics", machine, "the order of floating-point sums: nothing recorded differs"
     else:
-        cause, reasons, unknown = _NOT_RECORDED, {}, "more than rounding at once: content of the data, randomness?"
+        cause, reasons, unknown = (
+            _NOT_RECORDED,
+            {},
+            "more than rounding at once: content of the data, running statistics, randomness?",
+        )
     because = _list([f"{key} {change}" for key, change in reasons.items()]) or unknown
     too = [key for key in config | code | machine if key not in reasons]
     return cause, because + (f"; differing too: {_list(too)}" if too else "")

@@ -25,6 +25,7 @@ def partings(comparison: Comparison) -> Table:
             _step(parting.loss),
             _step(parting.beyond_rounding),
             f"{parting.largest:.2g}",
+            _step(parting.evaluation),
             parting.cause,
             parting.because,
         ]
@@ -33,10 +34,11 @@ def partings(comparison: Comparison) -> Table:
     bounds = " or ".join(f"{bound:.2g}" for bound in sorted({parting.rounding for parting in comparison.partings}))
     return Table(
         f"Where they part from {comparison.runs[0].name}",
-        ["run", "steps in both", "samples", "losses", "beyond rounding", "largest", "cause", "because"],
+        ["run", "steps in both", "samples", "losses", "beyond rounding", "largest", "evaluations", "cause", "because"],
         rows,
         "The first step, as steps.jsonl counts, whose samples differ, whose losses differ at all, and by more than "
-        f"rounding: relatively by more than {bounds}. Largest: relative difference of two losses.",
+        f"rounding: relatively by more than {bounds}. Largest: relative difference of two losses. Evaluations: the first "
+        "that differs at all, by the steps done before it.",
     )
 
 

@@ -48,6 +48,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batch": {"data": {"global_batch_size": 32, "micro_batch_size": 4}},
     "samples": {"task": {"target": "tasks:Masked", "dropout": 0.1, "samples": 60}},
     "longer": {"train": {"steps": STEPS + 4}},
+    "cosine": {"optim": {"schedule": "cosine"}},
+    "cosine-longer": {"optim": {"schedule": "cosine"}, "train": {"steps": STEPS + 4}},
 }
 
 
@@ -79,8 +81,9 @@ def parting(runs: Path, name: str) -> Parting:
 
 def test_the_same_run_again(runs: Path) -> None:
     found = parting(runs, "again")
-    assert (found.cause, found.because) == ("nothing", f"the same to the last bit over {STEPS} steps")
+    assert (found.cause, found.because) == ("nothing", f"the same to the last bit over {STEPS} steps and 3 evaluations")
     assert (found.samples, found.loss, found.beyond_rounding, found.largest) == (None, None, None, 0)
+    assert found.evaluation is None
     keys = {entry.key: entry.decides for entry in compare(load_runs([runs / "base", runs / "again"])).differences}
     assert keys == {"checkpoint.every_steps": False, "data.prefetch_factor": False}
 
@@ -135,6 +138,55 @@ def test_what_cannot_be_the_cause_is_not_named(runs: Path) -> None:
     assert part(base, changed).cause == "not recorded"
 
 
+def test_what_acts_later_than_rounding_is_the_cause(runs: Path) -> None:
+    """On another number of processes the first losses differ in their last bits; then the other schedule tells."""
+    first, longer = load_runs([runs / "cosine", runs / "cosine-longer"])
+    values = longer.curves["train/loss"].values * (1 + 1e-7)
+    pair = dataclasses.replace(
+        longer,
+        curves=longer.curves | {"train/loss": Curve.of(range(1, len(values) + 1), values)},
+        machine=longer.machine | {"world_size": "2"},
+    )
+    found = part(first, pair)
+    assert (found.cause, found.because) == ("config", f"train.steps {STEPS} → {STEPS + 4}; differing too: world_size")
+    assert found.samples is None
+    assert found.loss == 0
+    assert found.beyond_rounding is not None
+    assert found.beyond_rounding > 1
+
+
+def test_evaluations_count_too(runs: Path) -> None:
+    """The same training; of the evaluations one metric, or the loss by rounding or by more."""
+    base, again = load_runs([runs / "base", runs / "again"])
+
+    def evaluated(**factors: float) -> Run:
+        changed = {
+            f"eval/{key}": Curve.of([4, 8, 12], base.curves[f"eval/{key}"].values * [1, 1, factor])
+            for key, factor in factors.items()
+        }
+        machine = again.machine | {"world_size": "2"}
+        return dataclasses.replace(again, curves=again.curves | changed, machine=machine)
+
+    prefix = "evaluations part, not the training: "
+    for factors, cause, because in (
+        ({}, "nothing", f"the same to the last bit over {STEPS} steps and 3 evaluations"),
+        ({"right": 2.0}, "not recorded", f"{prefix}more than rounding at once"),
+        ({"loss": 1 + 1e-7, "right": 2.0}, "numerics", f"{prefix}world_size 1 → 2"),
+        ({"loss": 1.03}, "not recorded", f"{prefix}more than rounding at once"),
+    ):
+        found = part(base, evaluated(**factors))
+        assert (found.cause, found.evaluation) == (cause, 12 if factors else None)
+        assert found.because.startswith(because)
+    # running statistics: the losses of the steps differ by rounding alone, the evaluations by 3 %
+    values = base.curves["train/loss"].values * (1 + 1e-7)
+    rounded = {"train/loss": Curve.of(range(1, STEPS + 1), values)}
+    pair = evaluated(loss=1.03)
+    found = part(base, dataclasses.replace(pair, curves=pair.curves | rounded))
+    assert (found.cause, found.beyond_rounding) == ("not recorded", None)
+    pair = evaluated(loss=1 + 5e-7)
+    assert part(base, dataclasses.replace(pair, curves=pair.curves | rounded)).cause == "numerics"
+
+
 def test_a_run_that_is_killed_or_goes_on(runs: Path, tmp_path: Path) -> None:
     """The last line is torn; what is whole is compared."""
     torn = tmp_path / "torn"
@@ -144,12 +196,12 @@ def test_a_run_that_is_killed_or_goes_on(runs: Path, tmp_path: Path) -> None:
         text = (torn / name).read_text()
         (torn / name).write_text(text[: len(text) - 20])
     comparison = compare(load_runs([runs / "base", torn]))
-    assert comparison.partings[0].because == f"the same to the last bit over {STEPS - 1} steps"
+    assert comparison.partings[0].because == f"the same to the last bit over {STEPS - 1} steps and 2 evaluations"
     assert [run.state for run in comparison.runs] == ["finished", "unfinished"]
     assert comparison.figures[1].steps == STEPS - 1
     (torn / "steps.jsonl").write_text("{torn}\n" + (runs / "base" / "steps.jsonl").read_text())
     comparison = compare(load_runs([runs / "base", torn]))
-    assert comparison.partings[0].because == f"the same to the last bit over {STEPS} steps"
+    assert comparison.partings[0].because == f"the same to the last bit over {STEPS} steps and 2 evaluations"
     assert comparison.runs[1].trouble == (f"{torn / 'steps.jsonl'}: damaged: cannot read line 1",)
 
 
@@ -298,7 +350,7 @@ def test_the_first_step_that_differs(
         assert found.beyond_rounding >= found.loss
     if not unlike and not misread:
         assert found.cause == "nothing"
-    elif misread and (not unlike or misread[0] <= unlike[0]):
+    elif misread and (found.beyond_rounding is None or misread[0] <= found.beyond_rounding):
         assert found.cause == "data order"
     else:
         assert found.cause in ("numerics", "not recorded")
