@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from distrib.reporting.metrics import lower_is_better
 from distrib.reporting.runs import Curve, Run, Steps, Values
+from distrib.state.identity import difference
 
 # By how much, relative to the larger of the two, losses may differ by rounding alone. For fp32 what this project
 # promises between numbers of processes (tests/distributed/test_parity.py), for bf16 and fp16 one rounding to theirs.
@@ -49,7 +50,7 @@ class Parting:
     rounding: float
     largest: float  # relative difference
     evaluation: int | None  # the first evaluation, by the steps done before it, with another metric, to the bit
-    cause: str  # nothing, data order, config, code, numerics, not recorded
+    cause: str  # nothing, data order, config, data, code, numerics, not recorded
     because: str
 
 
@@ -174,24 +175,32 @@ def _cause(first: Run, other: Run, parted: int, by_order: bool, began_by_roundin
     if _same_rate_until(first, other, parted):
         config = {key: change for key, change in config.items() if key not in _ACT_THROUGH_RATE}
     code, machine = (_changes(*_known(*facts)) for facts in ((first.code, other.code), (first.machine, other.machine)))
+    data = {} if config.keys() & set(_DECIDE_ORDER) else _data_changes(first, other, parted == _LAST)
     if by_order:
         cause, reasons = "data order", {key: change for key, change in config.items() if key in _DECIDE_ORDER}
         if "training_samples" in reasons or not reasons:  # what is behind it
             reasons |= {key: change for key, change in config.items() if key.startswith("task.")} or code
         unknown = "nothing recorded explains it: distrib verify tells which is not in order"
-    elif config or code:
-        cause, reasons, unknown = ("config", config, "") if config else ("code", code, "")
+    elif config or data or code:
+        cause, reasons = next(found for found in (("config", config), ("data", data), ("code", code)) if found[1])
+        unknown = ""
     elif began_by_rounding:
         cause, reasons, unknown = "numerics", machine, "the order of floating-point sums: nothing recorded differs"
     else:
-        cause, reasons, unknown = (
-            _NOT_RECORDED,
-            {},
-            "more than rounding at once: content of the data, running statistics, randomness?",
-        )
+        cause, reasons, unknown = _NOT_RECORDED, {}, "more than rounding at once: data, running statistics, randomness?"
     because = _list([f"{key} {change}" for key, change in reasons.items()]) or unknown
-    too = [key for key in config | code | machine if key not in reasons]
+    too = [key for key in config | data | code | machine if key not in reasons]
     return cause, because + (f"; differing too: {_list(too)}" if too else "")
+
+
+def _data_changes(first: Run, other: Run, evaluated: bool) -> dict[str, str]:
+    """How the samples differ that both folders have prints of: of the training set, or also of the one to evaluate."""
+    found = {
+        f"task.{name}": difference(other.data.get(name), prints, f"in {first.name}")
+        for name, prints in first.data.items()
+        if name == "train_dataset" or evaluated
+    }
+    return {key: change for key, change in found.items() if change is not None}
 
 
 def figures(run: Run) -> Figures:

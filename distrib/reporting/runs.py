@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,6 +16,7 @@ from distrib.errors import ConfigError, RunDirError
 from distrib.reporting.wandb_files import offline_folders, read_offline
 from distrib.state.files import read_lines
 from distrib.state.formats import EVALUATION, EVENT, STEP
+from distrib.state.identity import Fingerprint
 from distrib.state.run_dir import RunDir
 
 Steps: TypeAlias = npt.NDArray[np.int64]
@@ -66,6 +67,7 @@ class Run:
     curves: dict[str, Curve]
     seconds: Curve  # since the run began, without what is not a step
     samples: Digests
+    data: dict[str, Fingerprint | None] = field(default_factory=dict)  # of each set; nothing where none is recorded
     trouble: tuple[str, ...] = ()  # what could not be read
 
     @property
@@ -122,6 +124,7 @@ def _from_run_folder(path: Path) -> Run:
         curves=curves,
         seconds=Curve.of(done, np.cumsum(columns["seconds"], dtype=np.float64)),
         samples=Digests.of(done, columns["samples"]),
+        data=environment.get("data") or {},
         trouble=tuple(run.take_trouble()),
     )
 
@@ -191,6 +194,7 @@ def _from_wandb(folders: list[Path]) -> Run:
         curves=curves,
         seconds=seconds,
         samples=Digests.of([], []),
+        data=environment.get("data") or {},
     )
 
 

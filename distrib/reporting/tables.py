@@ -37,8 +37,8 @@ def partings(comparison: Comparison) -> Table:
         ["run", "steps in both", "samples", "losses", "beyond rounding", "largest", "evaluations", "cause", "because"],
         rows,
         "The first step, as steps.jsonl counts, whose samples differ, whose losses differ at all, and by more than "
-        f"rounding: relatively by more than {bounds}. Largest: relative difference of two losses. Evaluations: the first "
-        "that differs at all, by the steps done before it.",
+        f"rounding: relatively by more than {bounds}. Largest: relative difference of two losses. Evaluations: the "
+        "first that differs at all, by the steps done before it.",
     )
 
 

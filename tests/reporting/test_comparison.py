@@ -187,6 +187,21 @@ def test_evaluations_count_too(runs: Path) -> None:
     assert part(base, dataclasses.replace(pair, curves=pair.curves | rounded)).cause == "numerics"
 
 
+def test_other_samples_at_the_same_places(runs: Path, tmp_path: Path) -> None:
+    """As the fingerprints tell, which older folders do not have."""
+    shutil.copytree(runs / "edited", tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints"))
+    environment = json.loads((tmp_path / "other" / "environment.json").read_text())
+    samples = environment["data"]["train_dataset"]["samples"]
+    samples["96"] = {**samples["96"], "exact": "another"}
+    (tmp_path / "other" / "environment.json").write_text(json.dumps(environment))
+    found = parting(runs, str(tmp_path / "other"))
+    assert (found.cause, found.beyond_rounding) == ("data", 0)
+    assert found.because == "task.train_dataset has another sample 96 than in base; differing too: task"
+    del environment["data"]
+    (tmp_path / "other" / "environment.json").write_text(json.dumps(environment))
+    assert parting(runs, str(tmp_path / "other")).cause == "code"
+
+
 def test_a_run_that_is_killed_or_goes_on(runs: Path, tmp_path: Path) -> None:
     """The last line is torn; what is whole is compared."""
     torn = tmp_path / "torn"
