@@ -105,10 +105,3 @@ def evaluate(engine: Engine, task: Task, dataset: Dataset[Any], config: Config) 
     """The metrics under the names that the run folder has for them."""
     metrics = evaluation.evaluate(engine, task, dataset, config.data.micro_batch_size, **loading(config, engine.world))
     return {f"eval/{key}": value for key, value in metrics.items()}
-
-
-def batch_norms(module: nn.Module) -> str:
-    """The kinds of batch normalisation in it, in words. Their running statistics are those of rank 0's micro-batches,
-    so that they depend on the number of processes."""
-    kinds = {type(m).__name__ for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    return ", ".join(sorted(kinds))

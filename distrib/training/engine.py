@@ -2,20 +2,20 @@
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate.utils import send_to_device
 from torch import Tensor
 
 from distrib.data.loader import Ahead, Window
 from distrib.data.order import derive_seed
 from distrib.task import Loss, Task
+from distrib.training.buffers import Buffers
 from distrib.training.contract import check_loss
 from distrib.training.perf import Clock
 from distrib.training.placement import Placement, named_state
@@ -59,7 +59,9 @@ class Engine:
         mixed_precision: str = "no",
         max_grad_norm: float | None = None,
         seed: int = 0,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """`warn`: tells the user once of what forward does with buffers."""
         self.placement = placement
         self.world = placement.world
         self.module = placement.module  # the user's own
@@ -79,10 +81,11 @@ class Engine:
         self._generators = [torch.default_generator.manual_seed]
         if self.device.type != "cpu":  # not run here: see docs/not-run-here.md
             self._generators.append(torch.get_device_module(self.device).manual_seed)
-        self._buffers = list(self.module.buffers())
+        self.buffers = Buffers(self.world, self.module, warn)
         self.clock = Clock()
         self.stop_asked = False  # of this rank; the others learn of it by the step's result
         self._window: Window | None = None
+        self._index = 0  # of the micro-batch in the window
         self._whole_count = True
         self._last = False
 
@@ -99,9 +102,11 @@ class Engine:
     def microbatch(self, window: Window, index: int) -> Iterator[None]:
         """Random numbers that belong to this micro-batch, autocast, and no synchronisation before the last."""
         self.clock.lap("data")
-        self._window, self._last = window, index == len(window) - 1
-        if index == 0 and not self.placement.shares_buffers:
-            self.share_buffers()
+        self._window, self._index, self._last = window, index, index == len(window) - 1
+        if index == 0:
+            self.buffers.begin()
+        else:
+            self.buffers.next()
         self.seed_random(derive_seed(self.seed, window.step, window.first + index))
         with self.placement.accumulate(self._last), self.autocast():
             yield
@@ -121,12 +126,6 @@ class Engine:
         random.seed(seed)
         np.random.seed(seed % 2**32)
 
-    def share_buffers(self) -> None:
-        """Give every rank rank 0's buffers (running statistics), as DDP does before a training forward."""
-        if self.world.world_size > 1:
-            for buffer in self._buffers:
-                dist.broadcast(buffer, src=0)
-
     def zero_grad(self) -> None:
         """Once a window, before its first backward."""
         self.placement.zero_grad()
@@ -141,6 +140,8 @@ class Engine:
         self._whole_count = not (count.is_floating_point() if isinstance(count, Tensor) else isinstance(count, float))
         stop = self._last and self.stop_asked
         shares = Totals.pack(loss, self._window.digest if self._last else 0, stop)
+        number = self._window.first + self._index
+        self.buffers.take(number, len(self._window) * self.world.world_size, self._last)
         total = loss.total if self.loss_scale is None else loss.total * self.loss_scale.value
         with nullcontext() if self.dtype is None else torch.autocast(self.device.type, enabled=False):
             self.placement.backward(total, shares, self._last)
@@ -182,15 +183,14 @@ class Engine:
         reduced in the layout of a fresh one, and rounded otherwise than in a run that was never interrupted (seen on
         4 processes).
         """
-        buffers = [buffer.clone() for buffer in self._buffers]
-        self._window, self._last = window, True
+        self._window, self._index, self._last = window, 0, True
+        self.buffers.begin()
         with self.placement.accumulate(last=True), self.autocast():
             batch = self.to_device(next(iter(window)))
             self.backward(task.loss(task.forward(self.model, batch), batch))
         self.placement.totals.result()
         self.placement.zero_grad()
-        for buffer, before in zip(self._buffers, buffers, strict=True):
-            buffer.copy_(before)
+        self.buffers.finish(applied=False)
 
     def _update_seen(self, totals: Tensor, lr: float) -> Step:
         """Waits for the device and the ranks, and then decides."""
@@ -206,12 +206,14 @@ class Engine:
                 scale.update(overflowed=not math.isfinite(grad_norm))
         else:
             self.placement.discard()
+        self.buffers.finish(applied=math.isfinite(grad_norm))
         return Step(shares, grad_norm, self._whole_count, lr, value)
 
     def _update_unseen(self, totals: Tensor, lr: float) -> Step:
         """Leaves it to the device to decide: the same arithmetic, on numbers that are not there yet."""
         self.clock.lap("forward_backward")
         grad_norm = self.placement.update(Totals.factor(totals) * self.world.world_size, self.max_grad_norm)
+        self.buffers.finish(applied=grad_norm.isfinite())
         return Step(totals.clone(), grad_norm, self._whole_count, lr, None)
 
     def _first_loss_scale(self, loss: Loss, window: Window) -> LossScale:

@@ -57,12 +57,12 @@ def predict(
         batches += [MicroBatch(first, first)] * (most - num_own)
     loader = data_loader(dataset, batches, seed=engine.seed, **loading)
     model = engine.placement.evaluation_model
-    engine.share_buffers()
     was_training = model.training
     model.eval()
     try:
         rows = _Rows()
-        _predict(engine, task, model, loader, num_own, rows)
+        with engine.buffers.unchanged():
+            _predict(engine, task, model, loader, num_own, rows)
     finally:
         model.train(was_training)
     parts, others = world.gather_rows(rows.joined()), world.gather_rows(rows.losses())
@@ -93,6 +93,7 @@ def _predict(engine: Engine, task: Task, model: nn.Module, loader: Any, num_own:
     unread: list[tuple[int, Loss, Any]] = []  # of the last batch: read when the next is on its way
     with torch.no_grad(), engine.autocast():
         for number, read in enumerate(loader):
+            engine.buffers.restore()
             batch = engine.to_device(read.batch)
             engine.seed_random(derive_seed(engine.seed, int(read.micro_batch.positions[0])))
             output = task.forward(model, batch)

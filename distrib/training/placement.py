@@ -37,7 +37,6 @@ class Placement:
     """What every strategy has in common: gradients in `p.grad`, normalised, clipped and applied here."""
 
     forward_is_collective = False  # then every rank must run as many forwards as the others, in evaluation too
-    shares_buffers = False  # gives all ranks rank 0's buffers before a window
     learns_from_its_first_backward = False
     model: nn.Module  # what the task's forward calls in training
     evaluation_model: nn.Module

@@ -17,8 +17,6 @@ from distrib.world import World
 class Replicated(Placement):
     """DDP where there are several processes. Gradients meet on the last micro-batch, while its backward runs."""
 
-    shares_buffers = True
-
     def __init__(
         self, world: World, module: nn.Module, make_optimizer: MakeOptimizer | None, config: StrategyConfig
     ) -> None:
@@ -40,6 +38,7 @@ class Replicated(Placement):
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # so is the window
             kwargs_handlers=[
                 DistributedDataParallelKwargs(
+                    broadcast_buffers=False,  # see buffers.py
                     gradient_as_bucket_view=True,
                     find_unused_parameters=config.find_unused_parameters,
                     static_graph=config.static_graph,

@@ -117,15 +117,14 @@ def place(
     return Replicated(world, module, make_optimizer, strategy)
 
 
-def check_module(module: nn.Module, config: Config) -> None:
-    """Raises ConfigError where the model keeps what no fixed order of sums makes the same."""
-    if config.train.determinism == "bitwise":
-        for name, part in module.named_modules():
-            if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.track_running_stats:
-                raise ConfigError(
-                    f"train.determinism: bitwise, but {name} of the model is a {type(part).__name__}, whose running "
-                    "statistics depend on the number of processes; take GroupNorm or LayerNorm, or fast"
-                )
+def check_module(module: nn.Module, world: World) -> None:
+    """Raises ConfigError where the model computes something else on another number of processes."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.SyncBatchNorm) and world.world_size > 1:
+            raise ConfigError(
+                f"task.model: {name} is a SyncBatchNorm, which normalises over as many micro-batches as there are "
+                "processes; take BatchNorm, whose running statistics are those of all micro-batches anyway"
+            )
 
 
 def _check(strategy: StrategyConfig, config: Config, world: World) -> None:

@@ -71,7 +71,7 @@ class Trainer:
         loading = assembly.loading(config, self.world)
         self.source = source(self.train_dataset, self.plan, self.world, config.seed, loading)
         self.module = assembly.model(task, config.seed)
-        strategies.check_module(self.module, config)
+        strategies.check_module(self.module, self.world)
         self.blocks = assembly.blocks(task, self.module, self.strategy, config.train.compile)
         strategies.check_wrapped(self.world, self.blocks)
         if config.train.compile:
@@ -130,11 +130,8 @@ class Trainer:
             mixed_precision=self.config.train.mixed_precision,
             max_grad_norm=self.config.train.max_grad_norm,
             seed=self.config.seed,
+            warn=self.record.warn,
         )
-        if self.world.is_rank_0 and self.world.world_size > 1 and (kinds := assembly.batch_norms(self.module)):
-            self.record.warn(
-                f"{kinds}: running statistics depend on the number of processes; GroupNorm or LayerNorm do not"
-            )
         for doubt in self.plan.doubts(self.config):
             self.record.warn(doubt)
         chain = self._go_on(engine)
@@ -223,7 +220,6 @@ class Trainer:
         return train_step(engine, self.task, window, rate)
 
     def _save(self, engine: Engine, saver: Saver, steps_done: int) -> None:
-        engine.share_buffers()
         manifest = {
             **self.record.state(),
             "world_size": self.world.world_size,

@@ -1,4 +1,4 @@
-"""What is trained in one launch of so many processes; test_parity, test_verdicts and test_strategies look at it.
+"""What is trained in one launch of so many processes; test_parity, test_verdicts, test_buffers … look at it.
 
 Starting processes is what costs time in these tests, so that one launch serves many cases.
 """
@@ -56,6 +56,7 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         found.update(_strategy_cases())
     if world in SHARDED_WORLDS:
         found.update({f"bitwise-{precision}": config for precision, config in BITWISE.items()})
+        found.update(_buffer_cases(world))
     if world == 4:
         found.update({f"{name}-no": _config(FEW, strategy={"name": name}) for name in ("ddp", *SHARDED)})
     return found
@@ -65,7 +66,7 @@ def resumed(world: int) -> list[str]:
     """The runs that are also interrupted, and gone on with."""
     if world == 2:
         return [f"{name}-{precision}" for name in ("ddp", *SHARDED) for precision in PRECISIONS] + [
-            *("ddp-static", "stream-0", "stream-2"),
+            *("ddp-static", "stream-0", "stream-2", "buffers-ddp", "buffers-zero1", "buffers-fsdp2"),
         ]
     return [f"{name}-no" for name in ("ddp", *SHARDED)] if world == 4 else []
 
@@ -95,7 +96,7 @@ def parity_config(optimizer: str, batch: int, strategy: str = "auto", **task: fl
 
 
 def _strategy_cases() -> dict[str, dict[str, Any]]:
-    found = {"batchnorm": _config(4, task={"target": "tasks:WithBatchNorm"})}
+    found: dict[str, dict[str, Any]] = {}
     for name in ("ddp", *SHARDED):
         strategy = {"name": name}
         for precision in PRECISIONS:
@@ -137,6 +138,24 @@ def _config(
         "strategy": strategy or {},
         "checkpoint": {"every_steps": EVERY, "keep": 9},
     }
+
+
+# test_buffers, by the number of processes
+BUFFER_STRATEGIES = {1: ("single",), 2: ("ddp", *SHARDED), 4: ("ddp", "zero1", "fsdp2")}
+
+
+def _buffer_cases(world: int) -> dict[str, dict[str, Any]]:
+    config = {
+        **_config(FEW, task={"target": "tasks:WithBuffers"}),
+        "optim": {"name": "sgd", "lr": 0.1},
+        "eval": {"every_steps": EVERY},
+    }
+    found = {f"buffers-{name}": {**config, "strategy": {"name": name}} for name in BUFFER_STRATEGIES[world]}
+    found["buffers-bitwise"] = {**config, "train": {**config["train"], "determinism": "bitwise"}}
+    if world == 2:  # the task's blocks run their forward again in the backward
+        task = {"target": "tasks:WithBuffers", "centred": False}
+        found["buffers-checkpointing"] = {**config, "task": task, "strategy": {"activation_checkpointing": True}}
+    return found
 
 
 # test_bitwise: eight micro-batches a step, by precision

@@ -175,9 +175,63 @@ class Groups(Masked):
         return self.made[-1]
 
 
-class WithBatchNorm(Masked):
+class Centred(nn.Module):
+    """Subtracts a mean over all that it saw, which it assigns anew each time."""
+
+    mean: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean((0, 1))
+        return x - self.mean
+
+
+class Twice(nn.Module):
+    """One normalisation that a forward uses twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(LENGTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) + self.norm(x * 0.5)  # type: ignore[no-any-return]
+
+
+class WithBuffers(Masked):
+    """A model with every kind of buffers that a training forward changes. One sample is not finite."""
+
+    def __init__(self, centred: bool = True) -> None:
+        super().__init__()
+        self.centred = centred
+
+    def _data(self, seed: int) -> TensorDataset:
+        tokens, targets = super()._data(seed).tensors
+        features = F.one_hot(tokens, VOCABULARY).float()
+        if seed == 4:
+            features[5] = torch.nan
+            targets[5] = 1
+        return TensorDataset(features, targets, tokens)
+
     def model(self) -> nn.Module:
-        return nn.Sequential(nn.Embedding(VOCABULARY, LENGTH), nn.BatchNorm1d(LENGTH), nn.Linear(LENGTH, VOCABULARY))
+        return nn.Sequential(
+            nn.Linear(VOCABULARY, 16),
+            Centred(16) if self.centred else nn.Identity(),
+            nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(LENGTH), nn.GELU()),
+            nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(LENGTH, momentum=None), nn.GELU()),
+            Twice(),
+            nn.InstanceNorm1d(LENGTH, momentum=0.3, track_running_stats=True),
+            nn.Linear(32, VOCABULARY),
+        )
+
+    def predict(self, output: Tensor, batch: Any) -> dict[str, Tensor]:
+        return {"score": output.double().square().mean((1, 2))}
+
+    def metrics(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        return {"score": rows["score"].mean().item()}
 
 
 class NoEvaluation(Masked):

@@ -112,10 +112,3 @@ def test_a_window_that_counts_nothing_is_skipped(together: Path, strategy: str) 
     initial = Masked().model().state_dict()
     for name, value in initial.items():
         np.testing.assert_array_equal(tensors(run)[f"model.{name}"], value.numpy())
-
-
-def test_batch_norm_is_warned_of(together: Path) -> None:
-    (warning,) = [event for event in lines(together / "batchnorm", "events.jsonl") if event["event"] == "warning"]
-    assert warning["reason"] == (
-        "BatchNorm1d: running statistics depend on the number of processes; GroupNorm or LayerNorm do not"
-    )

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tasks import Masked, WithBatchNorm
+from tasks import Masked
+from torch import nn
 
 from distrib import Config, Trainer, World
 from distrib.errors import ConfigError, DistribError, LaunchError
@@ -285,9 +286,15 @@ def test_a_binary_tree_wants_a_power_of_two() -> None:
         resolve(Config.from_dict(values), two())
 
 
-def test_running_statistics_are_not_bitwise(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="bitwise, but 1 of the model is a BatchNorm1d, whose running statistics"):
-        Trainer(WithBatchNorm(), config({"determinism": "bitwise"}), tmp_path / "run")
+def test_what_normalises_over_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Synchronised(Masked):
+        def model(self) -> nn.Module:
+            return nn.Sequential(super().model(), nn.SyncBatchNorm(6))
+
+    for key, value in JOINED.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigError, match="1 is a SyncBatchNorm, which normalises over as many micro-batches as"):
+        Trainer(Synchronised(), config(), tmp_path / "run")
 
 
 def test_gradients_that_would_travel_in_another_precision_than_asked_for() -> None:
