@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from distrib import __version__
-from distrib.launching.command import LaunchCommand, run_app
+from distrib.launching.command import LaunchCommand, run_app, show_sign_of_life
 from distrib.launching.member import run_and_end, run_as_member
 
 app = typer.Typer(
@@ -88,6 +88,8 @@ def train(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show each step, and where its time went.")] = False,
 ) -> None:
     """Train in this process, or as a member where a launcher (torchrun, accelerate, distrib) started it."""
+    if not quiet:
+        show_sign_of_life(f"loading {config}")
     from distrib.config import Config
     from distrib.reporting.progress import Verbosity
     from distrib.training import assembly
@@ -153,6 +155,8 @@ def launch(
     SIGTERM, SIGINT (Ctrl-C), SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU are passed on: the processes save, and all end with
     exit code 75.
     """
+    if context.obj is None or not context.obj["quiet"]:
+        show_sign_of_life(f"starting {arguments[0] if context.obj is None else context.obj['config']}")
     from distrib.launching import local
 
     processes = local.default_processes() if processes is None else processes

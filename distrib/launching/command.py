@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -24,6 +25,12 @@ def run_app(app: typer.Typer) -> NoReturn:
     except UsageError as error:
         code = run_as_member(functools.partial(refuse, error))
     sys.exit(code)
+
+
+def show_sign_of_life(what: str) -> None:
+    """Print a line at once where a person waits at a terminal: the libraries take seconds to import."""
+    if sys.stderr.isatty() and "RANK" not in os.environ:
+        print(f"distrib: {what}", file=sys.stderr, flush=True)
 
 
 def refuse(error: Any) -> NoReturn:

@@ -20,6 +20,7 @@ from distrib.output import keep_writable
 Verbosity: TypeAlias = Literal["quiet", "normal", "verbose"]
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_DRAWS = 0.1  # a step may take less than a millisecond
+_CHARACTERS_OF_NAME = 24
 _STEPS_OF_RATE = 100  # the newest, over which the rate is taken
 
 
@@ -33,13 +34,15 @@ class ProgressDisplay:
         self.num_steps, self.batch_size, self.verbosity = num_steps, batch_size, verbosity
         self._seconds: deque[float] = deque(maxlen=_STEPS_OF_RATE)
         self._latest: dict[str, Any] | None = None  # step that is not shown
-        self._status: dict[str, str] = {}  # the last evaluation, the last checkpoint
+        self._state_shown: list[str] = []  # of the latest step
+        self._status: dict[str, list[str]] = {}  # the last checkpoint, the last evaluation
         self._drawn = time.perf_counter()
         self._live: Live | None = None
         if verbosity == "normal" and self.console.is_terminal:
-            columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
+            short = name if len(name) <= _CHARACTERS_OF_NAME else f"{name[: _CHARACTERS_OF_NAME - 1]}…"
+            columns = (TextColumn(short, markup=False), BarColumn(), MofNCompleteColumn())
             self._bar = Progress(*columns, console=self.console)
-            self._task = self._bar.add_task(name, total=num_steps, state="")
+            self._task = self._bar.add_task(name, total=num_steps)
             self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
 
     def step(self, entry: dict[str, Any]) -> None:
@@ -63,14 +66,15 @@ class ProgressDisplay:
         done, state = self._latest["step"] + 1, self._state(self._latest)
         self._latest = None
         if self._live is not None:
-            self._bar.update(self._task, completed=done, state=state)
+            self._state_shown = state
+            self._bar.update(self._task, completed=done)
         else:
-            self.say(f"step {done}/{self.num_steps}  {state}")
+            self.say("  ".join([f"step {done}/{self.num_steps}", *state]))
 
     def evaluation(self, entry: dict[str, Any]) -> None:
         """Show a line of evals.jsonl."""
         metrics, done = format_metrics(entry["metrics"]), entry["step"]
-        self._status["evaluation"] = f"step {done}: {metrics}"
+        self._status["evaluation"] = [f"evaluation step {done}:", *metrics.split("  ")]
         self.say(f"step {done}/{self.num_steps}  {metrics}  ({entry['count']} samples)")
 
     def event(self, entry: dict[str, Any]) -> None:
@@ -87,7 +91,7 @@ class ProgressDisplay:
         elif kind == "skipped":
             self.say(f"step {step + 1} {entry['verdict']}: the weights were left as they are")
         elif kind == "checkpoint":
-            self._status["checkpoint"] = f"step {step}"
+            self._status["checkpoint"] = [f"checkpoint step {step}"]
 
     def say(self, line: str) -> None:
         """A line that stays, above the bar if there is one."""
@@ -98,22 +102,24 @@ class ProgressDisplay:
         """One that is shown in any case."""
         self.console.print(f"warning: {line}", markup=False)
 
-    def _state(self, entry: dict[str, Any]) -> str:
+    def _state(self, entry: dict[str, Any]) -> list[str]:
         loss, norm = (float("nan") if entry[key] is None else entry[key] for key in ("loss", "grad_norm"))
         mean = sum(self._seconds) / len(self._seconds)
         left = timedelta(seconds=min(round(mean * (self.num_steps - entry["step"] - 1)), 10**9))
-        state = (
-            f"epoch {entry['epoch']}  loss {loss:.4f}  lr {entry['lr']:.2e}  {self.batch_size / mean:,.0f} samples/s"
-        )
+        state = [
+            *(f"epoch {entry['epoch']}", f"loss {loss:.4f}", f"lr {entry['lr']:.2e}"),
+            f"{self.batch_size / mean:,.0f} samples/s",
+        ]
         if self.verbosity == "verbose":
             parts = {"data": "data_seconds", "optimizer": "optimizer_seconds"}
             split = "  ".join(f"{name} {1000 * entry[key]:.1f}" for name, key in parts.items() if key in entry)
-            return f"{state}  grad_norm {norm:.4f}  {1000 * entry['seconds']:.1f} ms ({split})"
-        return f"{state}  {left} left"
+            return [*state, f"grad_norm {norm:.4f}", f"{1000 * entry['seconds']:.1f} ms ({split})"]
+        return [*state, f"{left} left"]
 
     def _render(self) -> Group:
-        status = "  ".join(f"{what} {state}" for what, state in self._status.items())
-        return Group(self._bar, *([Text(status, style="dim", no_wrap=True, overflow="ellipsis")] if status else []))
+        status = [part for what in ("checkpoint", "evaluation") for part in self._status.get(what, ())]
+        lines = {"": fitting(self._state_shown, self.console.width), "dim": fitting(status, self.console.width)}
+        return Group(self._bar, *(Text(line, style=style, no_wrap=True) for style, line in lines.items() if line))
 
     def __enter__(self) -> "ProgressDisplay":
         if self._live is not None:
@@ -122,7 +128,19 @@ class ProgressDisplay:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._live is not None:
+            self.flush()
             self._live.stop()
+
+
+def fitting(parts: list[str], width: int) -> str:
+    """As many of the parts as one line holds, each whole: a number that is cut is another number."""
+    line = ""
+    for part in parts:
+        longer = f"{line}  {part}" if line else part
+        if len(longer) > width:
+            break
+        line = longer
+    return line
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
