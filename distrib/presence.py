@@ -5,20 +5,18 @@ Collectives cannot say that: where a rank is missing they wait, for half an hour
 
 import json
 import os
-import socket
 import sys
 import threading
 import time
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistError, DistNetworkError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from distrib import gate
 from distrib.errors import LaunchError
 from distrib.network import LOOPBACK, endpoint, keep_store, listen, own_address, wait_for_answer
-from distrib.tracebacks import format_error
 
 KEPT_AT = "DISTRIB_STORE_AT"  # where the store is that distrib launch keeps, if its ranks go through a relay
 SILENCE = 60.0  # seconds after which a rank that is not heard of is held to be gone
@@ -239,34 +237,6 @@ def _keep(host: str, port: int, world_size: int, seconds: float, key: str | None
         raise LaunchError(
             f"rendezvous at {endpoint(host, port)} failed: {_first(error)}; if the port is taken, choose another"
         ) from None
-
-
-def report_failure(error: BaseException) -> tuple[str, bool]:
-    """What this process should print of the exception that ended it, and whether the failure began here.
-
-    The first rank to fail says so in the job's store before its connections close, so that those who fail only for
-    want of it can tell. They say one line; the traceback that matters comes once.
-    """
-    me, trace = _joined, format_error(error)
-    if me is None:
-        return f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()} failed:\n{trace}", True
-    name, said = me.name(me.rank), str(error).lower()
-    collective = is_collective(error)
-    waited, lost = collective and ("timed out" in said or "timeout" in said), collective and "connection" in said
-    first = me.claim_failure(began_here=not (waited or lost))
-    if first not in (None, name):
-        return f"{name} stopped, because {first} had failed", False
-    if waited:
-        return f"{name} stopped: it has waited too long for the others. {me.whereabouts()}", False
-    if lost:
-        return f"{name} stopped: it lost contact with {me.missing()}", False
-    return f"{name} failed:\n{trace}", True
-
-
-def is_collective(error: BaseException) -> bool:
-    """Was it raised by a collective, and so for want of another rank?"""
-    said = str(error).lower()
-    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and ("gloo" in said or "nccl" in said))
 
 
 def _whereabouts() -> str:

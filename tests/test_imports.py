@@ -11,6 +11,7 @@ LAYERS = [
     {
         "__version__",
         "errors",
+        "failures",
         "output",
         "processes",
         "slurm",

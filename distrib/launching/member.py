@@ -57,7 +57,7 @@ def run_as_member(work: Callable[[], object], command: str = "") -> int:
         _end(None if has_launcher() else "interrupted", INTERRUPTED)
     except Exception as error:
         _end_by_sigterm(1)
-        from distrib.presence import report_failure
+        from distrib.failures import report_failure
 
         message, began_here = report_failure(error)
         print(message, file=sys.stderr, flush=True)

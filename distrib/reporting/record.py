@@ -6,7 +6,9 @@ from typing import Any
 
 from distrib import output
 from distrib.config import TrackingConfig
-from distrib.errors import Preempted, WriteError
+from distrib.errors import DistribError, Preempted, WriteError
+from distrib.failures import lost_to_others
+from distrib.processes import ignore_sigterm
 from distrib.reporting.progress import ProgressDisplay
 from distrib.reporting.tracking_process import WARNING, TrackingProcess
 from distrib.state.ledger import Ledger
@@ -106,8 +108,9 @@ class Record:
             yield
         except BaseException as error:
             if not isinstance(error, Preempted):
+                why = self._lost_to_others(error) or f"{type(error).__name__}: {error}"
                 with suppress(WriteError):  # the folder may be why it failed
-                    self.event("failed", step=self.steps_done, error=f"{type(error).__name__}: {error}")
+                    self.event("failed", step=self.steps_done, error=why)
                 self.close("failed")
             raise
 
@@ -121,3 +124,11 @@ class Record:
                 self.warn(line.removeprefix(WARNING))
             else:
                 self.display.say(line)
+
+    def _lost_to_others(self, error: BaseException) -> str | None:
+        """Return which rank's end is why rank 0 failed; a collective's own words are addresses and numbers."""
+        if not self.world.is_rank_0 or isinstance(error, DistribError) or not isinstance(error, Exception):
+            return None
+        ignore_sigterm()  # a launcher ends us while we look
+        why, _ = lost_to_others(error)
+        return why and f"rank 0 stopped{why}"

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from distrib.data.shapes import describe
 from distrib.errors import ConfigError, DistribError
-from distrib.presence import is_collective
+from distrib.failures import is_collective
 from distrib.task import Loss, Task
 from distrib.tracebacks import first_line, users_lines
 

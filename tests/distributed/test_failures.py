@@ -118,7 +118,11 @@ def test_a_rank_that_raises_ends_all_and_is_named(run: Run, tmp_path: Path, on_r
     assert re.findall(r'File "(.*)", line', result.stderr) == [tasks.__file__]
     assert f"distrib launch: rank {on_rank} failed with exit code 1" in result.stderr
     events = (tmp_path / "runs" / "small" / "events.jsonl").read_text()
-    assert on_rank != 0 or json.loads(events.splitlines()[-1])["event"] == "failed"
+    event = json.loads(events.splitlines()[-1])
+    expected = "ZeroDivisionError: the task divided by zero"
+    if on_rank:
+        expected = f"rank 0 stopped, because rank 1 of 2 on {socket.gethostname()} had failed"
+    assert (event["event"], event["error"]) == ("failed", expected)
 
 
 def test_under_torchrun_the_traceback_comes_once_too(run: Run, tmp_path: Path) -> None:
@@ -134,6 +138,9 @@ def test_a_rank_that_is_killed_ends_all(run: Run, tmp_path: Path) -> None:
     check(result, code=1)
     assert "distrib launch: rank 1 was ended by SIGKILL" in result.stderr
     assert "Traceback" not in result.stderr
+    event = json.loads((tmp_path / "runs" / "small" / "events.jsonl").read_text().splitlines()[-1])
+    assert event["event"] == "failed"
+    assert f"rank 0 stopped: it lost contact with rank 1 of 3 on {socket.gethostname()}" in event["error"]
 
 
 THREE = {"data": {"global_batch_size": 12, "micro_batch_size": 4, "num_workers": 1}}
