@@ -36,6 +36,7 @@ def draw_curves(run: RunDir) -> None:
     figure.savefig(picture, format="png")
     partial = run.curves.with_name(f".{run.curves.name}.partial")
     try:
+        partial.unlink(missing_ok=True)  # whatever it is: to open a FIFO would wait
         partial.write_bytes(picture.getvalue())
         partial.replace(run.curves)
     except OSError:

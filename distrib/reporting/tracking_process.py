@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distrib.config import Config, TrackingConfig
-from distrib.errors import RunDirError
+from distrib.errors import DamagedFileError, RunDirError
 from distrib.output import keep_writable
 from distrib.processes import ignore_sigterm, shield, stop_signals_held
 from distrib.reporting.following import Follower
@@ -36,7 +36,7 @@ from distrib.reporting.tracking import (
     watch_machine,
 )
 from distrib.reporting.wandb_files import read_offline
-from distrib.state.files import read_lines
+from distrib.state.files import read_bytes, read_lines
 from distrib.state.formats import EVENT
 from distrib.state.run_dir import RunDir
 
@@ -68,8 +68,12 @@ class TrackingProcess:
         # In a session of its own: a Ctrl-C in the terminal is for those who train, which tell it by an event.
         name = "tracking.log" if self._first else f"tracking-{arguments[-1]}.log"
         own = {k: v for k, v in os.environ.items() if k not in _LAUNCHERS and not k.startswith("ACCELERATE_")}
+        kept = run.path / name
+        if os.path.lexists(kept) and not kept.is_file():  # to open a FIFO would wait
+            self.lines.append(f"{WARNING}no tracking: {kept}: not a regular file")
+            return
         try:
-            with (run.path / name).open("ab") as log, stop_signals_held():
+            with kept.open("ab") as log, stop_signals_held():
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", __name__, str(run.path), *arguments],
                     env=own,
@@ -112,8 +116,8 @@ class TrackingProcess:
                 new = path.with_suffix(".partial")
                 new.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
                 new.replace(path)
-            return path.read_text()
-        except OSError as error:
+            return read_bytes(path).decode()
+        except (OSError, DamagedFileError, UnicodeDecodeError) as error:
             self.lines.append(f"{WARNING}no wandb: {error}")
             return ""
 

@@ -122,7 +122,8 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
         try:
-            with partial.open("w", encoding="utf-8") as file:
+            partial.unlink(missing_ok=True)  # whatever it is: to open a FIFO would wait
+            with partial.open("x", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())

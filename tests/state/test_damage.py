@@ -325,6 +325,26 @@ def test_checkpoints_from_before_they_held_the_runs_files(whole: Path, interrupt
     assert "config.yaml: damaged: " in in_one_line(lambda: fit(run))
 
 
+def test_nothing_waits_for_a_fifo(whole: Path, interrupted: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """In the place of a file that a run writes before it gives it its name, or that trackers keep."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = copy(interrupted, tmp_path)
+    (run / "wandb").mkdir(exist_ok=True)
+    for name in (
+        ".config.yaml.partial",
+        ".summary.json.partial",
+        ".curves.png.partial",
+        "tracking.log",
+        "wandb/run-id",
+    ):
+        os.mkfifo(run / name)
+    check_goes_on(run, whole, "FIFOs")
+    (run / "wandb" / "run-id").unlink()
+    (run / "summary.json").unlink()
+    check_goes_on(run, whole, "a FIFO for tracking.log")
+    assert not list(run.glob(".*.partial"))
+
+
 def test_a_folder_of_checkpoints_that_is_none(interrupted: Path, tmp_path: Path) -> None:
     """Nothing is begun from scratch."""
     run = copy(interrupted, tmp_path)
