@@ -121,11 +121,14 @@ def launch(
     ] = None,
     module: Annotated[bool, typer.Option("-m", help="Run a module of yours: -m MODULE [ARGUMENT]...")] = False,
     max_restarts: Annotated[
-        int, typer.Option(help="After a crash start all again so many times, from the newest checkpoint.", min=0)
+        int,
+        typer.Option(help="After a crash start all again so many times, from the newest checkpoint.", min=0, max=10**6),
     ] = 0,
     grace: Annotated[
         float,
-        typer.Option(metavar="SECONDS", help="To save, from being asked to stop.", min=0, envvar="DISTRIB_GRACE"),
+        typer.Option(
+            metavar="SECONDS", help="To save, from being asked to stop.", min=0, max=10**8, envvar="DISTRIB_GRACE"
+        ),
     ] = 30.0,
     port: Annotated[
         Optional[int], typer.Option(help="Where the processes meet.  [default: a free port]", show_default=False)
@@ -145,7 +148,9 @@ def launch(
     ] = None,
     join_timeout: Annotated[
         float,
-        typer.Option(metavar="SECONDS", help="Within which all must have come.", min=1, envvar="DISTRIB_JOIN_TIMEOUT"),
+        typer.Option(
+            metavar="SECONDS", help="Within which all must have come.", min=1, max=10**8, envvar="DISTRIB_JOIN_TIMEOUT"
+        ),
     ] = 300.0,
 ) -> None:
     """Start several training processes on this machine, and end them together.

@@ -62,6 +62,8 @@ def test_what_stands_behind_a_script_is_the_scripts(script: list[str]) -> None:
         ("my.yaml --processes two", "'--processes'"),
         ("my.yaml --processes", "'--processes' requires an argument"),
         ("my.yaml --max-restarts -1", "'--max-restarts'"),
+        ("my.yaml --grace nan", "'--grace'"),
+        ("my.yaml --join-timeout inf", "'--join-timeout'"),
         ("--optim.lr=1 my.yaml", "written without dashes"),
         ("my.yaml -m", "-m: give it before the module"),
         ("--run-dir x my.py", "--run-dir: an option of distrib train, which my.py does not read"),
