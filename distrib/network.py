@@ -81,6 +81,15 @@ def own_address(host: str, port: int) -> str:
     return address
 
 
+def address_of(host: str, port: int) -> str:
+    """Return where rank 0 on `host` listens for this process. On its own machine that name may lead to loopback, as
+    Debian has it, where rank 0 does not listen. Raises LaunchError."""
+    with suppress(OSError):
+        if _is_loopback(_address_towards(host, port)):
+            return own_address(host, port)
+    return host
+
+
 def interface_of(address: str) -> str | None:
     """Return the name of the interface that has this address."""
     for interface, addresses in psutil.net_if_addrs().items():

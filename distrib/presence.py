@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from distrib import gate
 from distrib.errors import LaunchError
-from distrib.network import LOOPBACK, endpoint, keep_store, listen, own_address, wait_for_answer
+from distrib.network import LOOPBACK, address_of, endpoint, keep_store, listen, own_address, wait_for_answer
 
 KEPT_AT = "DISTRIB_STORE_AT"  # where the store is that distrib launch keeps, if its ranks go through a relay
 SILENCE = 60.0  # seconds after which a rank that is not heard of is held to be gone
@@ -214,6 +214,7 @@ def enter(host: str, port: int, rank: int, world_size: int, node: str, seconds: 
         store = _keep(host, port, world_size, seconds, key)
         host, port = store.host, store.port
     else:
+        host = host if kept_by_launcher else address_of(host, port)
         if key is not None:
             host, port = LOOPBACK, gate.Relay(host, port, key, seconds, "rank 0").open(0)
         wait_for_answer(host, port, seconds, "rank 0 or its launcher")

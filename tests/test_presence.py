@@ -1,0 +1,18 @@
+"""How ranks find the job's store."""
+
+import socket
+
+import pytest
+from conftest import free_port
+
+from distrib.presence import enter
+
+
+def test_by_the_name_of_their_own_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a SLURM job of several tasks a node. The name may lead to loopback, where rank 0 does not listen."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+    host, port = socket.gethostname(), free_port()
+    first, second = (enter(host, port, rank, 2, "here", 10.0, one_machine=False) for rank in (0, 1))
+    assert first.claim_failure(began_here=True) in (None, "rank 0 of 2 on here")
+    assert second.claim_failure(began_here=False) == "rank 0 of 2 on here"
