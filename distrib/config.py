@@ -76,6 +76,7 @@ class TrainConfig(_Section):
     mixed_precision: MixedPrecision = "no"
     max_grad_norm: PositiveFloat | None = None  # none: no clipping
     on_nonfinite: Literal["skip", "stop"] = "skip"
+    max_skipped: PositiveInt = 100  # steps in a row, after which the run fails
     determinism: Literal["fast", "bitwise"] = "fast"  # bitwise: the same bits from any number of processes
     compile: Compile = False  # by torch.compile: each of the task's blocks, or the model's whole forward
 
@@ -184,7 +185,8 @@ class Config(_Section):
         values = self.model_dump(mode="json", include={"seed", "task", "data", "optim", "train"})
         for key in ("num_workers", "prefetch_factor"):
             del values["data"][key]
-        del values["train"]["compile"]
+        for key in ("compile", "max_skipped"):
+            del values["train"][key]
         values["strategy"] = {"communication_dtype": self.strategy.communication_dtype}
         return flatten(values)
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from distrib.config import TrainConfig
 from distrib.errors import TrainingError
 from distrib.plan import RunPlan
 from distrib.reporting.record import Record
@@ -13,9 +14,10 @@ class Account:
     """Of one run, the same on every rank. `made` a step, then `read` what came of it, at the latest before what
     depends on it: an evaluation, a save, the end."""
 
-    def __init__(self, record: Record, plan: RunPlan, strategy: str, on_nonfinite: str) -> None:
-        self.record, self.plan, self.strategy, self.on_nonfinite = record, plan, strategy, on_nonfinite
+    def __init__(self, record: Record, plan: RunPlan, strategy: str, config: TrainConfig) -> None:
+        self.record, self.plan, self.strategy, self.config = record, plan, strategy, config
         self.applied = 0  # updates, as far as is known
+        self.skipped_in_a_row = 0  # steps up to the last one that was read
         self._applied_before = -1  # the last step of which that is known
         self._unread: tuple[int, Step, dict[str, float]] | None = None
 
@@ -38,6 +40,7 @@ class Account:
         result = step.read()
         self._applied_before, self.applied = self.applied, self.applied + result.applied
         self.record.step(self._entry(number, result, seconds))
+        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
         if not result.applied:
             self._skipped(number, result)
         return result.stop
@@ -49,12 +52,17 @@ class Account:
 
     def state(self) -> dict[str, int]:
         """What a checkpoint's manifest keeps of it."""
-        return {"applied": self.applied, "applied_before": self._applied_before}
+        return {
+            "applied": self.applied,
+            "applied_before": self._applied_before,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
 
     def load(self, manifest: dict[str, Any]) -> None:
         """Go on from it."""
         self.applied = manifest["applied"]
         self._applied_before = manifest.get("applied_before", self.applied - 1)  # older ones counted all they knew
+        self.skipped_in_a_row = manifest.get("skipped_in_a_row", 0)
 
     def summary(self, name: str, first_step: int) -> dict[str, Any]:
         """The content of summary.json after the last step. `first_step`: of this start."""
@@ -89,7 +97,17 @@ class Account:
         }
 
     def _skipped(self, number: int, result: StepResult) -> None:
-        """The loss scale finding its level is ordinary; anything else may be a reason to stop."""
+        """Log it. Raises TrainingError if the run cannot go on, with steps numbered from 1 as in all that is shown."""
         self.record.event("skipped", step=number, verdict=result.verdict)
-        if self.on_nonfinite == "stop" and "nonfinite" in result.verdict:
-            raise TrainingError(f"step {number} was {result.verdict}, and train.on_nonfinite is stop; skip would go on")
+        if self.config.on_nonfinite == "stop" and "nonfinite" in result.verdict:
+            raise TrainingError(
+                f"step {number + 1} was {result.verdict}, and train.on_nonfinite is stop; skip would go on"
+            )
+        if self.skipped_in_a_row >= self.config.max_skipped:
+            first = number + 2 - self.skipped_in_a_row
+            raise TrainingError(
+                f"all steps from {first} to {number + 1} were skipped, the last one as {result.verdict}, which is as "
+                f"many in a row as train.max_skipped allows ({self.config.max_skipped}); the weights are those after "
+                f"step {first - 1}. Look at the samples of step {first}, or train again with a lower optim.lr or with "
+                "train.max_grad_norm; with a larger train.max_skipped the run goes on"
+            )

@@ -25,6 +25,7 @@ from distrib.training.verdict import Step
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FIRST_SCALE_OF_A_MEAN = 2.0**16  # GradScaler's
 _UPDATES_TO_GROW = 2000
+_LEAST_SCALE = 2.0**-24  # fp16's smallest number: with less, a gradient of 1 would be 0
 _WITHOUT_STREAMS = ("cpu", "mps")
 
 
@@ -43,7 +44,7 @@ class LossScale:
     def update(self, overflowed: bool) -> None:
         self.updates = 0 if overflowed else self.updates + 1
         if overflowed:
-            self.value /= 2
+            self.value = max(self.value / 2, _LEAST_SCALE)
         elif self.updates == _UPDATES_TO_GROW:
             self.value, self.updates = self.value * 2, 0
 

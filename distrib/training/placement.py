@@ -10,8 +10,10 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -246,13 +248,45 @@ def named_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     first: dict[int, str] = {}
     for name, value in module.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
-            raise ConfigError(f"task.model: {name} in its state_dict is no tensor, and would not be saved")
+            raise ConfigError(
+                f"task.model: {name} in its state_dict is a {type(value).__name__}, no tensor, and would not be saved; "
+                "keep it in a buffer, or leave it out of get_extra_state"
+            )
         if id(value) in first:
             tied[name] = first[id(value)]
         else:
             named[name] = value
             first[id(value)] = name
     return named, tied
+
+
+def check_state(module: nn.Module) -> None:
+    """Raises ConfigError if a checkpoint could not hold the module, or would hold only some of it."""
+    named, _ = named_state(module)
+    saved = {id(tensor) for tensor in named.values()}
+    dtypes: dict[torch.dtype, str] = {}
+    for name, tensor in named.items():
+        if tensor.layout != torch.strided:
+            raise ConfigError(f"task.model: {name} is a tensor of layout {tensor.layout}, which cannot be saved")
+        dtypes.setdefault(tensor.dtype, name)
+    for dtype, name in dtypes.items():
+        try:
+            safetensors.torch.save({name: torch.empty(1, dtype=dtype)})
+        except (KeyError, TypeError, ValueError, SafetensorError):
+            raise ConfigError(f"task.model: {name} is a tensor of {dtype}, which cannot be saved") from None
+    for name, parameter in module.named_parameters():
+        if id(parameter) not in saved:
+            raise ConfigError(
+                f"task.model: the parameter {name} is not in the model's state_dict, and would not be saved; return "
+                "all parameters from it, export only some of them in Task.export"
+            )
+    for name, part in module.named_modules():
+        for key, buffer in part._buffers.items():
+            if buffer is not None and key not in part._non_persistent_buffers_set and id(buffer) not in saved:
+                raise ConfigError(
+                    f"task.model: the buffer {f'{name}.{key}'.lstrip('.')} is not in the model's state_dict, and would "
+                    "not be saved; register it with persistent=False if that is meant"
+                )
 
 
 def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

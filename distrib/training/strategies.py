@@ -13,7 +13,7 @@ from distrib.errors import ConfigError, LaunchError
 from distrib.plan import window_size
 from distrib.training.compiling import compile_forwards
 from distrib.training.deepspeed_config import compile_config, offload_of, stage_of
-from distrib.training.placement import MakeOptimizer, Placement
+from distrib.training.placement import MakeOptimizer, Placement, check_state
 from distrib.training.replicated import Replicated
 from distrib.training.reproducible import Reproducible
 from distrib.world import World
@@ -118,7 +118,8 @@ def place(
 
 
 def check_module(module: nn.Module, world: World) -> None:
-    """Raises ConfigError where the model computes something else on another number of processes."""
+    """Raises ConfigError where the model computes something else on another number of processes, or cannot be saved."""
+    check_state(module)
     for name, part in module.named_modules():
         if isinstance(part, nn.SyncBatchNorm) and world.world_size > 1:
             raise ConfigError(

@@ -85,7 +85,7 @@ class Trainer:
         self.record = Record(self.run, self.world, display)
         self.preemption = Preemption(self.world)
         self.first_step = 0  # of this process
-        self.account = Account(self.record, self.plan, self.strategy.name, config.train.on_nonfinite)
+        self.account = Account(self.record, self.plan, self.strategy.name, config.train)
 
     def fit(self) -> dict[str, Any]:
         """Train, evaluate, save; returns the summary, the same on every rank.

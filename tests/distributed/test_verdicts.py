@@ -98,7 +98,7 @@ def test_on_nonfinite_stop_ends_the_run(run: Run, tmp_path: Path) -> None:
     (tmp_path / "stop.yaml").write_text(yaml.safe_dump(config))
     result = run("distrib", "launch", "--processes", 2, "stop.yaml")
     check(result, code=1)
-    assert result.stderr.count("step 4 was skipped:nonfinite_loss, and train.on_nonfinite is stop") == 1
+    assert result.stderr.count("step 5 was skipped:nonfinite_loss, and train.on_nonfinite is stop") == 1
     assert lines(tmp_path / "runs" / "stop", "events.jsonl")[-1]["event"] == "failed"
     assert len(lines(tmp_path / "runs" / "stop")) == 5
 

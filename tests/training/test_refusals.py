@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tasks import Masked
@@ -352,3 +353,40 @@ def holds(merged: Any, part: Any) -> bool:
             part[key] == "auto" or (key in merged and holds(merged[key], part[key])) for key in part
         )
     return bool(merged == part)
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self) -> Any:
+        return {"calls": 3}
+
+    def set_extra_state(self, state: Any) -> None: ...
+
+
+class Partial(nn.Linear):
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}bias"]
+
+
+class Sparse(nn.Linear):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_buffer("graph", torch.eye(2).to_sparse())
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (Extra, r"1\._extra_state in its state_dict is a dict, no tensor, and would not be saved"),
+        (Partial, r"the parameter 1\.bias is not in the model's state_dict"),
+        (Sparse, r"1\.graph is a tensor of layout torch\.sparse_coo, which cannot be saved"),
+    ],
+)
+def test_a_model_that_no_checkpoint_could_hold(tmp_path: Path, kind: type[nn.Linear], said: str) -> None:
+    class Model(Masked):
+        def model(self) -> nn.Module:
+            return nn.Sequential(super().model(), kind(11, 11))
+
+    with pytest.raises(ConfigError, match=said):
+        Trainer(Model(), config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
