@@ -7,8 +7,8 @@ from distrib.config import Config
 from distrib.plan import RunPlan
 
 
-def print_plan(config: Config, strategy: str, plan: RunPlan) -> None:
-    """Every derived number with the arithmetic behind it."""
+def print_plan(config: Config, strategy: str, plan: RunPlan, optimizer: str, rate: float) -> None:
+    """Every derived number with the arithmetic behind it. `optimizer`: in words; `rate`: of its first group."""
     table = Table(show_header=False, box=None, title=f"{config.name} on {plan.world_size} process(es), {strategy}")
     table.title_justify = "left"
     rows = {
@@ -22,7 +22,8 @@ def print_plan(config: Config, strategy: str, plan: RunPlan) -> None:
         "samples a step, a rank": f"{plan.grad_accum_steps * plan.micro_batch_size}",
         "training samples": "a stream, each rank its own",
         "steps": f"{plan.num_steps:,}",
-        "learning rate": "  ".join(f"step {step:,}: {rate:.3g}" for step, rate in plan.landmarks(config).items()),
+        "optimizer": optimizer,
+        "learning rate": "  ".join(f"step {step:,}: {lr:.3g}" for step, lr in plan.landmarks(config, rate).items()),
     }
     if plan.num_samples is not None:
         epochs = plan.num_steps * plan.global_batch_size / plan.num_samples

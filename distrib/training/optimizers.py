@@ -57,6 +57,41 @@ def build_optimizer(
         raise ConfigError(f"optim: {optimizer_class.__name__} refuses its arguments: {error}") from None
 
 
+def describe_optimizer(optimizer: Optimizer) -> str:
+    """Class, and rate and weight decay of each group, as they really are."""
+    groups = [
+        f"lr {group['lr']:g}" + (f", weight_decay {group['weight_decay']:g}" if group.get("weight_decay") else "")
+        for group in optimizer.param_groups
+    ]
+    return f"{type(optimizer).__name__}, {'; '.join(groups)}"
+
+
+def ignored_keys(config: OptimConfig, optimizer: Optimizer) -> str | None:
+    """What the config asks for and the task's own optimizer does not do, in one line; None if they agree.
+
+    Only keys with another value than the default: a run's config.yaml has all of them.
+    """
+    wanted = {key: getattr(config, key) for key in ("lr", *_HYPERPARAMETERS)}
+    asked = {key: value for key, value in wanted.items() if value != OptimConfig.model_fields[key].default}
+    asked.update({f"options.{key}": value for key, value in config.options.items()})
+    name = type(optimizer).__name__
+    different = [f"name is {config.name}"] if config.name.lower() not in ("adamw", name.lower()) else []
+    for key, value in asked.items():
+        used = [group.get(key.removeprefix("options.")) for group in optimizer.param_groups]
+        if all(one != value and one != _listed(value) for one in used):
+            different.append(f"{key} is {value}" + ("" if used[0] is None else f", there {used[0]}"))
+    if not different:
+        return None
+    return (
+        f"optim: the optimizer that task.optimizer returns ({name}) does not do what the config says: "
+        f"{'; '.join(different)}; set it in task.optimizer and leave it out of the config"
+    )
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else tuple(value) if isinstance(value, list) else value
+
+
 def _find(name: str) -> type[Optimizer]:
     classes = {
         key.lower(): value

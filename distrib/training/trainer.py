@@ -30,6 +30,7 @@ from distrib.training import agreement, assembly, compiling, perf, probe, strate
 from distrib.training.account import Account
 from distrib.training.engine import Engine
 from distrib.training.loop import train_step
+from distrib.training.optimizers import ignored_keys
 from distrib.training.placement import trainable
 from distrib.training.preemption import Preemption
 from distrib.training.verdict import Step
@@ -80,7 +81,11 @@ class Trainer:
         if not params:
             raise ConfigError(f"task.model: {type(self.module).__name__} has no parameter to train")
         self.make_optimizer = assembly.optimizer_maker(task, config)
-        self.make_optimizer(params)  # to refuse what it refuses now; the one that trains is made over the shards
+        optimizer = self.make_optimizer(params)  # to refuse what it refuses now; another, over the shards, trains
+        own = type(task).optimizer is not Task.optimizer
+        self.ignored_keys = ignored_keys(config.optim, optimizer) if own else None
+        if self.ignored_keys and not self.run.has_begun():  # a run that began before this was refused may go on
+            raise ConfigError(self.ignored_keys)
         display = ProgressDisplay(config.name, self.plan.num_steps, self.plan.global_batch_size, verbosity)
         self.record = Record(self.run, self.world, display)
         self.preemption = Preemption(self.world)
@@ -132,6 +137,8 @@ class Trainer:
             seed=self.config.seed,
             warn=self.record.warn,
         )
+        if self.ignored_keys:
+            self.record.warn(self.ignored_keys)
         for doubt in self.plan.doubts(self.config):
             self.record.warn(doubt)
         chain = self._go_on(engine)

@@ -6,6 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from torch import nn
+from torch.optim import Optimizer
+
 from distrib.config import Config, StrategyConfig
 from distrib.data.seeding import seeded
 from distrib.errors import CheckpointError, ConfigError
@@ -24,6 +27,7 @@ from distrib.training import assembly, strategies
 from distrib.training.deepspeed_config import compile_config
 from distrib.training.engine import Engine
 from distrib.training.memory import plan_memory
+from distrib.training.optimizers import describe_optimizer, ignored_keys
 from distrib.world import World
 
 
@@ -35,9 +39,18 @@ def explain_run(config: Config, processes: int) -> None:
     _, num_samples = assembly.train_dataset(task, config.seed)
     assembly.eval_dataset(task, config.seed, config.eval.every_steps)
     plan = RunPlan.create(config, processes, num_samples)
+    make, made = assembly.optimizer_maker(task, config), []
+
+    def make_optimizer(params: list[tuple[str, nn.Parameter]]) -> Optimizer:
+        made.append(make(params))
+        return made[-1]
+
     with seeded("model", config.seed):
-        memory = plan_memory(task, strategy, processes, assembly.optimizer_maker(task, config))
-    print_plan(config, strategy.name, replace(plan, memory=memory))
+        memory = plan_memory(task, strategy, processes, make_optimizer)
+    if type(task).optimizer is not Task.optimizer and (ignored := ignored_keys(config.optim, made[-1])):
+        raise ConfigError(ignored)
+    optimizer = describe_optimizer(made[-1])
+    print_plan(config, strategy.name, replace(plan, memory=memory), optimizer, made[-1].param_groups[0]["lr"])
     if strategy.name.startswith("zero"):
         print("DeepSpeed's JSON:")
         print(json.dumps(compile_config(config, strategy, processes), indent=2))

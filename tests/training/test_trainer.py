@@ -192,3 +192,24 @@ def test_activation_checkpointing_runs_blocks_again_in_the_backward(tmp_path: Pa
     assert forwards("again", activation_checkpointing=True) == 2 * (2 * micro_batches + evaluations)
     kept, again = (lines(tmp_path / name / "steps.jsonl") for name in ("kept", "again"))
     assert [step["loss"] for step in kept] == [step["loss"] for step in again]
+
+
+class OwnSGD(Masked):
+    def optimizer(self, params: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+
+def test_a_config_that_a_tasks_own_optimizer_would_ignore_is_refused(tmp_path: Path) -> None:
+    for optim, said in (
+        ({"weight_decay": 0.1}, "(SGD) does not do what the config says: weight_decay is 0.1, there 0;"),
+        ({"lr": 0.01, "name": "adam"}, "name is adam; lr is 0.01, there 0.1;"),
+        ({"options": {"nesterov": True}}, "options.nesterov is True, there False;"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            fit(tmp_path / "refused", OwnSGD(), optim=optim)
+        assert said in str(error.value)
+        assert not (tmp_path / "refused").exists()
+    run = fit(tmp_path / "run", OwnSGD(), optim={"lr": 0.1, "momentum": 0.9, "name": "sgd", "schedule": "linear"})
+    assert lines(run / "steps.jsonl")[0]["lr"] == 0.1
+    written = Config.load(run / "config.yaml")
+    assert Trainer(OwnSGD(), written, tmp_path / "again").ignored_keys is None
