@@ -103,7 +103,8 @@ def _strategy_cases() -> dict[str, dict[str, Any]]:
             found[f"{name}-{precision}"] = _config(FEW, strategy=strategy, mixed_precision=precision)
         for mishap in MISHAPS:
             found[f"{name}-{mishap}"] = _mishap(mishap, strategy)
-        found[f"{name}-groups"] = _config(FEW, task={"target": "tasks:Groups"}, strategy=strategy)
+        groups = _config(FEW, task={"target": "tasks:Groups"}, strategy=strategy)
+        found[f"{name}-groups"] = {**groups, "optim": {**groups["optim"], "lr": 0.1}}
     found.update({name: _config(FEW, strategy=strategy) for name, strategy in OPTIONS.items()})
     for workers in (0, 2):
         stream = _config(FEW, task={"target": "tasks:Streamed", "dropout": 0.1})
