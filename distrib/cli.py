@@ -47,6 +47,11 @@ Overrides = Annotated[
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/digits.")]
 
+Moved = Annotated[
+    Optional[list[str]],
+    typer.Option(metavar="task.KEY=PATH", help="Go on although the data now lie elsewhere, if they are the same."),
+]
+
 
 def _as_member(verb: Callable[..., None]) -> Callable[..., None]:
     """Errors of the user's end in one line and exit code 2, crashes in the failing rank's traceback."""
@@ -84,6 +89,7 @@ def train(
         ),
     ] = "auto",
     fork: Annotated[bool, typer.Option("--fork", help="Begin a new run from another run's --resume PATH.")] = False,
+    moved: Moved = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and errors alone.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show each step, and where its time went.")] = False,
 ) -> None:
@@ -95,9 +101,10 @@ def train(
     from distrib.training import assembly
     from distrib.training.trainer import Trainer
 
-    loaded = Config.load(config, overrides or ())
+    loaded = Config.load(config, [*(overrides or ()), *(moved or ())])
     verbosity: Verbosity = "quiet" if quiet else "verbose" if verbose else "normal"
-    Trainer(assembly.task(loaded), loaded, run_dir, resume=resume, fork=fork, verbosity=verbosity).fit()
+    task = assembly.task(loaded)
+    Trainer(task, loaded, run_dir, resume=resume, fork=fork, moved=moved or (), verbosity=verbosity).fit()
 
 
 class _Launch(LaunchCommand):
@@ -196,16 +203,16 @@ def submit(
     run_dir: Annotated[
         Optional[Path], typer.Option(help="The run folder.  [default: runs/NAME]", show_default=False)
     ] = None,
+    moved: Moved = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script, and submit nothing.")] = False,
 ) -> None:
     """Train as a SLURM job, which saves and is requeued when its time is over."""
     from distrib.config import Config
     from distrib.launching.slurm import Job, submit
 
-    loaded = Config.load(config, overrides or ())
-    further = tuple(slurm or ())
-    job = Job(loaded.name, nodes, gpus_per_node, processes_per_node, time, grace, further=further)
-    submit(loaded, run_dir, job, dry_run)
+    loaded = Config.load(config, [*(overrides or ()), *(moved or ())])
+    job = Job(loaded.name, nodes, gpus_per_node, processes_per_node, time, grace, further=tuple(slurm or ()))
+    submit(loaded, run_dir, job, dry_run, moved or ())
 
 
 @app.command()

@@ -14,6 +14,7 @@ from pathlib import Path
 from distrib.config import Config
 from distrib.errors import LaunchError, RunDirError
 from distrib.plan import window_size
+from distrib.state.identity import moved_keys
 from distrib.state.run_dir import RunDir
 
 SCRIPT = """\
@@ -84,14 +85,14 @@ class Job:
         )
 
 
-def submit(config: Config, run_dir: Path | None, job: Job, dry_run: bool) -> None:
+def submit(config: Config, run_dir: Path | None, job: Job, dry_run: bool, moved: Sequence[str] = ()) -> None:
     """Write config and batch script into the run folder and hand them to SLURM; print the job's number and its log.
 
     Raises ConfigError, LaunchError or RunDirError, and then nothing is left behind.
     """
     job.check()
     window_size(config, job.nodes * job.tasks_per_node)
-    run = RunDir((run_dir or Path("runs") / config.name).absolute())
+    run = RunDir((run_dir or Path("runs") / config.name).absolute(), moved_keys(moved))
     log = str(run.path / "slurm-%j.log")
     if "\n" in log or '"' in log:
         raise LaunchError(f"--run-dir: {run.path}: SLURM cannot write a log there; choose a simpler name")

@@ -1,7 +1,10 @@
 """What makes a run this run besides its config: its data, the task's class and arguments, and the model."""
 
 import json
+from collections.abc import Sequence
 from typing import Any, TypeAlias
+
+from distrib.errors import ConfigError
 
 # By how much the figures of two prints may differ, relatively; 'coarse' are 8-bit pixels and half-precision numbers.
 TOLERANCES = {"float": 1e-4, "coarse": 1e-2}
@@ -11,19 +14,31 @@ Print: TypeAlias = dict[str, Any] | str
 Fingerprint: TypeAlias = dict[str, Any]  # length, and samples: {index: print}; indices are strings, as in JSON
 
 
-def changes(before: dict[str, Any], now: dict[str, Any], in_config: bool) -> tuple[str, str]:
+def moved_keys(moved: Sequence[str]) -> tuple[str, ...]:
+    """Return the keys of KEY or KEY=VALUE. Raises ConfigError for one that is not the task's."""
+    keys = tuple(text.partition("=")[0] for text in moved)
+    for key in keys:
+        if not key.startswith("task.") or key == "task.target":
+            raise ConfigError(f"--moved: {key}: give a key that says where the task's data lie: task.data=/new/path")
+    return keys
+
+
+def changes(before: dict[str, Any], now: dict[str, Any], in_config: bool, moved: Sequence[str] = ()) -> tuple[str, str]:
     """Return what differs between the environments of two starts, "task" or "data", and how, in words; or ("", "").
 
     `in_config`: the config names the task's class and arguments, and is compared by itself. What a folder does not
-    record, because an older version wrote it, is not compared.
+    record, because an older version wrote it, is not compared. `moved`: arguments that may differ, as task.NAME.
     """
-    for what, found in (("task", _task_changes(before, now, in_config)), ("data", _data_changes(before, now))):
+    for what, found in (
+        ("task", _task_changes(before, now, in_config, moved)),
+        ("data", data_changes(before, now["data"])),
+    ):
         if found:
             return what, "; ".join(found)
     return "", ""
 
 
-def _task_changes(before: dict[str, Any], now: dict[str, Any], in_config: bool) -> list[str]:
+def _task_changes(before: dict[str, Any], now: dict[str, Any], in_config: bool, moved: Sequence[str]) -> list[str]:
     then, task = before.get("task"), now["task"]
     if then is None:
         return []
@@ -31,13 +46,18 @@ def _task_changes(before: dict[str, Any], now: dict[str, Any], in_config: bool) 
     if not in_config:
         if (was := then.get("class")) != task["class"]:
             found.append(f"the task's class was {was}, is {task['class']}")
-        found += _differing("argument", then["arguments"], task["arguments"])
+        fixed = [
+            {name: value for name, value in arguments.items() if f"task.{name}" not in moved}
+            for arguments in (then["arguments"], task["arguments"])
+        ]
+        found += _differing("argument", *fixed)
     return found + _differing("the shape of parameter", then["parameters"], task["parameters"])
 
 
-def _data_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def data_changes(before: dict[str, Any], data: dict[str, Fingerprint | None]) -> list[str]:
+    """Describe what differs between `data` and those of an environment."""
     then = before.get("data") or {}
-    found = {name: difference(data, then.get(name), "at the run's start") for name, data in now["data"].items()}
+    found = {name: difference(now, then.get(name), "at the run's start") for name, now in data.items()}
     return [f"task.{name} {text}" for name, text in found.items() if text is not None]
 
 

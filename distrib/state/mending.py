@@ -4,6 +4,7 @@ still be read, take their places."""
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,17 +27,23 @@ def evaluations(run: RunDir) -> str:
 
 def changes(run: RunDir, config: Config, environment: dict[str, Any] | None) -> tuple[str, str]:
     """Return what of a run of `config` is not the folder's, config, task or data, and how; or ("", "")."""
-    if (keys := changed_keys(run.read_config(), config)) and not saved_with(run, config):
+    before, recorded = run.read_config(), run.environment_or_nothing()
+    if (keys := changed_keys(before, config, run.moved)) and not saved_with(run, config):
         return "config", keys
+    if changed_keys(before, config) and not keys and not (recorded.get("data") or {}).get("train_dataset"):
+        return "config", f"{changed_keys(before, config)}; no fingerprint tells whether the data are the same"
     if environment is None:
         return "", ""
-    return identity.changes(run.environment_or_nothing(), environment, in_config=config.task is not None)
+    return identity.changes(recorded, environment, config.task is not None, run.moved)
 
 
-def changed_keys(before: Config, now: Config) -> str:
-    """Of the keys that decide what is computed, those that differ, in words."""
+def changed_keys(before: Config, now: Config, moved: Sequence[str] = ()) -> str:
+    """Of the keys that decide what is computed, those that differ, in words. `moved`: keys that may."""
     old, new = before.function(), now.function()
-    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    may = tuple(f"{key}." for key in moved)
+    differing = sorted(
+        key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not f"{key}.".startswith(may)
+    )
     return "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differing)
 
 
@@ -75,6 +82,8 @@ def set_aside_damaged(run: RunDir, config: Config) -> None:
     evals.jsonl and a ledger that does not lead to the checkpoint are seen to when that is known. Raises WriteError.
     """
     saved = files_saved(run.checkpoints)
+    if run.moved and (moved := changed_keys(run.read_config(), config)):
+        run.report(f"the data moved: {moved}; their fingerprint is the same")
     for path, problem in ((run.config, config_damage(run, config)), (run.environment, environment_damage(run))):
         if problem is not None and (saved is not None or os.path.lexists(path)):
             aside = _moved(path)

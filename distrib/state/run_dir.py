@@ -1,7 +1,7 @@
 """The run folder: everything a run leaves, in files that other software can read."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,8 +23,9 @@ _FOR_EVERY_START = ("forked_from", "lost_steps")  # of environment.json
 class RunDir:
     """Paths and small files of one run. Only rank 0 writes."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, moved: Sequence[str] = ()) -> None:
         self.path = path
+        self.moved = moved  # keys of the config that may differ from the run's, if the data's fingerprint does not
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
         self.steps = path / "steps.jsonl"
@@ -39,11 +40,7 @@ class RunDir:
         self._written: dict[str, str] = {}  # config and environment, by the names of their files
 
     def start(
-        self,
-        config: Config,
-        environment: dict[str, Any],
-        resume: str = "auto",
-        origin: dict[str, Any] | None = None,
+        self, config: Config, environment: dict[str, Any], resume: str = "auto", origin: dict[str, Any] | None = None
     ) -> dict[str, Any] | None:
         """Make the folder and write config and environment, or return the summary of the same run, finished before.
 

@@ -1,7 +1,7 @@
 """Assembles a run from its config, and says when to evaluate, to save and to stop."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from distrib.schedule import learning_rate_factor
 from distrib.state import mending
 from distrib.state.earlier_starts import what_to_do_now
 from distrib.state.environment import describe, describe_task
-from distrib.state.identity import Fingerprint, notes
+from distrib.state.identity import Fingerprint, moved_keys, notes
 from distrib.state.ledger import GENESIS
 from distrib.state.resume import Found, named, newest_whole, require_steps_left, whole
 from distrib.state.run_dir import RunDir
@@ -53,12 +53,15 @@ class Trainer:
         *,
         resume: str = "auto",
         fork: bool = False,
+        moved: Sequence[str] = (),
         verbosity: Verbosity = "normal",
     ) -> None:
         """`resume`: auto, never or a checkpoint's path; `fork`: begin a new run from another run's checkpoint;
+        `moved`: keys like task.data that may differ from the run's earlier starts, if the data's fingerprint does not;
         `verbosity`: what rank 0 shows."""
         self.task, self.config, self.resume = task, config, resume
-        self.run = RunDir(Path(run_dir) if run_dir is not None else Path("runs", *(in_sweep() or [config.name])))
+        path = Path(run_dir) if run_dir is not None else Path("runs", *(in_sweep() or [config.name]))
+        self.run = RunDir(path, moved_keys(moved))
         self.checkpoint, self.origin = named(resume, self.run, fork)
         self.world = World.detect()
         if self.world.is_rank_0:

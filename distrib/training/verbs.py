@@ -11,13 +11,14 @@ from torch.optim import Optimizer
 
 from distrib.config import Config, StrategyConfig
 from distrib.data.seeding import seeded
-from distrib.errors import CheckpointError, ConfigError
+from distrib.errors import CheckpointError, ConfigError, RunDirError
 from distrib.plan import RunPlan
 from distrib.reporting.explain import print_plan
 from distrib.reporting.progress import format_metrics
 from distrib.state import verification
 from distrib.state.earlier_starts import where_it_began
 from distrib.state.export import export
+from distrib.state.identity import data_changes
 from distrib.state.ledger import to_json
 from distrib.state.resume import Found, newest_whole
 from distrib.state.run_dir import RunDir
@@ -100,15 +101,38 @@ def _for_evaluation(config: Config, world: World) -> Config:
 
 
 def verify_run(run_dir: str | Path) -> None:
-    """Check a run's ledger and checkpoints, and say so. Raises LedgerError, CheckpointError."""
+    """Check a run's ledger, checkpoints and data, and say so. Raises LedgerError, CheckpointError, RunDirError."""
     found = verification.verify_run(Path(run_dir))
+    data = _check_data(RunDir(Path(run_dir)))
     ended = "all" if found.steps == found.of_steps else "so far"
     print(
         f"{run_dir}: {found.steps} of {found.of_steps} steps, {ended} in order, {found.samples:,} samples where they "
-        f"belong, chain intact, {found.checkpoints} checkpoint(s) whole"
+        f"belong, chain intact, {found.checkpoints} checkpoint(s) whole, {data}"
     )
     if found.set_aside:
         print(f"{run_dir}: found damaged and set aside when the run went on: {', '.join(found.set_aside)}")
+
+
+def _check_data(run: RunDir) -> str:
+    """Compare the data with those that the run began with; returns what was found. Raises RunDirError if they differ.
+
+    That the data cannot be read here is no fault of the run's.
+    """
+    config, recorded = run.read_config(), run.environment_or_nothing()
+    if not any((recorded.get("data") or {}).values()):
+        return "data not checked: the run has no fingerprint of them"
+    if config.task is None:
+        return "data not checked: the task was given in Python"
+    try:
+        task = assembly.task(config)
+        train, _ = assembly.train_dataset(task, config.seed)
+        data = assembly.fingerprints(train, assembly.eval_dataset(task, config.seed), config)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        return f"data not checked: {type(error).__name__}: {reason}"
+    if changes := data_changes(recorded, data):
+        raise RunDirError(f"{run.path}: the data have changed: {'; '.join(changes)}")
+    return "data as at the run's start"
 
 
 def export_run(run_dir: str | Path, out: Path) -> None:

@@ -15,8 +15,11 @@ from torch import nn
 from torch.utils.data import Subset
 
 from distrib import Config, Trainer
-from distrib.errors import RunDirError
+from distrib.errors import ConfigError, RunDirError
+from distrib.reporting.comparison import part
+from distrib.reporting.runs import load_runs
 from distrib.training import assembly
+from distrib.training.verbs import verify_run
 
 VALUES: dict[str, Any] = {
     "data": {"global_batch_size": 8, "micro_batch_size": 4},
@@ -152,6 +155,75 @@ def test_a_changed_file_is_a_warning(tmp_path: Path, in_file: Callable[[], Confi
     (warning,) = [event for event in lines(run, "events.jsonl") if event["event"] == "warning"]
     assert f"{tmp_path / 'of_ones_own.py'}: has changed since the run's last start" in warning["reason"]
     del sys.modules["of_ones_own"]
+
+
+class OnDisk(Masked):
+    """Rows of a folder that the config names."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+
+    def train_dataset(self) -> Any:
+        return Subset(super().train_dataset(), json.loads((self.folder / "rows").read_text()))
+
+
+@pytest.mark.parametrize("in_config", [True, False])
+def test_data_that_moved(tmp_path: Path, in_config: bool) -> None:
+    for name, rows in (("here", range(97)), ("there", range(97)), ("other", range(90))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows").write_text(json.dumps(list(rows)))
+
+    def train(run: Path, at: str, *moved: str) -> None:
+        folder = str(tmp_path / at)
+        task = {"task": {"target": "test_identity:OnDisk", "folder": folder}} if in_config else {}
+        config = Config.from_dict({"name": "run", **VALUES, **task})
+        Trainer(assembly.task(config) if in_config else OnDisk(folder), config, run, moved=moved).fit()
+
+    train(tmp_path / "run", "here")
+    run = interrupted(tmp_path / "run", tmp_path / "interrupted", after=3)
+    with pytest.raises(RunDirError, match="folder"):
+        train(run, "there")
+    with pytest.raises(RunDirError, match=r"task\.train_dataset has 90 samples, not 97"):
+        train(run, "other", "task.folder")
+    with pytest.raises(ConfigError, match=r"--moved: train\.steps"):
+        train(run, "there", "train.steps=6")
+    train(run, "there", "task.folder")
+    if in_config:
+        (moved,) = [event["reason"] for event in lines(run, "events.jsonl") if event["event"] == "warning"]
+        assert moved.startswith(f"the data moved: task.folder was '{tmp_path / 'here'}', is '{tmp_path / 'there'}'")
+        assert Config.load(run / "config.yaml").task.folder == str(tmp_path / "there")  # type: ignore[union-attr]
+        train(run, "there")  # finished before
+        path = tmp_path / "run/environment.json"
+        path.write_text(json.dumps(older(json.loads(path.read_text()))))
+        with pytest.raises(RunDirError, match="no fingerprint tells whether the data are the same"):
+            train(tmp_path / "run", "there", "task.folder")
+
+
+def test_verify_and_compare_know_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = {"target": "test_identity:Rows"}
+    config = Config.from_dict({"name": "run", **VALUES, "task": task})
+    rows: Any = importlib.import_module("test_identity").Rows
+    for name in ("first", "second"):
+        Trainer(assembly.task(config), config, tmp_path / name).fit()
+    verify_run(tmp_path / "first")
+    assert "data as at the run's start" in capsys.readouterr().out
+    monkeypatch.setattr(rows, "rows", [96, *range(96)])
+    with pytest.raises(RunDirError, match=r"the data have changed: task\.train_dataset has another sample 0"):
+        verify_run(tmp_path / "first")
+    Trainer(assembly.task(config), config, tmp_path / "shuffled").fit()
+    monkeypatch.setattr(rows, "rows", None)  # as data that are not here
+    verify_run(tmp_path / "first")
+    assert "data not checked: TypeError" in capsys.readouterr().out
+
+    first, second, shuffled = load_runs([tmp_path / name for name in ("first", "second", "shuffled")])
+    assert (part(first, second).cause, part(first, shuffled).cause) == ("nothing", "data")
+    path = tmp_path / "second/environment.json"
+    path.write_text(json.dumps(older(json.loads(path.read_text()))))
+    verify_run(tmp_path / "second")
+    assert "data not checked: the run has no fingerprint of them" in capsys.readouterr().out
 
 
 class OwnDraws(Masked):
