@@ -73,7 +73,9 @@ class Engine:
         self.mixed_precision = mixed_precision
         self.dtype = DTYPES.get(mixed_precision)
         groups = placement.optimizer.param_groups if placement.optimizer is not None else []
-        self.base_rate = float(groups[0]["lr"]) if groups else 0.0
+        # The rate that the ledger shows: the first group's, or of the first group that has one. All others keep their
+        # ratio to it, so that each is its own rate times the schedule's factor.
+        self.base_rate = next((float(group["lr"]) for group in groups if group["lr"]), 0.0)
         self._rate_ratios = [group["lr"] / (self.base_rate or 1.0) for group in groups]
         self.loss_scale: LossScale | None = None  # fp16 only, made when the first count is known
         # On a CPU there is nobody to wait for, and Python's numbers are cheaper than tensors; Metal has no streams.
@@ -150,7 +152,7 @@ class Engine:
     def step(self, lr: float) -> Step:
         """Normalise by the window's count, clip, update. All ranks see the same numbers, so all decide alike.
 
-        `lr` is the first parameter group's rate; the others keep their ratio to it.
+        `lr` is the rate of the first parameter group whose rate is not 0; the others keep their ratio to it.
         """
         optimizer = self.placement.optimizer
         assert optimizer is not None, "this engine only evaluates"
