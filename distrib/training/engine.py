@@ -19,6 +19,7 @@ from distrib.training.buffers import Buffers
 from distrib.training.contract import check_loss
 from distrib.training.perf import Clock
 from distrib.training.placement import Placement, named_state
+from distrib.training.strategy_errors import recognised
 from distrib.training.totals import Totals
 from distrib.training.verdict import Step
 
@@ -115,9 +116,12 @@ class Engine:
             yield
         self.clock.lap("forward_backward")
 
-    def autocast(self) -> Any:
-        """Of forward and loss, in training and in evaluation."""
-        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Of forward and loss, in training and in evaluation. An error that the strategy causes becomes one line."""
+        precision = nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
+        with recognised(self.placement), precision:
+            yield
 
     def seed_random(self, seed: int) -> None:
         """Seed Python's, numpy's and torch's generators of the CPU and of this device.

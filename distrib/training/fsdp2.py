@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from distrib.config import StrategyConfig
 from distrib.state.checkpoint import Shard
 from distrib.training.engine import DTYPES
-from distrib.training.placement import MakeOptimizer, Placement
+from distrib.training.placement import MakeOptimizer, Placement, make_contiguous
 from distrib.training.totals import SummedTotals
 from distrib.world import World
 
@@ -35,6 +35,7 @@ class FullySharded(Placement):
     ) -> None:
         super().__init__(world, module)
         world.require_group()
+        make_contiguous(module)
         self.begin_with_rank_0s()
         compressed = config.communication_dtype == "bf16"
         options: dict[str, Any] = {

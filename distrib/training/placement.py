@@ -10,12 +10,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from distrib.errors import ConfigError, TrainingError
 from distrib.state import checkpoint
@@ -40,6 +39,7 @@ class Placement:
 
     forward_is_collective = False  # then every rank must run as many forwards as the others, in evaluation too
     learns_from_its_first_backward = False
+    name = ""  # the strategy's
     model: nn.Module  # what the task's forward calls in training
     evaluation_model: nn.Module
     totals: WindowTotals
@@ -51,10 +51,11 @@ class Placement:
         self._scales = False  # the optimizer's kernel: what it updates with, and whether at all
         self._parameters: list[nn.Parameter] = []
         self._watched: list[str] = []
+        self._watching: list[RemovableHandle] = []
         self._used: set[str] = set()  # by the micro-batch at hand
 
     def begin_with_rank_0s(self) -> None:
-        """Give every rank rank 0's parameters and buffers, as DDP and DeepSpeed do by themselves."""
+        """Give every rank rank 0's parameters and buffers, as DDP does by itself."""
         for tensor in self.module.state_dict().values():
             dist.broadcast(tensor, src=0)
 
@@ -203,18 +204,24 @@ class Placement:
         """Note which parameters get a gradient, once they are the optimizer's."""
         for name, parameter in trainable(self.module):
             used: Callable[..., None] = lambda _, name=name: self._used.add(name)  # noqa: E731
-            parameter.register_post_accumulate_grad_hook(used)  # type: ignore[no-untyped-call]
+            self._watching.append(parameter.register_post_accumulate_grad_hook(used))  # type: ignore[no-untyped-call]
             self._watched.append(name)
+
+    def _watch_no_more(self) -> None:
+        """For DDP: it raises by itself if a later step leaves a parameter out, but one step too late."""
+        for hook in self._watching:
+            hook.remove()
+        self._watched, self._watching = [], []
 
     def _require_use(self) -> None:
         """After a micro-batch's backward. Of a parameter without a gradient a sharded reduction would go on with what
-        other ranks have of other parameters, and say nothing. (DDP refuses it by itself.)"""
+        other ranks have of other parameters, and say nothing."""
         if len(self._used) < len(self._watched):
             unused = [name for name in self._watched if name not in self._used]
             raise TrainingError(
                 f"rank {self.world.rank}: {len(unused)} parameter(s) got no gradient from a micro-batch, first "
                 f"{unused[0]}, which this strategy cannot reduce; freeze them, or take strategy.name ddp with "
-                "strategy.find_unused_parameters"
+                "strategy.find_unused_parameters: true"
             )
         self._used.clear()
 
@@ -260,33 +267,13 @@ def named_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return named, tied
 
 
-def check_state(module: nn.Module) -> None:
-    """Raises ConfigError if a checkpoint could not hold the module, or would hold only some of it."""
-    named, _ = named_state(module)
-    saved = {id(tensor) for tensor in named.values()}
-    dtypes: dict[torch.dtype, str] = {}
-    for name, tensor in named.items():
-        if tensor.layout != torch.strided:
-            raise ConfigError(f"task.model: {name} is a tensor of layout {tensor.layout}, which cannot be saved")
-        dtypes.setdefault(tensor.dtype, name)
-    for dtype, name in dtypes.items():
-        try:
-            safetensors.torch.save({name: torch.empty(1, dtype=dtype)})
-        except (KeyError, TypeError, ValueError, SafetensorError):
-            raise ConfigError(f"task.model: {name} is a tensor of {dtype}, which cannot be saved") from None
-    for name, parameter in module.named_parameters():
-        if id(parameter) not in saved:
-            raise ConfigError(
-                f"task.model: the parameter {name} is not in the model's state_dict, and would not be saved; return "
-                "all parameters from it, export only some of them in Task.export"
-            )
-    for name, part in module.named_modules():
-        for key, buffer in part._buffers.items():
-            if buffer is not None and key not in part._non_persistent_buffers_set and id(buffer) not in saved:
-                raise ConfigError(
-                    f"task.model: the buffer {f'{name}.{key}'.lstrip('.')} is not in the model's state_dict, and would "
-                    "not be saved; register it with persistent=False if that is meant"
-                )
+def make_contiguous(module: nn.Module) -> None:
+    """Copy weights of another memory format (channels_last) into torch's default one, in place.
+
+    Shards are cut from the default one. The values are the same; what is computed from them, up to rounding.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.contiguous()
 
 
 def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -49,6 +49,8 @@ class Replicated(Placement):
         if world.world_size > 1 and make_optimizer is not None:
             self.model = self._accelerator.prepare_model(self.model)
             self.learns_from_its_first_backward = True
+            if not config.find_unused_parameters:
+                self._watch_use()
             if compressed:
                 self.model.register_comm_hook(None, _mean_in_bf16)  # type: ignore[operator]
         # DDP learns a static graph from its first backward, which may not go without a reduction. One more does no
@@ -73,6 +75,11 @@ class Replicated(Placement):
             self.totals.carry(total, shares).backward()  # type: ignore[no-untyped-call]
         else:
             super().backward(total, shares, last)
+        if self._watched:
+            if last:
+                self._require_use()
+                self._watch_no_more()
+            self._used.clear()
 
     def communication_seconds(self) -> float | None:
         if not isinstance(self.model, nn.parallel.DistributedDataParallel):

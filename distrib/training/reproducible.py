@@ -18,13 +18,19 @@ _BUCKET_BYTES = 4 << 20
 
 
 class Bucket:
-    """The gradients of some parameters in one flat tensor, of which each `p.grad` is a view."""
+    """The gradients of some parameters in one flat tensor, of which each `p.grad` is a view.
 
-    def __init__(self, parameters: list[nn.Parameter], world_size: int, extra: int = 0) -> None:
+    A view has its parameter's strides: torch's fused optimizers take both to lie alike.
+    """
+
+    def __init__(
+        self, parameters: list[nn.Parameter], world_size: int, extra: int = 0, device: torch.device | None = None
+    ) -> None:
+        """`device`: of a bucket without parameters."""
         self.parameters = parameters
         size = sum(parameter.numel() for parameter in parameters) + extra
-        first = parameters[0]
-        self.flat = torch.zeros(-(-size // world_size) * world_size, dtype=first.dtype, device=first.device)
+        dtype, device = (parameters[0].dtype, parameters[0].device) if parameters else (torch.float32, device)
+        self.flat = torch.zeros(-(-size // world_size) * world_size, dtype=dtype, device=device)
         self.extra = self.flat[size - extra : size]
         self.partial: list[tuple[int, Tensor]] = []  # (level, sum of 2^level micro-batches), as a binary counter
         self.missing = len(parameters)  # gradients, in the backward that runs
@@ -32,7 +38,8 @@ class Bucket:
         self.work: dist.Work | None = None
         offset = 0
         for parameter in parameters:
-            parameter.grad = self.flat[offset : offset + parameter.numel()].view_as(parameter)
+            own = self.flat[offset : offset + parameter.numel()]
+            parameter.grad = own.as_strided(parameter.shape, parameter.stride())
             offset += parameter.numel()
 
     def count(self) -> None:
@@ -100,9 +107,11 @@ class Reproducible(Placement):
             self.begin_with_rank_0s()
         self._watch_use()
         groups = _in_buckets([p for p in reversed(list(module.parameters())) if p.requires_grad])
+        if groups[-1][0].dtype not in (torch.float32, torch.float64):
+            groups.append([])  # one in float32, in which the totals are exact
         for number, parameters in enumerate(groups):
             extra = SIZE if number == len(groups) - 1 else 0
-            self._buckets.append(Bucket(parameters, world.world_size, extra))
+            self._buckets.append(Bucket(parameters, world.world_size, extra, world.device))
         self.totals = _Totals(self._buckets[-1])
         for bucket in self._buckets:
             for parameter in bucket.parameters:

@@ -13,7 +13,7 @@ from distrib.errors import ConfigError, LaunchError
 from distrib.plan import window_size
 from distrib.training.compiling import compile_forwards
 from distrib.training.deepspeed_config import compile_config, offload_of, stage_of
-from distrib.training.placement import MakeOptimizer, Placement, check_state
+from distrib.training.placement import MakeOptimizer, Placement
 from distrib.training.replicated import Replicated
 from distrib.training.reproducible import Reproducible
 from distrib.world import World
@@ -96,6 +96,19 @@ def place(
     make_optimizer: MakeOptimizer | None = None,
 ) -> Placement:
     """Wrap, shard and replicate. Without `make_optimizer` only for evaluation. Collective."""
+    placement = _place(strategy, config, world, module, blocks, make_optimizer)
+    placement.name = strategy.name
+    return placement
+
+
+def _place(
+    strategy: StrategyConfig,
+    config: Config,
+    world: World,
+    module: nn.Module,
+    blocks: list[nn.Module],
+    make_optimizer: MakeOptimizer | None,
+) -> Placement:
     compiled = []
     if config.train.compile and make_optimizer is not None:
         compiled = blocks if config.train.compile == "blocks" else [module]
@@ -115,17 +128,6 @@ def place(
     if config.train.determinism == "bitwise":
         return Reproducible(world, module, make_optimizer)
     return Replicated(world, module, make_optimizer, strategy)
-
-
-def check_module(module: nn.Module, world: World) -> None:
-    """Raises ConfigError where the model computes something else on another number of processes, or cannot be saved."""
-    check_state(module)
-    for name, part in module.named_modules():
-        if isinstance(part, nn.SyncBatchNorm) and world.world_size > 1:
-            raise ConfigError(
-                f"task.model: {name} is a SyncBatchNorm, which normalises over as many micro-batches as there are "
-                "processes; take BatchNorm, whose running statistics are those of all micro-batches anyway"
-            )
 
 
 def _check(strategy: StrategyConfig, config: Config, world: World) -> None:

@@ -30,6 +30,7 @@ from distrib.training import agreement, assembly, compiling, perf, probe, strate
 from distrib.training.account import Account
 from distrib.training.engine import Engine
 from distrib.training.loop import train_step
+from distrib.training.module_checks import check_module
 from distrib.training.optimizers import ignored_keys
 from distrib.training.placement import trainable
 from distrib.training.preemption import Preemption
@@ -75,8 +76,8 @@ class Trainer:
         loading = assembly.loading(config, self.world)
         self.source = source(self.train_dataset, self.plan, self.world, config.seed, loading)
         self.module = assembly.model(task, config.seed)
-        strategies.check_module(self.module, self.world)
         self.blocks = assembly.blocks(task, self.module, self.strategy, config.train.compile)
+        check_module(self.module, config, self.strategy, self.blocks, self.world.world_size)
         strategies.check_wrapped(self.world, self.blocks)
         if config.train.compile:
             compiling.require_tools(config.train.compile, self.world)

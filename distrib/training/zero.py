@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from distrib.state.checkpoint import Shard, replicated
-from distrib.training.placement import MakeOptimizer, Number, Placement, trainable
+from distrib.training.placement import MakeOptimizer, Number, Placement, make_contiguous, trainable
 from distrib.training.totals import SummedTotals
 from distrib.world import World
 
@@ -43,6 +43,8 @@ class Zero(Placement):
             self._sharded_optimizer: Any = None
             return
         world.require_group()
+        make_contiguous(module)
+        self.begin_with_rank_0s()
         self.use_optimizer(make_optimizer)
         deepspeed = _import_deepspeed(world)
         for part in whole if self.stage == 3 else ():
@@ -199,6 +201,7 @@ def _import_deepspeed(world: World) -> Any:
     from deepspeed.runtime import torch_autocast
 
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # of a run before in this process, or its dtypes would be ours
+    deepspeed.DeepSpeedEngine._broadcast_model = lambda _: None  # it takes no scalars; begin_with_rank_0s has done it
     if world.use_cpu:
         vars(deepspeed.ops)["__compatible_ops__"] = {}
     return deepspeed

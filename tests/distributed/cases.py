@@ -44,6 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         },
     },
 }
+SCALARS = ("ddp", "zero0", "zero1", "zero2")  # the others cannot cut a scalar parameter
 COMPRESSED = ("ddp", "zero0", "zero2", "zero3", "fsdp2")
 
 
@@ -67,6 +68,7 @@ def resumed(world: int) -> list[str]:
     if world == 2:
         return [f"{name}-{precision}" for name in ("ddp", *SHARDED) for precision in PRECISIONS] + [
             *("ddp-static", "stream-0", "stream-2", "buffers-ddp", "buffers-zero1", "buffers-fsdp2"),
+            *("bitwise-formats", "zero2-formats", "fsdp2-formats"),
         ]
     return [f"{name}-no" for name in ("ddp", *SHARDED)] if world == 4 else []
 
@@ -105,6 +107,9 @@ def _strategy_cases() -> dict[str, dict[str, Any]]:
             found[f"{name}-{mishap}"] = _mishap(mishap, strategy)
         groups = _config(FEW, task={"target": "tasks:Groups"}, strategy=strategy)
         found[f"{name}-groups"] = {**groups, "optim": {**groups["optim"], "lr": 0.1}}
+        formats = {"target": "tasks:Formats", "scalar": name in SCALARS}
+        found[f"{name}-formats"] = _config(FEW, task=formats, strategy=strategy)
+    found["bitwise-formats"] = _config(FEW, task={"target": "tasks:Formats"}, determinism="bitwise")
     found.update({name: _config(FEW, strategy=strategy) for name, strategy in OPTIONS.items()})
     for workers in (0, 2):
         stream = _config(FEW, task={"target": "tasks:Streamed", "dropout": 0.1})

@@ -234,6 +234,31 @@ class WithBuffers(Masked):
         return {"score": rows["score"].mean().item()}
 
 
+class Formats(Masked):
+    """A convolution in channels_last, and a scale that is a scalar or a vector of one element."""
+
+    def __init__(self, scalar: bool = True) -> None:
+        super().__init__()
+        self.scalar = scalar
+
+    def model(self) -> nn.Module:
+        return Scaled(self.scalar)
+
+
+class Scaled(nn.Module):
+    def __init__(self, scalar: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 8)
+        self.mix = nn.Conv2d(2, 2, 3, padding=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.head = nn.Linear(8, VOCABULARY)
+        self.scale = nn.Parameter(torch.tensor(0.1) if scalar else torch.tensor([0.1]))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens).unflatten(2, (2, 4)).transpose(1, 2)
+        logits: Tensor = self.head(self.mix(x).transpose(1, 2).flatten(2)) * self.scale.exp()
+        return logits
+
+
 class NoEvaluation(Masked):
     def eval_dataset(self) -> None:
         return None

@@ -42,14 +42,21 @@ def test_groups_of_a_tasks_own_optimizer(together: Path, strategy: str) -> None:
     np.testing.assert_allclose(losses(together / f"{strategy}-groups"), losses(together / "ddp-groups"), rtol=ROUNDING)
 
 
+@pytest.mark.parametrize("strategy", [*SHARDED, "bitwise"])
+def test_scalars_and_other_memory_formats(together: Path, strategy: str) -> None:
+    run, expected = together / f"{strategy}-formats", together / "ddp-formats"
+    np.testing.assert_allclose(losses(run), losses(expected), rtol=ROUNDING)
+
+
 def test_parameters_that_a_forward_does_not_use(together: Path) -> None:
     assert {line["verdict"] for line in lines(together / "ddp-unused")} == {"applied"}
     assert losses(together / "ddp-unused")[-1] < losses(together / "ddp-unused")[0]
 
 
-@pytest.mark.parametrize("strategy", SHARDED)
-def test_where_gradients_are_sharded_they_are_refused(run: Run, tmp_path: Path, strategy: str) -> None:
-    """DeepSpeed and fully_shard would reduce gradients of different parameters together, without a word."""
+@pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
+def test_otherwise_they_are_refused(run: Run, tmp_path: Path, strategy: str) -> None:
+    """DeepSpeed and fully_shard would reduce gradients of different parameters together, without a word; DDP would
+    make the first update with gradients that are not reduced."""
     config = {"task": {"target": "tasks:Unused"}, "data": {"global_batch_size": 16, "micro_batch_size": 4}}
     (tmp_path / "unused.yaml").write_text(yaml.safe_dump({**config, "train": {"steps": 5}}))
     result = run("distrib", "launch", "--processes", 2, "unused.yaml", f"strategy.name={strategy}")

@@ -1,0 +1,77 @@
+"""Models that a strategy cannot train are refused before training, in one line that names the parameter."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from distrib import Config
+from distrib.config import StrategyConfig
+from distrib.errors import ConfigError
+from distrib.training.module_checks import check_module
+
+SHARDED = ("zero1", "zero2", "zero3", "fsdp2")
+ALL = ("single", "ddp", "zero0", *SHARDED)
+
+
+def model(name: str = "weight", value: torch.Tensor | None = None, trained: bool = True) -> nn.Module:
+    """One ordinary parameter, and one under `name`."""
+    module = nn.Module()
+    module.register_parameter("first", nn.Parameter(torch.zeros(3)))
+    if value is not None:
+        module.register_parameter(name, nn.Parameter(value, requires_grad=trained))
+    return module
+
+
+def with_embedding() -> nn.Module:
+    return nn.Sequential(nn.Embedding(4, 2, sparse=True), nn.Linear(2, 2))
+
+
+def refused_by(module: nn.Module, blocks: list[nn.Module] | None = None) -> dict[str, str]:
+    """The strategies that refuse it, and what each says."""
+    config, found = Config.from_dict({"train": {"steps": 1}}), {}
+    for name in ALL:
+        try:
+            check_module(module, config, StrategyConfig(name=name), blocks or [], 2)  # type: ignore[arg-type]
+        except ConfigError as error:
+            found[name] = str(error)
+            assert "\n" not in found[name]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("make", "by", "said"),
+    [
+        (lambda: model(), (), ""),
+        (lambda: model("scale", torch.tensor(1.0)), ("zero3", "fsdp2"), "scale is a scalar"),
+        (lambda: model("scale", torch.tensor(1.0), trained=False), ("zero3", "fsdp2"), "give it the shape [1]"),
+        (lambda: model("w", torch.zeros(2, 3).t()), (), ""),
+        (lambda: model("w", torch.zeros(1).expand(3)), ALL, "w shares memory between its elements"),
+        (lambda: model("w", torch.zeros(6)[::2]), ALL, "or has gaps"),
+        (lambda: model("w", torch.zeros(2, dtype=torch.cfloat)), ("zero0", *SHARDED), "w is complex64"),
+        (lambda: model("w", torch.zeros(2, dtype=torch.int8), trained=False), ("zero3",), "w is int8"),
+        (lambda: model().double(), ("zero0", "zero1", "zero2", "zero3"), "first is float64"),
+        (lambda: model().bfloat16(), ("zero1", "zero2", "zero3"), "set train.mixed_precision: bf16, or take"),
+        (lambda: model().half(), ("zero1", "zero2", "zero3"), "set train.mixed_precision: fp16, or take"),
+        (lambda: model("w", torch.zeros(2, dtype=torch.bfloat16)), SHARDED, "w is bfloat16"),
+        (lambda: model("w", torch.zeros(2, dtype=torch.bfloat16), trained=False), (), ""),
+        (lambda: model("w", torch.zeros(0, 3)), SHARDED, "w has no elements"),
+        (lambda: model("w", torch.zeros(0, 3), trained=False), ("zero3",), "w has no elements"),
+        (lambda: nn.Sequential(nn.LazyLinear(2)), ALL, "0.weight has no shape yet"),
+        (lambda: nn.Linear(2, 2, device="meta"), ALL, "weight is on the meta device"),
+        (with_embedding, ALL, "0.weight has sparse gradients"),
+    ],
+)
+def test_which_strategies_refuse_it(make: Callable[[], nn.Module], by: tuple[str, ...], said: str) -> None:
+    found = refused_by(make())
+    assert tuple(found) == by
+    for line in found.values():
+        assert line.startswith("task.model: ")
+    assert any(said in line for line in found.values()) or not by
+
+
+def test_fsdp2_takes_blocks_of_different_dtypes() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.float64))
+    assert "1.weight is float64 and 0.weight float32" in refused_by(module)["fsdp2"]
+    assert "fsdp2" not in refused_by(module, [module[0], module[1]])
