@@ -90,6 +90,10 @@ def train(
     ] = "auto",
     fork: Annotated[bool, typer.Option("--fork", help="Begin a new run from another run's --resume PATH.")] = False,
     moved: Moved = None,
+    reset_optimizer: Annotated[
+        bool,
+        typer.Option("--reset-optimizer", help="With --fork: take the weights, and begin the optimizer's state anew."),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and errors alone.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show each step, and where its time went.")] = False,
 ) -> None:
@@ -103,8 +107,16 @@ def train(
 
     loaded = Config.load(config, [*(overrides or ()), *(moved or ())])
     verbosity: Verbosity = "quiet" if quiet else "verbose" if verbose else "normal"
-    task = assembly.task(loaded)
-    Trainer(task, loaded, run_dir, resume=resume, fork=fork, moved=moved or (), verbosity=verbosity).fit()
+    Trainer(
+        assembly.task(loaded),
+        loaded,
+        run_dir,
+        resume=resume,
+        fork=fork,
+        reset_optimizer=reset_optimizer,
+        moved=moved or (),
+        verbosity=verbosity,
+    ).fit()
 
 
 class _Launch(LaunchCommand):

@@ -44,6 +44,12 @@ class CheckpointError(DistribError):
     exit_code = 1
 
 
+class MismatchError(CheckpointError):
+    """A checkpoint is whole, but of another model or optimizer than the config's."""
+
+    exit_code = 2
+
+
 class LedgerError(DistribError):
     """What a run folder holds is not what its config means."""
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distrib.errors import CheckpointError
+from distrib.errors import CheckpointError, MismatchError
 from distrib.state.manifest import MANIFEST, read_manifest, sealed, step_of, steps_of
 
 _SMALL = 1 << 14  # elements: what one rank writes alone
@@ -188,7 +188,7 @@ def verify(path: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
 def load(path: Path, manifest: dict[str, Any], shards: dict[str, Shard]) -> None:
     """Read into `shards`, in place, whatever strategy and number of processes wrote. Runs no code from the files.
 
-    Raises CheckpointError where the checkpoint is of another model.
+    Raises MismatchError if the checkpoint is of another model.
     """
     with ExitStack() as stack:
         opened: dict[str, Any] = {}
@@ -197,7 +197,7 @@ def load(path: Path, manifest: dict[str, Any], shards: dict[str, Shard]) -> None
             entry = manifest["tensors"].get(name)
             if entry is None or tuple(entry["shape"]) != shard.shape:
                 found = "is not there" if entry is None else f"has the shape {entry['shape']}"
-                raise CheckpointError(
+                raise MismatchError(
                     f"{path}: of another model: {name} {found}, here it has the shape {list(shard.shape)}"
                 )
             values, start = torch.empty(shard.tensor.numel(), dtype=shard.tensor.dtype), shard.offset
@@ -209,7 +209,7 @@ def load(path: Path, manifest: dict[str, Any], shards: dict[str, Shard]) -> None
                     stretch = opened[file].get_slice(name)[first - offset : last - offset]
                     values[first - start : last - start] = stretch
             if values.numel() == 1 and not torch.equal(values, shared.setdefault(shard.tensor.data_ptr(), values)):
-                raise CheckpointError(
+                raise MismatchError(
                     f"{path}: {name} is {values.item()}, and has another value for other parameters, of which this "
                     "strategy keeps one for all; go on under the strategy that saved it, or ddp"
                 )

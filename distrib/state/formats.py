@@ -75,6 +75,7 @@ class Origin(TypedDict):
     path: str
     step: Count
     chain: str
+    reset_optimizer: NotRequired[bool]
 
 
 class Lost(TypedDict):

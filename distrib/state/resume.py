@@ -57,11 +57,15 @@ def whole(path: Path, world: World, run: RunDir | None = None) -> Found:
     return Found(path, read_manifest(path), led=_is_led_to(path, run, world))
 
 
-def named(resume: str, run: RunDir, fork: bool) -> tuple[Path | None, dict[str, Any] | None]:
+def named(
+    resume: str, run: RunDir, fork: bool, reset_optimizer: bool = False
+) -> tuple[Path | None, dict[str, Any] | None]:
     """The checkpoint that `--resume` names, if it does, and the origin of a run that `--fork`s from it.
 
     Raises ConfigError, CheckpointError.
     """
+    if reset_optimizer and not fork:
+        raise ConfigError("--reset-optimizer: is for a new run that begins from a checkpoint, --resume PATH --fork")
     if resume in ("auto", "never"):
         if fork:
             raise ConfigError("--fork: needs a checkpoint to begin from, --resume PATH --fork")
@@ -79,6 +83,8 @@ def named(resume: str, run: RunDir, fork: bool) -> tuple[Path | None, dict[str, 
         raise ConfigError(f"--resume: {resume} is of another run than {run.path}; --fork begins a new run from it")
     manifest = read_manifest(path)
     origin = {"path": str(path.resolve()), "step": manifest["step"], "chain": manifest["chain"]}
+    if reset_optimizer:
+        origin["reset_optimizer"] = True
     return path, origin if fork else None
 
 

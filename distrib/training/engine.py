@@ -177,9 +177,10 @@ class Engine:
             "tied": tied,
         }
 
-    def load(self, path: Path, manifest: dict[str, Any]) -> None:
-        """Go on from a checkpoint. Raises CheckpointError where it is of another model."""
-        self.placement.load(path, manifest)
+    def load(self, path: Path, manifest: dict[str, Any], reset_optimizer: bool = False) -> None:
+        """Go on from a checkpoint, with the optimizer's state as new if asked. Raises MismatchError if it is of another
+        model or optimizer."""
+        self.placement.load(path, manifest, reset_optimizer)
         if (scale := manifest["loss_scale"]) is not None and self.mixed_precision == "fp16":
             self.loss_scale = LossScale(scale["value"], scale["updates"])
 

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from distrib.errors import ConfigError, TrainingError
 from distrib.state import checkpoint
 from distrib.state.checkpoint import Shard, replicated
+from distrib.training.optimizers import require_same_state
 from distrib.training.totals import SummedTotals
 from distrib.world import World
 
@@ -153,19 +154,25 @@ class Placement:
             if isinstance(value, int | float)
         }
 
-    def load(self, path: Path, manifest: dict[str, Any]) -> None:
+    def load(self, path: Path, manifest: dict[str, Any], reset_optimizer: bool = False) -> None:
         """Take over a checkpoint, by whatever strategy it was written; without an optimizer only the weights.
 
-        Raises CheckpointError where it is of another model.
+        `reset_optimizer`: leave the optimizer's state as it is. Raises MismatchError if the checkpoint is of another
+        model or optimizer.
         """
+        if reset_optimizer:
+            weights = {name: shard for name, shard in self.shards().items() if name.startswith("model.")}
+            checkpoint.load(path, manifest, weights)
+            return
         kept = {*manifest["tensors"], *manifest["numbers"]}
-        if self.optimizer is not None and any(name.startswith("optimizer.") for name in kept):
+        if self.optimizer is not None and (manifest["applied"] or any(name.startswith("optimizer.") for name in kept)):
             rates = [group["lr"] for group in self.optimizer.param_groups]
             for group in self.optimizer.param_groups:
                 group["lr"] = 0.0
             self._make_states()
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
+            require_same_state(path, kept, [name for name, _ in trainable(self.module)], self._states())
             for name, state, _ in self._states():
                 for key in list(state):
                     entry = f"optimizer.{key}.{name}"

@@ -54,16 +54,17 @@ class Trainer:
         *,
         resume: str = "auto",
         fork: bool = False,
+        reset_optimizer: bool = False,
         moved: Sequence[str] = (),
         verbosity: Verbosity = "normal",
     ) -> None:
-        """`resume`: auto, never or a checkpoint's path; `fork`: begin a new run from another run's checkpoint;
-        `moved`: keys like task.data that may differ from the run's earlier starts, if the data's fingerprint does not;
-        `verbosity`: what rank 0 shows."""
+        """`resume`: auto, never or a checkpoint's path; `fork`: begin a new run from another run's checkpoint, with
+        `reset_optimizer` without its optimizer state; `moved`: keys like task.data that may differ from the run's
+        earlier starts, if the data's fingerprint does not; `verbosity`: what rank 0 shows."""
         self.task, self.config, self.resume = task, config, resume
         path = Path(run_dir) if run_dir is not None else Path("runs", *(in_sweep() or [config.name]))
         self.run = RunDir(path, moved_keys(moved))
-        self.checkpoint, self.origin = named(resume, self.run, fork)
+        self.checkpoint, self.origin = named(resume, self.run, fork, reset_optimizer)
         self.world = World.detect()
         if self.world.is_rank_0:
             require_trackers(config.tracking)
@@ -185,14 +186,16 @@ class Trainer:
 
     def _go_on(self, engine: Engine) -> str:
         """Take over where this run was interrupted, if it was; returns the ledger's chain there. Collective."""
+        reset_optimizer = False
         if self.checkpoint is not None and self.origin is None:
             found: Found | None = whole(self.checkpoint, self.world, self.run)
         else:
             found = newest_whole(self.run, self.world)
             if found is None and (origin := self.world.on_rank_0(self.run.origin)) is not None:
                 found = whole(Path(origin["path"]), self.world)
+                reset_optimizer = origin.get("reset_optimizer", False)
         if found is not None:
-            engine.load(found.path, found.manifest)
+            engine.load(found.path, found.manifest, reset_optimizer)
             self.source.load(found.manifest["stream"])
             self.first_step = found.manifest["step"]
             self.account.load(found.manifest)

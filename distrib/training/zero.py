@@ -97,8 +97,8 @@ class Zero(Placement):
             self._engine.step()
             self._discarding = False
 
-    def load(self, path: Path, manifest: dict[str, Any]) -> None:
-        super().load(path, manifest)
+    def load(self, path: Path, manifest: dict[str, Any], reset_optimizer: bool = False) -> None:
+        super().load(path, manifest, reset_optimizer)
         if self.stage == 3:
             parameters: list[Any] = list(self.module.parameters())
             for parameter in parameters:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import lines
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import TensorDataset
@@ -89,3 +90,11 @@ def test_the_update_is_by_the_mean(make: Any, tmp_path: Path) -> None:
 def test_who_looks_at_the_gradient_sees_the_mean(make: Any, tmp_path: Path) -> None:
     (seen,) = trained(make, tmp_path / "run")[0].seen
     assert seen.item() == 3.0
+
+
+def test_a_group_whose_rate_is_0_leaves_the_others_theirs(tmp_path: Path) -> None:
+    def make(params: list[nn.Parameter]) -> Optimizer:
+        return SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": 0.0}, {"params": params, "lr": 1.0}])
+
+    assert trained(make, tmp_path / "run")[1] == -3.0
+    assert lines(tmp_path / "run")[0]["lr"] == 1.0
