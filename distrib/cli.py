@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from distrib import __version__
+from distrib.arguments import ConfigFile, Moved, Overrides, RunDirOption, RunFolder
 from distrib.launching.command import LaunchCommand, run_app, show_sign_of_life
 from distrib.launching.member import run_and_end, run_as_member
 
@@ -40,18 +41,6 @@ app = typer.Typer(
     Exit codes: 0 done, 1 failed, 2 the input is wrong (one line says what), 75 asked to stop: saved, start again.""",
 )
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
-Overrides = Annotated[
-    Optional[list[str]],
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example optim.lr=0.01 train.epochs=2."),
-]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/digits.")]
-
-Moved = Annotated[
-    Optional[list[str]],
-    typer.Option(metavar="task.KEY=PATH", help="Go on although the data now lie elsewhere, if they are the same."),
-]
-
 
 def _as_member(verb: Callable[..., None]) -> Callable[..., None]:
     """Errors of the user's end in one line and exit code 2, crashes in the failing rank's traceback."""
@@ -77,9 +66,7 @@ def _options(
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    run_dir: Annotated[
-        Optional[Path], typer.Option(help="The run folder.  [default: runs/NAME]", show_default=False)
-    ] = None,
+    run_dir: RunDirOption = None,
     resume: Annotated[
         str,
         typer.Option(
@@ -212,9 +199,7 @@ def submit(
     slurm: Annotated[
         Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="Further options of sbatch: partition=long.")
     ] = None,
-    run_dir: Annotated[
-        Optional[Path], typer.Option(help="The run folder.  [default: runs/NAME]", show_default=False)
-    ] = None,
+    run_dir: RunDirOption = None,
     moved: Moved = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script, and submit nothing.")] = False,
 ) -> None:
@@ -261,9 +246,7 @@ def evaluate(
 
 @app.command()
 @_as_member
-def watch(
-    run: RunFolder,
-) -> None:
+def watch(run: RunFolder) -> None:
     """Show a run as it goes on, or went, from its folder: from another terminal, or a cluster's login node."""
     from distrib.reporting.watch import watch_run
 
@@ -272,9 +255,7 @@ def watch(
 
 @app.command()
 @_as_member
-def verify(
-    run: RunFolder,
-) -> None:
+def verify(run: RunFolder) -> None:
     """Check a run's ledger against the order that its config means, and its checkpoints against the ledger."""
     from distrib.training.verbs import verify_run
 

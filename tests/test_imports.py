@@ -31,7 +31,7 @@ LAYERS = [
     {"reporting"},
     {"training", "tasks"},
     {"launching"},
-    {"cli"},
+    {"cli", "arguments"},
 ]
 ONLY_IN = {
     "accelerate": {"reporting/tracking.py", "training/engine.py", "training/replicated.py", "world.py"},
