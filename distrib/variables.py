@@ -1,8 +1,23 @@
-"""Numbers from variables that a launcher, or the user, has set."""
+"""Variables that a launcher, or the user, has set, and those that are set here for a library."""
 
+import os
 from collections.abc import Mapping
 
 from distrib.errors import LaunchError
+
+_provided: set[str] = set()  # by this process
+
+
+def provide(name: str, value: str) -> None:
+    """Set a variable that a library reads, if nobody has set it."""
+    if name not in os.environ:
+        os.environ[name] = value
+        _provided.add(name)
+
+
+def from_outside() -> dict[str, str]:
+    """Return this process's variables without those that `provide` set: these are no launcher's."""
+    return {name: value for name, value in os.environ.items() if name not in _provided}
 
 
 def whole_number(environ: Mapping[str, str], name: str, default: int = 0) -> int:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distrib import slurm, tuning
+from distrib import slurm, tuning, variables
 from distrib.accelerate_launch import what_accelerate_was_told
 from distrib.errors import DistribError, LaunchError
 from distrib.network import LOOPBACK, interface_of, own_address
@@ -54,8 +54,12 @@ class World:
     presence: Presence | None = None
 
     @classmethod
-    def detect(cls, environ: Mapping[str, str] = os.environ) -> "World":
-        """Read the launcher's variables. Raises LaunchError where they tell of processes that are not there."""
+    def detect(cls, environ: Mapping[str, str] | None = None) -> "World":
+        """Read the launcher's variables, by default this process's.
+
+        Raises LaunchError if they tell of processes that are not there.
+        """
+        environ = variables.from_outside() if environ is None else environ
         by_accelerate = "ACCELERATE_MIXED_PRECISION" in environ
         if "RANK" not in environ and "WORLD_SIZE" not in environ:
             environ = {**environ, **slurm.as_member(environ)}

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from distrib import variables
 from distrib.state.checkpoint import Shard, replicated
 from distrib.training.placement import MakeOptimizer, Number, Placement, make_contiguous, trainable
 from distrib.training.totals import SummedTotals
@@ -191,7 +192,7 @@ def _import_deepspeed(world: World) -> Any:
     """DeepSpeed on this device; on CPU without the extension that it would compile for half a minute."""
     if world.use_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it wants one where no launcher started us, too
+    variables.provide("LOCAL_RANK", str(world.local_rank))  # DeepSpeed reads it also if no launcher set it
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
     logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())  # tests/distributed test ours
