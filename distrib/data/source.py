@@ -94,7 +94,14 @@ class Stream(Source):
                 f"their part; {self.world.world_size} cannot take over from them, start {saved}"
             )
         assert state is not None, "as many as ranks"
-        self._state = state[self.world.rank]
+        mine = state[self.world.rank]
+        workers, before = self.loading["num_workers"], _num_workers(mine)
+        if workers != before:
+            raise ConfigError(
+                f"data.num_workers: {workers}, but the stream {type(self.dataset).__name__} was read by {before} "
+                f"worker(s), each of which has its own place in it; give {before}"
+            )
+        self._state = mine
 
     def _reads(self, start: int) -> Iterator[Read]:
         """Micro-batches without end: where the stream ends, it begins again."""
@@ -139,6 +146,12 @@ def source(dataset: Dataset[Any], plan: RunPlan, world: World, seed: int, loadin
     """Of whichever kind the dataset is."""
     kind = Stream if isinstance(dataset, IterableDataset) else Source
     return kind(dataset, plan, world, seed, loading)
+
+
+def _num_workers(state: dict[str, Any]) -> int:
+    """The workers of the loader that made this state, as torchdata 0.11 writes it; without workers it names none."""
+    main = (state.get("_snapshot") or {}).get("_main_snapshot") or {}
+    return int(main.get("_num_workers", 0))
 
 
 def _digest(batch: Any) -> str:

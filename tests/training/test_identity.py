@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import interrupted, lines
-from tasks import Masked
+from tasks import Masked, Streamed
 from torch import nn
 from torch.utils.data import Subset
 
@@ -198,6 +198,16 @@ def test_data_that_moved(tmp_path: Path, in_config: bool) -> None:
         path.write_text(json.dumps(older(json.loads(path.read_text()))))
         with pytest.raises(RunDirError, match="no fingerprint tells whether the data are the same"):
             train(tmp_path / "run", "there", "task.folder")
+
+
+def test_a_stream_goes_on_with_as_many_workers(tmp_path: Path) -> None:
+    for workers, other in ((0, 1), (2, 1), (1, 0)):
+        run = fit(tmp_path / f"run-{workers}", Streamed(), data={**VALUES["data"], "num_workers": workers})
+        run = interrupted(run, tmp_path / f"on-{workers}", after=3)
+        with pytest.raises(ConfigError, match=rf"data\.num_workers: {other}, .* was read by {workers} worker"):
+            fit(run, Streamed(), data={**VALUES["data"], "num_workers": other})
+        fit(run, Streamed(), data={**VALUES["data"], "num_workers": workers})
+        assert len(lines(run)) == 6
 
 
 def test_verify_and_compare_know_the_data(
