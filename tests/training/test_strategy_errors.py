@@ -1,0 +1,68 @@
+"""Errors that a strategy causes become one line; others stay what they are."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tasks import Masked
+from torch import nn
+
+from distrib import Config, Trainer, World
+from distrib.config import StrategyConfig
+from distrib.errors import ConfigError
+from distrib.training.replicated import Replicated
+from distrib.training.strategy_errors import recognised
+
+
+def placement(name: str, module: nn.Module) -> Replicated:
+    placement = Replicated(World(), module, None, StrategyConfig(name="ddp"))
+    placement.name = name
+    return placement
+
+
+class Wrapper(nn.Module):
+    pass
+
+
+def test_what_a_wrapper_hides() -> None:
+    module = nn.Linear(2, 2)
+    wrapped = placement("ddp", module)
+    wrapped.model = Wrapper()
+    said = r"task: reads model.in_features, but ddp reduces .* in the model's forward"
+    with pytest.raises(ConfigError, match=said), recognised(wrapped):
+        _ = wrapped.model.in_features
+    for obj in (wrapped.model, module):  # not the module's either; of the module itself
+        with pytest.raises(AttributeError), recognised(wrapped):
+            _ = obj.nothing
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("zero3", "The size of tensor a (2) must match the size of tensor b (0) at dimension 1", "has not gathered"),
+        ("fsdp2", "aten.mm got mixed torch.Tensor and DTensor, need to convert", "has not gathered"),
+        ("zero1", "Loss scaling is required for this configuration", "takes a gradient of the model's output"),
+        ("ddp", "Expected to have finished reduction in the prior iteration", "set strategy.find_unused_parameters"),
+        ("zero2", "The size of tensor a (2) must match the size of tensor b (0) at dimension 1", None),
+        ("zero3", "The size at 0x7f must match the size of tensor b (10) at dimension 1", None),
+    ],
+)
+def test_what_libraries_say(name: str, text: str, said: str | None) -> None:
+    with (
+        pytest.raises(ConfigError if said else RuntimeError, match=said or "The size"),
+        recognised(placement(name, nn.Linear(2, 2))),
+    ):
+        raise RuntimeError(text)
+
+
+def test_a_gradient_in_evaluation(tmp_path: Path) -> None:
+    class Force(Masked):
+        def forward(self, model: nn.Module, batch: Any) -> Any:
+            output = super().forward(model, batch)
+            torch.autograd.grad(output.sum(), list(model.parameters()), retain_graph=True)
+            return output
+
+    config = Config.from_dict({"data": {"global_batch_size": 8, "micro_batch_size": 4}, "train": {"steps": 1}})
+    with pytest.raises(ConfigError, match=r"takes a gradient in evaluation, which runs under torch.no_grad\(\); write"):
+        Trainer(Force(), config, tmp_path / "run").fit()
