@@ -39,6 +39,7 @@ SlurmctldPort={ports[0]}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=1
 MpiDefault=none
 JobRequeue=1

@@ -116,21 +116,47 @@ def test_a_job_that_is_stopped_five_times(slurm: Cluster, undisturbed: Path, tmp
     assert json.loads((run / "summary.json").read_text())["restarts"] == 5
 
 
-def test_a_job_whose_time_is_over(slurm: Cluster, tmp_path: Path) -> None:
-    """SLURM sends USR1 some time before (it counts in minutes), the job saves and is requeued. Also: the template that
-    lies in slurm/, as it is."""
+def test_jobs_whose_time_is_over(slurm: Cluster, tmp_path: Path) -> None:
+    """SLURM sends USR1 some time before (it counts in minutes), the job saves and is requeued.
+
+    Once with the template that lies in slurm/, as it is, on two nodes; once as the last task of an array, whose number
+    is that of the array: the others, done, failed, cancelled and running, are left alone."""
     config = write(tmp_path, train={"steps": 100_000}, checkpoint={"every_steps": 0})
     run = tmp_path / "runs" / "run"
+    options = ["--parsable", "--signal=USR1@30"]
+    done, failed, others = "train.steps=3", "task.target=tasks:Nowhere", "seed=1\n" * 3
+    (tmp_path / "five.txt").write_text(f"{done}\n{failed}\n{others}")
+    tasks = [tmp_path / "runs" / "five" / str(number) for number in range(5)]
+    sweep = ROOT / "slurm" / "sweep.sbatch"
+    array = slurm.command("sbatch", *options, "--time=60", "--array=0-4", sweep, config, "five.txt", cwd=tmp_path)
+    until(lambda: all(steps_done(tasks[number]) for number in (2, 3, 4)), "they do not begin", 120)
+    slurm.command("scancel", f"{array}_2")
+    _, minutes, _ = slurm.job(f"{array}_4")["RunTime"].split(":")
+    slurm.command("scontrol", "update", f"JobId={array}_4", f"TimeLimit={int(minutes) + 2}")
     out = f"--output={tmp_path}/out"
     template = ROOT / "slurm" / "train.sbatch"
-    options = ["--parsable", "--time=2", "--signal=USR1@30", "--nodes=2", out]
-    job = slurm.command("sbatch", *options, template, config, cwd=tmp_path)
+    job = slurm.command("sbatch", *options, "--time=2", "--nodes=2", out, template, config, cwd=tmp_path)
     until(lambda: slurm.job(job)["JobState"] == "RUNNING", "it does not begin")
-    until(lambda: slurm.job(job)["Restarts"] == "1", "its time is not over", 180)
+    for name in (job, f"{array}_4"):
+        until(lambda name=name: slurm.job(name)["Restarts"] == "1", "its time is not over", 180)  # type: ignore[misc]
     slurm.command("scancel", job)
     said = (tmp_path / "out").read_text()
     assert f"runs/run: asked to stop; saved after step {steps_done(run)}, job {job} is requeued" in said
     assert events(run) == ["started", "checkpoint", "preempted"]
+
+    said = (tmp_path / f"slurm-{array}_4.log").read_text()
+    assert f"asked to stop; saved after step {steps_done(tasks[4])}, job {array}_4 is requeued" in said
+    states = {number: slurm.job(f"{array}_{number}") for number in range(5)}
+    slurm.command("scancel", array)
+    assert {number: (state["JobState"], state["Restarts"]) for number, state in states.items()} == {
+        0: ("COMPLETED", "0"),
+        1: ("FAILED", "0"),
+        2: ("CANCELLED", "0"),
+        3: ("RUNNING", "0"),
+        4: ("PENDING", "1"),
+    }
+    assert states[4]["JobId"] == array
+    assert json.loads((tasks[4] / "environment.json").read_text())["starts"][0]["job"] == f"{array}_4"
 
 
 def test_a_job_that_is_stopped_while_it_starts(slurm: Cluster, tmp_path: Path) -> None:
