@@ -123,7 +123,8 @@ def launch(arguments: Sequence[str], options: Options) -> int:
         max_restarts=options.max_restarts,
         monitor_interval=0.1,
     )
-    agent = Agent(spec, DefaultLogsSpecs(), grace=options.grace)
+    logs = DefaultLogsSpecs(os.devnull)  # the ranks write where we do; it needs no folder below /tmp
+    agent = Agent(spec, logs, grace=options.grace)
     if options.node_rank:
         agent.start_watchdog(f"node 0's launcher at {options.rendezvous} does not answer; ending all")
     handle(STOP_SIGNALS, agent.handle)

@@ -165,8 +165,11 @@ def test_a_module_of_the_users_and_its_exit_code(run: Run, tmp_path: Path) -> No
         "    time.sleep(0.01)\n"
         "sys.exit(3 if os.environ['RANK'] == '1' else 0)\n"
     )
-    result = run("distrib", "launch", "--processes", 2, "-m", "my_module", "was-here-")
+    (tmp_path / "temporary").mkdir()
+    temporary = str(tmp_path / "temporary")
+    result = run("distrib", "launch", "--processes", 2, "-m", "my_module", "was-here-", TMPDIR=temporary)
     check(result, code=1)
+    assert list((tmp_path / "temporary").iterdir()) == []  # the launcher leaves nothing behind
     assert "rank 1 failed with exit code 3" in result.stderr
     assert sorted(path.name for path in tmp_path.glob("was-here-*")) == ["was-here-0", "was-here-1"]
 
