@@ -38,7 +38,6 @@ class Replicated(Placement):
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # so is the window
             kwargs_handlers=[
                 DistributedDataParallelKwargs(
-                    broadcast_buffers=False,  # see buffers.py
                     gradient_as_bucket_view=True,
                     find_unused_parameters=config.find_unused_parameters,
                     static_graph=config.static_graph,
@@ -48,6 +47,8 @@ class Replicated(Placement):
         self.use_optimizer(make_optimizer)
         if world.world_size > 1 and make_optimizer is not None:
             self.model = self._accelerator.prepare_model(self.model)
+            # See buffers.py. torch 2.13 warns of it as an argument.
+            self.model.broadcast_buffers = False  # type: ignore[assignment]
             self.learns_from_its_first_backward = True
             if not config.find_unused_parameters:
                 self._watch_use()
