@@ -10,7 +10,8 @@ from typing import Any
 import torch.distributed as dist
 
 from distrib.config import Config
-from distrib.errors import ConfigError, DistribError, RunDirError
+from distrib.errors import ConfigError, DamagedFileError, DistribError, RunDirError
+from distrib.state.files import read_bytes
 from distrib.state.identity import Fingerprint, difference
 from distrib.world import World
 
@@ -85,6 +86,6 @@ def require_shared(world: World, written: Path) -> None:
 
 def _digest(path: Path) -> str | None:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
+        return hashlib.sha256(read_bytes(path)).hexdigest()
+    except DamagedFileError:
         return None

@@ -345,6 +345,16 @@ def test_nothing_waits_for_a_fifo(whole: Path, interrupted: Path, tmp_path: Path
     assert not list(run.glob(".*.partial"))
 
 
+@pytest.mark.parametrize("kind", ["a FIFO", "a device", "a folder"])
+def test_a_finished_run_started_again(whole: Path, tmp_path: Path, kind: str) -> None:
+    """Its summary is returned, from a folder of which no file is opened that is none."""
+    run = copy(whole, tmp_path)
+    for name in ("environment.json", "config.yaml"):
+        DAMAGES[kind](run / name, random.Random(0))
+    summary = json.loads((run / "summary.json").read_text())
+    assert fit(run)["metrics"] == summary["metrics"]
+
+
 def test_a_folder_of_checkpoints_that_is_none(interrupted: Path, tmp_path: Path) -> None:
     """Nothing is begun from scratch."""
     run = copy(interrupted, tmp_path)
