@@ -235,7 +235,7 @@ def _of_starts(starts: list[dict[str, Any]], key: str, otherwise: dict[str, Any]
 
 def _identity(identity: dict[str, str | None], key: str) -> str | None:
     value = identity.get(key)
-    if key == "uncommitted" and key in identity and identity["git_commit"] is not None and value is None:
+    if key == "uncommitted" and key in identity and identity.get("git_commit") is not None and value is None:
         return "nothing"
     return None if value is None else value[:_HASH_DIGITS]
 

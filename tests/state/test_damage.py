@@ -345,6 +345,13 @@ def test_nothing_waits_for_a_fifo(whole: Path, interrupted: Path, tmp_path: Path
     assert not list(run.glob(".*.partial"))
 
 
+def test_a_start_that_lacks_a_key(whole: Path, tmp_path: Path) -> None:
+    run = copy(whole, tmp_path)
+    text = (run / "environment.json").read_text()
+    (run / "environment.json").write_text(text.replace('"git_commit"', '"git_c0mmit"'))
+    assert compare(load_runs([whole, run])).partings[0].cause == "nothing"
+
+
 @pytest.mark.parametrize("kind", ["a FIFO", "a device", "a folder"])
 def test_a_finished_run_started_again(whole: Path, tmp_path: Path, kind: str) -> None:
     """Its summary is returned, from a folder of which no file is opened that is none."""
