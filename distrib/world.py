@@ -27,6 +27,9 @@ from distrib.variables import check_threads, seconds, whole_number
 
 T = TypeVar("T")
 
+# Control and background group by timeout, for all runs of a process: the threads of each wake up 100 times a second.
+_groups: dict[float, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
+
 PACKAGES = ("distrib", "torch", "accelerate", "deepspeed", "numpy")
 _REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SECONDS_TO_COME = 300.0
@@ -149,8 +152,10 @@ class World:
             )
         self.device = state.device
         if self.world_size > 1:
-            self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-            self.background = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            if timeout not in _groups:
+                one, other = (dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) for _ in range(2))
+                _groups[timeout] = one, other
+            self.control, self.background = _groups[timeout]
             if self.presence is not None:
                 self.presence.watch()  # only now: in a script of several runs a rank may come here long after another
             atexit.register(_leave)
@@ -229,6 +234,14 @@ class World:
                         dist.recv(_as_bytes(value), src=rank, group=self.control)
                 parts.setdefault(key, []).append(value)
         return parts
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Overwrite a tensor with rank 0's. A device's group may not take tensors in CPU memory: gloo sends those."""
+        if self.world_size > 1:
+            sent = tensor.contiguous()
+            dist.broadcast(sent, src=0, group=self.control if tensor.device.type == "cpu" else None)
+            if sent is not tensor:
+                tensor.copy_(sent)
 
     def wait_for_all(self) -> None:
         """Return when every rank has come here."""

@@ -108,7 +108,7 @@ class Buffers:
         """Take the buffers as they are for those that every micro-batch of the step begins with."""
         if not self._begun and self._world.world_size > 1:
             for buffer in self._persistent:
-                dist.broadcast(buffer.current, src=0)
+                self._world.broadcast(buffer.current)
         self._begun = True
         for buffer in self._persistent:
             buffer.begin()

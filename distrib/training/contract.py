@@ -57,12 +57,13 @@ def check_blocks(value: Any) -> list[nn.Module]:
 
 
 def check_optimizer(value: Any) -> Optimizer | None:
-    if value is not None and not isinstance(value, Optimizer):
+    """A wrapper around an optimizer is taken, too, if it has what torch's have."""
+    if value is not None and not all(hasattr(value, name) for name in ("param_groups", "state", "step")):
         raise ConfigError(
             f"task.optimizer: returned {describe(value)}; return a torch.optim.Optimizer alone (the schedule is the "
             "config's), or None for the config's optimizer"
         )
-    return value
+    return value  # type: ignore[no-any-return]
 
 
 def check_loss(value: Any, for_training: bool = False) -> Loss:

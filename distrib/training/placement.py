@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -58,7 +57,7 @@ class Placement:
     def begin_with_rank_0s(self) -> None:
         """Give every rank rank 0's parameters and buffers, as DDP does by itself."""
         for tensor in self.module.state_dict().values():
-            dist.broadcast(tensor, src=0)
+            self.world.broadcast(tensor)
 
     def use_optimizer(self, make_optimizer: MakeOptimizer | None) -> None:
         """Build the optimizer over the module's parameters as they are now."""

@@ -50,7 +50,7 @@ class Replicated(Placement):
             # See buffers.py. torch 2.13 warns of it as an argument.
             self.model.broadcast_buffers = False  # type: ignore[assignment]
             self.learns_from_its_first_backward = True
-            if not config.find_unused_parameters:
+            if not (config.find_unused_parameters or config.static_graph):
                 self._watch_use()
             if compressed:
                 self.model.register_comm_hook(None, _mean_in_bf16)  # type: ignore[operator]
