@@ -128,6 +128,8 @@ def trial() -> Iterator[None]:
         frame = _method_frame(error)
         if frame is None or is_collective(error) or any(word in str(error).lower() for word in _DEVICE_FAULTS):
             raise
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # its own words are the best
+            raise
         raise ConfigError(_failure(error, frame)) from error
 
 

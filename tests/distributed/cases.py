@@ -60,6 +60,13 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         found.update(_buffer_cases(world))
     if world == 4:
         found.update({f"{name}-no": _config(FEW, strategy={"name": name}) for name in ("ddp", *SHARDED)})
+    for config in found.values():
+        if config.get("strategy", {}).get("name") == "zero3":
+            # By default each engine keeps a bucket of 2 GB for good, and a process with 24 GB of them cannot fork.
+            config["strategy"] = {
+                "deepspeed": {"zero_optimization": {"reduce_bucket_size": 10**6}},
+                **config["strategy"],
+            }
     return found
 
 

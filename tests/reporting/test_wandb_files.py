@@ -92,7 +92,7 @@ def test_a_run_of_ours_is_what_its_run_folder_says(folder: Path, tmp_path: Path)
     run, tracked = comparison.runs
     assert (tracked.name, tracked.state, tracked.restarts) == ("tracked", "finished", 1)
     assert comparison.differences == []
-    assert comparison.partings[0].because == "the same to the last bit over 8 steps"
+    assert comparison.partings[0].because == "the same to the last bit over 8 steps and 2 evaluations"
     assert comparison.figures[0].final == comparison.figures[1].final
     assert comparison.figures[0].best == comparison.figures[1].best
     assert tracked.seconds.values == pytest.approx(run.seconds.values)
