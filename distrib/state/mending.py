@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from distrib.config import Config
 from distrib.errors import DamagedFileError
 from distrib.state import formats, identity, ledger
-from distrib.state.files import Unreadable, lines_of, open_regular, parse, read_json, set_aside, write_whole
+from distrib.state.files import Unreadable, lines_of, open_regular, parse, read_json, set_aside, write_whole, writing
 from distrib.state.manifest import files_saved
 
 if TYPE_CHECKING:
@@ -118,12 +118,15 @@ def begin_ledger_again(run: RunDir, manifest: dict[str, Any]) -> None:
                 first = line.entry["step"] + 1
     except DamagedFileError:
         pass
-    aside = _moved(run.steps)
+    partial = run.steps.with_name(f".{run.steps.name}.partial")
+    write_whole(partial, "".join(whole))  # first: a kill may leave no ledger only between two renames
     lost = {"first": first, "next": manifest["step"], "chain": manifest["chain"]}
     environment = run.read_environment()
     environment["lost_steps"] = [*_lost_before(environment, first), lost]
     run.write_environment(environment)
-    write_whole(run.steps, "".join(whole))
+    aside = _moved(run.steps)
+    with writing(run.steps):
+        partial.replace(run.steps)
     run.report(
         f"{run.steps}: damaged: it does not lead to step {manifest['step']}{aside}; "
         f"{ledger.steps(first, lost['next'])} lost from it, and it goes on after them"

@@ -146,8 +146,8 @@ class RunDir:
     def has_begun(self) -> bool:
         """Is there anything of a step? Raises CheckpointError if the checkpoints' folder cannot be read."""
         with suppress(OSError):
-            if not self.steps.is_file() or self.steps.stat().st_size:
-                return os.path.lexists(self.steps)
+            if os.path.lexists(self.steps) and (not self.steps.is_file() or self.steps.stat().st_size):
+                return True
         return any(steps_of(self.checkpoints))
 
     def _make(self) -> None:

@@ -18,7 +18,7 @@ from conftest import Run, check, check_same, lines, tensors
 from tasks import Masked
 
 from distrib import Config, Trainer
-from distrib.errors import CheckpointError, DistribError, LedgerError
+from distrib.errors import CheckpointError, DistribError, LedgerError, RunDirError
 from distrib.reporting.comparison import compare
 from distrib.reporting.runs import load_runs
 from distrib.reporting.watch import watch_run
@@ -42,8 +42,9 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def fit(folder: Path) -> dict[str, Any]:
-    return Trainer(Masked(17, dropout=0.1), Config.from_dict(CONFIG), folder, verbosity="quiet").fit()
+def fit(folder: Path, lr: float = 0.001, **options: Any) -> dict[str, Any]:
+    config = Config.from_dict({**CONFIG, "optim": {"lr": lr}})
+    return Trainer(Masked(17, dropout=0.1), config, folder, verbosity="quiet", **options).fit()
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +250,16 @@ def test_values_that_were_changed_and_can_be_read(interrupted: Path, tmp_path: P
     assert verify_run(run).set_aside == [
         f"{name}.damaged-1" for name in ("config.yaml", "environment.json", "evals.jsonl")
     ]
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty"])
+def test_another_config_where_the_ledger_is_lost(whole: Path, interrupted: Path, tmp_path: Path, kind: str) -> None:
+    """The checkpoints are the run's own: no other run takes them over."""
+    run = copy(interrupted, tmp_path)
+    DAMAGES[kind](run / "steps.jsonl", random.Random(0))
+    with pytest.raises(RunDirError, match=r"another config \(optim\.lr was 0\.001, is 1\.0\)"):
+        fit(run, lr=1.0)
+    check_goes_on(run, whole, kind)
 
 
 def test_a_ledger_that_leads_to_no_checkpoint(whole: Path, interrupted: Path, tmp_path: Path) -> None:
