@@ -140,6 +140,7 @@ class Environment(TypedDict):
     task: NotRequired[TaskOf]
     forked_from: NotRequired[Origin | None]
     lost_steps: NotRequired[list[Lost]]
+    moved: NotRequired[list[str]]  # keys of the config that --moved has named
 
 
 class Summary(TypedDict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,11 @@ def evaluations(run: RunDir) -> str:
 def changes(run: RunDir, config: Config, environment: dict[str, Any] | None) -> tuple[str, str]:
     """Return what of a run of `config` is not the folder's, config, task or data, and how; or ("", "")."""
     before, recorded = run.read_config(), run.environment_or_nothing()
+    saved = saved_config(run)
     if (keys := changed_keys(before, config, run.moved)) and not saved_with(run, config):
         return "config", keys
+    if saved is not None and (keys := changed_keys(saved, config, (*run.moved, *recorded.get("moved", ())))):
+        return "config", f"{keys}, as {run.config} was changed to after the last checkpoint"
     if changed_keys(before, config) and not keys and not (recorded.get("data") or {}).get("train_dataset"):
         return "config", f"{changed_keys(before, config)}; no fingerprint tells whether the data are the same"
     if environment is None:
@@ -56,10 +60,18 @@ def saved_with(run: RunDir, config: Config) -> bool:
 def config_damage(run: RunDir, config: Config) -> str | None:
     """What is wrong with config.yaml, if a run of `config` goes on here."""
     try:
-        changes = changed_keys(config, run.own_config())
+        changes = changed_keys(config, run.own_config(), _moved_before(run))
     except DamagedFileError as error:
         return str(error)
     return f"{run.config}: damaged: {changes}" if changes and saved_with(run, config) else None
+
+
+def _moved_before(run: RunDir) -> Sequence[str]:
+    """The keys that an earlier start's --moved named: a checkpoint from before it holds their old values."""
+    with suppress(DamagedFileError):
+        moved: list[str] = read_json(run.environment, formats.ENVIRONMENT).get("moved", [])
+        return moved
+    return ()
 
 
 def environment_damage(run: RunDir) -> str | None:

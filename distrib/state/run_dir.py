@@ -81,6 +81,8 @@ class RunDir:
         if self.has_begun():
             environment["starts"] = [*before.get("starts", ()), *environment["starts"]]
         environment |= {key: before[key] for key in _FOR_EVERY_START if before.get(key)}
+        if moved := {*before.get("moved", ()), *self.moved}:
+            environment["moved"] = sorted(moved)
         if origin is not None:
             environment["forked_from"] = origin
         return environment

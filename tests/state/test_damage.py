@@ -262,6 +262,16 @@ def test_another_config_where_the_ledger_is_lost(whole: Path, interrupted: Path,
     check_goes_on(run, whole, kind)
 
 
+def test_a_changed_config_that_is_given_too(interrupted: Path, tmp_path: Path) -> None:
+    """As where `distrib train RUN/config.yaml --run-dir RUN` goes on: the checkpoint's copy is the run's config."""
+    run = copy(interrupted, tmp_path)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("lr: 0.001", "lr: 0.002", 1))
+    with pytest.raises(RunDirError, match=r"another config \(optim\.lr was 0\.001, is 0\.002, as .*config\.yaml was"):
+        fit(run, lr=0.002)
+    assert len(lines(run)) == STEPS
+
+
 def test_a_ledger_that_leads_to_no_checkpoint(whole: Path, interrupted: Path, tmp_path: Path) -> None:
     """It goes on at the newest checkpoint, and the steps whose lines are lost are named."""
     run = copy(interrupted, tmp_path)

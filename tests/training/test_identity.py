@@ -190,6 +190,10 @@ def test_data_that_moved(tmp_path: Path, in_config: bool) -> None:
         train(run, "there", "train.steps=6")
     train(run, "there", "task.folder")
     if in_config:
+        killed = interrupted(run, tmp_path / "killed", after=3)  # before the next save
+        verify_run(killed)
+        train(killed, "here")  # moved back, and nothing is damaged
+        assert not list(killed.glob("*.damaged-*"))
         (moved,) = [event["reason"] for event in lines(run, "events.jsonl") if event["event"] == "warning"]
         assert moved.startswith(f"the data moved: task.folder was '{tmp_path / 'here'}', is '{tmp_path / 'there'}'")
         assert Config.load(run / "config.yaml").task.folder == str(tmp_path / "there")  # type: ignore[union-attr]
