@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distrib.config import Config
-from distrib.errors import DamagedFileError
+from distrib.errors import DamagedFileError, RunDirError
 from distrib.state import formats, identity, ledger
 from distrib.state.files import Unreadable, lines_of, open_regular, parse, read_json, set_aside, write_whole, writing
-from distrib.state.manifest import files_saved
+from distrib.state.manifest import files_saved, steps_of
 
 if TYPE_CHECKING:
     from distrib.state.run_dir import RunDir
@@ -93,6 +93,7 @@ def set_aside_damaged(run: RunDir, config: Config) -> None:
 
     evals.jsonl and a ledger that does not lead to the checkpoint are seen to when that is known. Raises WriteError.
     """
+    require_beginning(run)
     saved = files_saved(run.checkpoints)
     if run.moved and (moved := changed_keys(run.read_config(), config)):
         run.report(f"the data moved: {moved}; their fingerprint is the same")
@@ -115,6 +116,22 @@ def set_aside_damaged(run: RunDir, config: Config) -> None:
         run.report(f"{problems[0]}{_moved(run.events)}")
     if problems or _is_torn(run.events):
         write_whole(run.events, b"".join(lines).decode())
+
+
+def require_beginning(run: RunDir) -> None:
+    """Raises RunDirError for a fork without checkpoints whose environment.json, which says where it began, is lost."""
+    if environment_damage(run) is None or any(steps_of(run.checkpoints)):
+        return
+    try:
+        line = next((line for line in ledger.walk(run.steps, {0: ledger.GENESIS}) if line.entry is not None), None)
+    except DamagedFileError:
+        return
+    if line is not None and line.entry is not None and line.entry["step"] >= line.number:
+        raise RunDirError(
+            f"{run.environment}: cannot be read, and no checkpoint holds a copy: the run began at a checkpoint of "
+            "another run, and it is not known which; choose another folder with --run-dir, and give --resume "
+            "CHECKPOINT --fork"
+        )
 
 
 def begin_ledger_again(run: RunDir, manifest: dict[str, Any]) -> None:

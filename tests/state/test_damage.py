@@ -272,6 +272,24 @@ def test_a_changed_config_that_is_given_too(interrupted: Path, tmp_path: Path) -
     assert len(lines(run)) == STEPS
 
 
+@pytest.mark.parametrize("kind", ["missing", "a list"])
+def test_a_fork_that_lost_where_it_began(interrupted: Path, tmp_path: Path, kind: str) -> None:
+    """Before its first save: it is not begun again from random weights."""
+    run = tmp_path / "fork"
+    fit(run, resume=str(interrupted), fork=True)
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoints")
+    before = (run / "steps.jsonl").read_text()
+    environment = (run / "environment.json").read_text()
+    DAMAGES[kind](run / "environment.json", random.Random(0))
+    with pytest.raises(RunDirError, match=r"environment\.json: cannot be read, .*--resume CHECKPOINT --fork"):
+        fit(run)
+    assert (run / "steps.jsonl").read_text() == before
+    (run / "environment.json").write_text(environment)
+    assert fit(run)["steps"] == STEPS
+    assert (run / "steps.jsonl").read_text().count("\n") == STEPS - AT
+
+
 def test_a_ledger_that_leads_to_no_checkpoint(whole: Path, interrupted: Path, tmp_path: Path) -> None:
     """It goes on at the newest checkpoint, and the steps whose lines are lost are named."""
     run = copy(interrupted, tmp_path)
