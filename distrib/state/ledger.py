@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -167,17 +168,18 @@ def _line_from(path: Path, step: int) -> int:
 
 def _lines_from_the_end(path: Path) -> Iterator[bytes]:
     """With their line ends; the first may have none. Raises OSError, DamagedFileError."""
-    rest = b""
+    rest: list[bytes] = []  # parts of a line whose start is not read yet, the last first: joined once
     with open_regular(path) as file:
         place = file.seek(0, os.SEEK_END)
         while place:
             size = min(place, 1 << 16)
             place = file.seek(place - size)
-            lines = (file.read(size) + rest).split(b"\n")
-            ended = [line + b"\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
-            rest = ended[0] if ended else b""  # cut meanwhile
-            yield from reversed(ended[1:])
-    yield rest
+            rest.append(file.read(size))
+            if b"\n" in rest[-1]:
+                lines = BytesIO(b"".join(reversed(rest))).readlines()
+                rest = lines[:1]
+                yield from reversed(lines[1:])
+    yield b"".join(reversed(rest))
 
 
 def link(chain: str, text: str) -> str:

@@ -23,7 +23,8 @@ from distrib.reporting.comparison import compare
 from distrib.reporting.runs import load_runs
 from distrib.reporting.watch import watch_run
 from distrib.state.files import read_lines
-from distrib.state.formats import STEP
+from distrib.state.formats import EVALUATION, STEP
+from distrib.state.ledger import last_line
 from distrib.state.manifest import sealed as seal
 from distrib.state.resume import newest_whole
 from distrib.state.run_dir import RunDir
@@ -288,6 +289,24 @@ def test_a_fork_that_lost_where_it_began(interrupted: Path, tmp_path: Path, kind
     (run / "environment.json").write_text(environment)
     assert fit(run)["steps"] == STEPS
     assert (run / "steps.jsonl").read_text().count("\n") == STEPS - AT
+
+
+def test_a_last_line_of_many_blocks(tmp_path: Path) -> None:
+    """It is not read as a line, and those before it are found, from the end."""
+    file = tmp_path / "evals.jsonl"
+    entries = [
+        {"step": step, "count": 1, "metrics": {"x" * size: 1.0}, "seconds": 0.0}
+        for step, size in enumerate((1, 1 << 17, 65_536, 3))
+    ]
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    ends = file.stat().st_size
+    for tail in (0, 1, (1 << 16) - 1, 1 << 16, 5 << 16):
+        with file.open("ab") as more:
+            more.write(bytes(tail))
+        assert last_line(file, EVALUATION) == entries[-1]
+        os.truncate(file, ends)
+    os.truncate(file, len(json.dumps(entries[0])) + 1 + len(json.dumps(entries[1])) + 1)
+    assert last_line(file, EVALUATION) == entries[1]
 
 
 def test_a_ledger_that_leads_to_no_checkpoint(whole: Path, interrupted: Path, tmp_path: Path) -> None:
