@@ -25,8 +25,9 @@ SCRIPT = """\
 export DISTRIB_GRACE={grace}
 # Who joins must know this secret of the job, which srun hands to its tasks.
 export DISTRIB_RENDEZVOUS_KEY=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')
-# One task for each device. When one fails, the others are ended too.
-exec srun --kill-on-bad-exit=1 ${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}} {program} train "$@"
+# One task for each device, with what is exported here. When one fails, the others are ended too.
+exec srun --export=ALL --kill-on-bad-exit=1 ${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}} \\
+    {program} train "$@"
 """
 
 
