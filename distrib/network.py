@@ -62,17 +62,12 @@ def keep_store(server: socket.socket, world_size: int, seconds: float) -> TCPSto
 def own_address(host: str, port: int) -> str:
     """Return the address by which this machine reaches `host`, and is reached from there. Raises LaunchError.
 
-    GLOO_SOCKET_IFNAME, if set, names the interface.
+    GLOO_SOCKET_IFNAME has no say: it names gloo's interface, and the others look for the rendezvous at `host`.
     """
     try:
         address = _address_towards(host, port)
     except OSError as error:
         raise LaunchError(f"rendezvous at {endpoint(host, port)} failed: {error.strerror or error}") from None
-    if (chosen := os.environ.get("GLOO_SOCKET_IFNAME")) is not None:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        for one in psutil.net_if_addrs().get(chosen, ()):
-            if one.family == family:
-                return one.address
     if _is_loopback(address) and host != "localhost" and not _is_loopback(host):
         # Our own name, which Debian gives 127.0.1.1. What others reach is where packets to anywhere would leave.
         for other in _NOBODYS:

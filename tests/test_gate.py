@@ -7,6 +7,7 @@ from contextlib import suppress
 from datetime import timedelta
 from threading import Thread
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -127,3 +128,16 @@ def test_the_address_by_which_loopback_is_reached() -> None:
     assert own_address("localhost", 1) in ("127.0.0.1", "::1")
     with pytest.raises(LaunchError, match=r"rendezvous at nowhere\.invalid:1 failed"):
         own_address("nowhere.invalid", 1)
+
+
+def test_the_rendezvous_is_where_others_look_whichever_interface_gloo_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = [
+        (interface, one.address)
+        for interface, several in psutil.net_if_addrs().items()
+        for one in several
+        if one.family == socket.AF_INET
+    ]
+    for interface, _ in addresses:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
+        for _, address in addresses:
+            assert own_address(address, 1) == address
