@@ -74,13 +74,17 @@ class Relay:
 
     def __init__(self, host: str, port: int, key: str, seconds: float, who: str) -> None:
         self._host, self._port, self._key, self._who = host, port, key.encode(), who
+        self._leads_to: dict[int, int] = {}  # port on loopback: number of a store
         asyncio.run(self._wait(seconds))
 
-    def open(self, number: int) -> int:
-        """Return a port on loopback that leads to the store of this number."""
-        server = listen(LOOPBACK, 0)
-        port: int = server.getsockname()[1]
-        _serve(server, partial(self._pass_on, number))
+    def open(self, number: int, port: int = 0) -> int:
+        """Return a port on loopback that leads to the store of this number: a new one, or `port`, if this has opened
+        it before; who comes there from now on reaches this store."""
+        if port == 0:
+            server = listen(LOOPBACK, 0)
+            port = server.getsockname()[1]
+            _serve(server, partial(self._pass_on, port))
+        self._leads_to[port] = number
         return port
 
     async def _wait(self, seconds: float) -> None:
@@ -96,8 +100,8 @@ class Relay:
                     raise no_answer(self._host, self._port, seconds, reason, self._who) from None
             await asyncio.sleep(0.2)
 
-    async def _pass_on(self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await _forward((reader, writer), await self._enter(number))
+    async def _pass_on(self, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await _forward((reader, writer), await self._enter(self._leads_to[port]))
 
     async def _enter(self, number: int) -> Connection:
         reader, writer = await asyncio.open_connection(self._host, self._port)

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import socket
+import threading
 from contextlib import suppress
 from datetime import timedelta
 from threading import Thread
@@ -46,6 +47,21 @@ def test_who_knows_the_key_reaches_the_store(gate: tuple[Gate, str, int], store:
     store.set("from-here", "y")
     assert store.get("from-there") == large.encode()
     assert far.get("from-here") == b"y"
+
+
+def test_one_port_leads_to_the_store_of_each_round(gate: tuple[Gate, str, int]) -> None:
+    """However often the ranks start again, no listener and no thread is left behind."""
+    there, host, port = gate
+    relay, way = Relay(host, port, KEY, 10, "rank 0"), 0
+    threads = threading.active_count()
+    for number in (1, 2, 3):
+        of_round = keep_store(listen(LOOPBACK, 0), 2, 10)
+        of_round.set("round", str(number))
+        there.stores[number] = of_round.port
+        way = relay.open(number, way)
+        far = TCPStore(LOOPBACK, way, 2, False, timedelta(seconds=10), wait_for_workers=False)
+        assert far.get("round") == str(number).encode()
+    assert threading.active_count() == threads + 1
 
 
 def test_another_key_is_refused_on_both_sides(gate: tuple[Gate, str, int]) -> None:

@@ -99,7 +99,7 @@ class NodeRendezvous(RendezvousHandler):
         self._wait_for(nodes, store)
         self.hosts = [json.loads(value)["host"] for value in store.multi_get(nodes)]
         if self._relay is not None:
-            port = self._relay.open(self.round + 1)
+            port = self._port = self._relay.open(self.round + 1, self._port)  # one port for all rounds
         return RendezvousInfo(store, self.node_rank, self._nodes, RendezvousStoreInfo(LOOPBACK, port))
 
     def num_nodes_waiting(self) -> int:
