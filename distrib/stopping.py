@@ -66,13 +66,16 @@ def when_asked_to_stop(take_note: Callable[[signal.Signals], None]) -> Iterator[
 
 
 def leave_when_asked(as_launcher: bool = False) -> None:
-    """From now on, while it is not training, this process ends with exit code 75 on each of LEAVE_SIGNALS.
+    """From now on, while it is not training, this process ends with exit code 75 on each of LEAVE_SIGNALS, and a
+    launcher, until it passes signals on to its ranks, on each of STOP_SIGNALS.
 
     Rank 0 decides for all: the others wait for it, so that no launcher ends it before it has said why, or has asked
     SLURM to start the job again. If rank 0 trains by then, so do they soon, and take note of the signal as it did.
     Under distrib launch rank 0 dies of the signal, even within a call into C++, and its launcher does the rest.
     """
-    if as_launcher or (_rank() == 0 and not has_launcher()):
+    if as_launcher:
+        handle(STOP_SIGNALS, _leave)
+    elif _rank() == 0 and not has_launcher():
         handle(LEAVE_SIGNALS, _leave)
     elif _rank() != 0:
         handle(LEAVE_SIGNALS, _postpone)
@@ -91,7 +94,8 @@ def nothing_to_save(number: int) -> None:
 
 
 def _leave(number: int, _frame: Any) -> None:
-    handle(LEAVE_SIGNALS, lambda *_: None)  # a second one changes nothing
+    again = [other for other in STOP_SIGNALS if signal.getsignal(other) is _leave]
+    handle(again, lambda *_: None)  # a second one changes nothing
     nothing_to_save(number)
     os._exit(SAVED)
 

@@ -365,6 +365,22 @@ def test_a_machine_that_never_comes(run: Run, tmp_path: Path) -> None:
     assert "no answer within 3 s (Connection refused); node 0's distrib launch should listen there" in line
 
 
+def test_a_launcher_that_waits_for_node_0_is_asked_to_stop(mark: str, tmp_path: Path) -> None:
+    write(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it accepts, and says nothing
+        where = ["--nodes", 2, "--node-rank", 1, "--rendezvous", f"127.0.0.1:{silent.getsockname()[1]}"]
+        for number in (signal.SIGTERM, signal.SIGINT):
+            launcher = beside(mark, tmp_path, "launch", *where, "run.yaml", DISTRIB_RENDEZVOUS_KEY=KEY)
+            connection, _ = silent.accept()
+            with connection:
+                launcher.send_signal(number)
+                _, said = launcher.communicate(timeout=60)
+            assert (launcher.returncode, said) == (
+                75,
+                "asked to stop while not training, nothing to save; start it again\n",
+            )
+
+
 def test_two_on_one_host_although_there_is_no_local_rank(mark: str, tmp_path: Path) -> None:
     run = write(tmp_path)
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
