@@ -23,6 +23,7 @@ KEY = "DISTRIB_RENDEZVOUS_KEY"
 SHORTEST_KEY = 16
 _HELLO = b"distrib rendezvous 1\n"
 _NONCE = 32
+_REFUSED = bytes(32)  # in the place of the keeper's proof; a gate that went away says nothing
 _SECONDS_TO_PROVE = 10.0
 _FILES = 65_536  # a forwarded connection takes two, the store a third
 
@@ -52,6 +53,7 @@ class Gate:
         number = await asyncio.wait_for(self._ask(reader, writer), _SECONDS_TO_PROVE)
         if number is None:
             self.refused.add(writer.get_extra_info("peername")[0])
+            writer.write(_REFUSED)
         elif (port := self.stores.get(number)) is not None:
             await _forward((reader, writer), await asyncio.open_connection(LOOPBACK, port))
 
@@ -111,7 +113,7 @@ class Relay:
                 raise ConnectionError(None, "another program listens there")
             ours, wanted = secrets.token_bytes(_NONCE), number.to_bytes(4, "big")
             writer.write(ours + wanted + _proof(self._key, b"joiner", theirs, ours, wanted))
-            proof = await reader.read(32)
+            proof = await reader.readexactly(len(_REFUSED))
         except EOFError:
             writer.close()
             raise ConnectionError(None, "the connection was closed") from None

@@ -86,6 +86,22 @@ def test_a_gate_that_does_not_know_the_key_is_not_believed() -> None:
         Relay(LOOPBACK, server.getsockname()[1], KEY, 10, "rank 0")
 
 
+def test_a_gate_that_goes_away_before_it_answers_is_tried_again(store: TCPStore) -> None:
+    """As one that is started again; it has not refused anybody."""
+    server = listen(LOOPBACK, 0)
+    port = server.getsockname()[1]
+
+    def go_away_and_come_back() -> None:
+        connection, _ = server.accept()
+        connection.sendall(b"distrib rendezvous 1\n" + bytes(32))
+        connection.recv(68, socket.MSG_WAITALL)
+        connection.close()
+        Gate(server, KEY).stores[0] = store.port
+
+    Thread(target=go_away_and_come_back, daemon=True).start()
+    Relay(LOOPBACK, port, KEY, 10, "rank 0")
+
+
 def test_another_program_at_the_port_is_no_gate() -> None:
     server = listen(LOOPBACK, 0)
 
@@ -109,7 +125,9 @@ def test_junk_reaches_no_store(gate: tuple[Gate, str, int], junk: bytes) -> None
         answer = b""
         while part := stranger.recv(1000):
             answer += part
-        assert len(answer) == len(b"distrib rendezvous 1\n") + 32  # its greeting, and nothing else
+        greeting = len(b"distrib rendezvous 1\n") + 32
+        assert len(answer[:greeting]) == greeting
+        assert answer[greeting:] == (b"" if len(junk) < 68 else bytes(32))  # where it is long enough, the refusal
 
 
 def test_a_key_must_not_be_short() -> None:
