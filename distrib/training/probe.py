@@ -28,6 +28,9 @@ from distrib.training.verdict import Step
 # total, which is far from both.
 _GRADIENT_TOLERANCE = 1e-2
 _TOTAL_TOLERANCE = 1e-4
+# The check copies the output and its gradient a few times, on their device. The logits of a language model with a
+# large vocabulary (4 x 2048 x 151,936) take 5 GB each time: what is larger than this, 40 MB in float32, is not checked.
+_MOST_ELEMENTS = 10_000_000
 
 
 def first_step(engine: Engine, task: Task, window: Window, lr: float, micro_batch_size: int) -> Step:
@@ -71,7 +74,8 @@ class MeanLossCheck(Task):
 
     Such a loss trains with a gradient that is too small by the batch size. It shows if a batch holds each of its
     samples twice: the count doubles, but the total stays. Only a clear case is refused. If a batch cannot be repeated,
-    or if the loss compares samples with one another, nothing is decided.
+    if its output is very large, or if the loss compares samples with one another, nothing is decided. Nor is it for
+    one sample, whose mean is its sum.
     """
 
     def __init__(self, task: Task, placement: Placement, size: int) -> None:
@@ -91,9 +95,14 @@ class MeanLossCheck(Task):
         return loss
 
     def _refuse_mean(self, output: Any, batch: Any) -> None:
-        mean = None
-        with suppress(Exception):  # what cannot handle a batch of another size leaves it undecided
+        if self.size < 2:
+            return
+        try:
             mean = self._mean_by_gradient(output, batch)
+        except _TooLargeError:
+            return
+        except Exception:  # what cannot handle a batch of another size leaves it undecided
+            mean = None
         if mean is None and not self.placement.forward_is_collective:  # which must not fail on one rank alone
             with suppress(Exception):
                 mean = self._mean_by_total(batch)
@@ -112,14 +121,14 @@ class MeanLossCheck(Task):
             loss = self._loss(_taken(output, self.size, times, leaves), _taken(batch, self.size, times))
             if not leaves or not loss.total.requires_grad:
                 return None
-            got = torch.autograd.grad(loss.total, leaves, allow_unused=True)
-            parts = [part[: self.size].flatten().cpu().double() for part in got if part is not None]
-            gradients.append(torch.cat(parts))
+            gradients.append(torch.autograd.grad(loss.total, leaves, allow_unused=True))
             counts.append(float(loss.count))
-        once, twice = gradients
-        if not 0 < once.norm() < math.inf:
+        pairs = [pair for pair in zip(*gradients, strict=True) if all(part is not None for part in pair)]
+        norm = math.hypot(*(_norm(once) for once, _ in pairs))
+        if not 0 < norm < math.inf:
             return None
-        return bool((once / 2 - twice).norm() < _GRADIENT_TOLERANCE * once.norm()) and _doubles(*counts)
+        difference = math.hypot(*(_norm(once / 2 - twice[: self.size]) for once, twice in pairs))
+        return difference < _GRADIENT_TOLERANCE * norm and _doubles(*counts)
 
     def _mean_by_total(self, batch: Any) -> bool:
         """Compare the totals, without dropout: for a model that computes the loss itself."""
@@ -144,14 +153,27 @@ class MeanLossCheck(Task):
         return check_loss(self.task.loss(output, batch))
 
 
+class _TooLargeError(Exception):
+    """The output has too many elements to be copied."""
+
+
+def _norm(part: Tensor) -> float:
+    """Computed where the tensor lies: only the number leaves the device."""
+    wide = torch.promote_types(part.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(part.to(wide)))
+
+
 def _doubles(once: float, twice: float) -> bool:
     return once > 0 and math.isclose(twice, 2 * once, rel_tol=1e-6)
 
 
 def _taken(value: Any, size: int, times: float, leaves: list[Tensor] | None = None) -> Any:
     """A copy in which each tensor with `size` rows has them `times` as often. With `leaves`: floating ones get a
-    gradient, and are added to it. Raises ValueError if it is unclear what a part has to do with the samples."""
+    gradient, and are added to it. Raises ValueError if it is unclear what a part has to do with the samples, and
+    _TooLargeError if a tensor that may get a gradient is too large."""
     if isinstance(value, Tensor):
+        if leaves is not None and value.numel() > _MOST_ELEMENTS:
+            raise _TooLargeError
         value = value.detach()
         if value.ndim and len(value) == size:
             rows = torch.arange(int(size * times), device=value.device) % size

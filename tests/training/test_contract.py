@@ -211,7 +211,7 @@ def test_no_right_loss_is_refused(name: str, size: int, scale: float, dtype: tor
     check.loss(output, (inputs, targets))
 
 
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_mean_is_seen_at_any_size_and_precision(size: int, dtype: torch.dtype) -> None:
     module = nn.Linear(3, 2)
@@ -220,3 +220,26 @@ def test_a_mean_is_seen_at_any_size_and_precision(size: int, dtype: torch.dtype)
     output = module(torch.randn(size, 3)).to(dtype)
     with pytest.raises(ConfigError, match="is a mean"):
         check.loss(output, (torch.randn(size, 3), torch.arange(size) % 2))
+
+
+def test_a_mean_of_one_sample_is_its_sum(tmp_path: Path) -> None:
+    one = {"global_batch_size": 2, "micro_batch_size": 1}
+    fit(tmp_path / "run", {"loss": mean}, data=one)
+    changed = {**by_the_model("mean"), "loss": lambda self, output, batch: Loss(output["loss"], len(batch[1]))}
+    fit(tmp_path / "by the model", changed, data=one)
+
+
+@pytest.mark.parametrize("elements", [10_000_000, 10_000_002])
+def test_a_very_large_output_is_not_copied(elements: int) -> None:
+    """The task's loss is computed once, and the model is not called."""
+    calls = []
+
+    def loss(self: Task, output: Tensor, batch: Any) -> Loss:
+        calls.append(len(output))
+        return Loss(output[:, :3].sum(), len(output))
+
+    placement = Placement(World(), nn.Identity())
+    task = type("Large", (Classes,), {"loss": loss})()
+    output = torch.zeros(1, dtype=torch.float16).expand(2, elements // 2).requires_grad_()
+    MeanLossCheck(task, placement, 2).loss(output, (torch.zeros(2), torch.zeros(2)))
+    assert calls == ([2] if elements > 10_000_000 else [2, 2, 4])
