@@ -43,7 +43,7 @@ class Task:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Task":
         task = super().__new__(cls)
-        task._given = (args, kwargs)
+        object.__setattr__(task, "_given", (args, kwargs))  # a frozen dataclass refuses a plain assignment
         return task
 
     # Or inspect.signature would show the arguments above for a class without an __init__ of its own.

@@ -1,4 +1,5 @@
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ def test_a_file_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.Mon
     )
     monkeypatch.chdir(tmp_path)
     assert load(target="my_own_file:MyTask", width=3).width == 3  # type: ignore[attr-defined]
+
+
+def test_a_frozen_dataclass() -> None:
+    @dataclass(frozen=True)
+    class Parity(Task):
+        width: int = 1
+
+    assert Parity(width=3).width == 3
+    assert Parity(width=3)._given == ((), {"width": 3})
 
 
 @pytest.mark.parametrize(
