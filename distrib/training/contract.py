@@ -1,6 +1,8 @@
 """What the methods of a Task must return. Each check raises a ConfigError that names the method, what it returned and
 what it should return."""
 
+import dataclasses
+import numbers
 import traceback
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
@@ -38,6 +40,11 @@ def check_dataset(value: Any, method: str) -> Dataset[Any]:
         )
     if isinstance(value, IterableDataset) and method == "train_dataset":
         return value
+    if isinstance(value, IterableDataset):
+        raise ConfigError(
+            f"task.{method}: {type(value).__name__} is an IterableDataset; return a Dataset with __len__ and "
+            "__getitem__, because each sample is evaluated once, whatever the number of processes"
+        )
     if not isinstance(value, Sized):
         raise ConfigError(f"task.{method}: {type(value).__name__} has no __len__; its order could not be repeated")
     return value  # type: ignore[return-value]
@@ -67,7 +74,10 @@ def check_optimizer(value: Any) -> Optimizer | None:
 
 
 def check_loss(value: Any, for_training: bool = False) -> Loss:
-    """`for_training`: the total needs a gradient. Cheap: called for each micro-batch, and never waits for a device."""
+    """Return it with a count that is an int, a float or a tensor. `for_training`: the total needs a gradient.
+
+    Cheap: called for each micro-batch, and never waits for a device.
+    """
     wanted = "return distrib.Loss(sum of the losses, number of items)"
     if not isinstance(value, Loss):
         raise ConfigError(f"task.loss: returned {describe(value)}; {wanted}")
@@ -86,7 +96,9 @@ def check_loss(value: Any, for_training: bool = False) -> Loss:
             "task.loss: the total of the Loss does not depend on the model's parameters; compute it from the output "
             "with torch's operations, without detach(), item() or no_grad()"
         )
-    return value
+    if isinstance(count, Tensor) or type(count) in (int, float):
+        return value
+    return dataclasses.replace(value, count=_plain(count))
 
 
 def check_rows(value: Any, size: int) -> dict[str, Tensor | list[Any]]:
@@ -104,14 +116,25 @@ def check_rows(value: Any, size: int) -> dict[str, Tensor | list[Any]]:
     return dict(value)
 
 
-def check_metrics(value: Any) -> dict[str, float]:
-    """The metrics as floats; a tensor or array with one element is a number."""
+def check_metrics_dict(value: Any) -> None:
     if not isinstance(value, Mapping):
         raise ConfigError(f'task.metrics: returned {describe(value)}; return a dict such as {{"accuracy": 0.9}}')
-    for key, number in value.items():
-        if not isinstance(key, str) or isinstance(number, str) or not _is_number(number):
-            raise ConfigError(f"task.metrics: {key!r} is {describe(number)}; give each name one number")
+
+
+def check_metrics(value: Any) -> dict[str, float]:
+    """The metrics as floats; a tensor or array with one element is a number."""
+    check_metrics_dict(value)
+    if (wrong := no_metric(value)) is not None:
+        raise ConfigError(f"task.metrics: {wrong}")
     return {key: float(number) for key, number in value.items()}
+
+
+def no_metric(metrics: Mapping[str, Any]) -> str | None:
+    """Say which of them is not one number; None if all are."""
+    for key, number in metrics.items():
+        if not isinstance(key, str) or isinstance(number, str) or not _is_number(number):
+            return f"{key!r} is {describe(number)}; give each name one number"
+    return None
 
 
 @contextmanager
@@ -152,6 +175,12 @@ def _method_frame(error: Exception) -> FrameType | None:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name in _METHODS]
     of_tasks = [frame for frame in frames if isinstance(frame.f_locals.get("self"), Task)]
     return of_tasks[-1] if of_tasks else None
+
+
+def _plain(count: Any) -> int | float:
+    """Of numpy's or another library's number: an int only if its type is one of whole numbers."""
+    number = count.item() if hasattr(count, "item") else count
+    return int(number) if isinstance(number, numbers.Integral) else float(number)
 
 
 def _is_number(value: Any) -> bool:

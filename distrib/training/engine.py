@@ -140,11 +140,12 @@ class Engine:
     def backward(self, loss: Loss) -> None:
         """Add the gradient of `loss.total`; on the window's last micro-batch, sum over the ranks."""
         assert self._window is not None, "backward belongs into engine.microbatch"
-        check_loss(loss, for_training=True)
+        loss = check_loss(loss, for_training=True)
         if self.mixed_precision == "fp16" and self.loss_scale is None:
             self.loss_scale = self._first_loss_scale(loss, self._window)
         count = loss.count
-        self._whole_count = not (count.is_floating_point() if isinstance(count, Tensor) else isinstance(count, float))
+        whole = not (count.is_floating_point() if isinstance(count, Tensor) else isinstance(count, float))
+        self._whole_count = whole and (self._whole_count or self._index == 0)  # if all of the window's are
         stop = self._last and self.stop_asked
         shares = Totals.pack(loss, self._window.digest if self._last else 0, stop)
         number = self._window.first + self._index

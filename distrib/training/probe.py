@@ -2,8 +2,8 @@
 
 import copy
 import math
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from distrib.reporting.record import Record
 from distrib.task import Loss, Task
 from distrib.tracebacks import first_line, place
 from distrib.training import assembly, evaluation
-from distrib.training.contract import check_loss, check_metrics, trial
+from distrib.training.contract import check_loss, check_metrics_dict, no_metric, trial
 from distrib.training.engine import Engine
 from distrib.training.loop import train_step
 from distrib.training.placement import Placement
@@ -39,10 +39,17 @@ def first_step(engine: Engine, task: Task, window: Window, lr: float, micro_batc
         return train_step(engine, MeanLossCheck(task, engine.placement, micro_batch_size), window, lr)
 
 
+def rehearse(engine: Engine, task: Task, window: Window) -> None:
+    """As Engine.rehearse, where it is the first call of the task's methods. Raises ConfigError."""
+    with trial():
+        engine.rehearse(task, window)
+
+
 def trial_evaluation(engine: Engine, task: Task, dataset: Dataset[Any], config: Config, record: Record) -> None:
     """Evaluate two batches, and drop the result, because the first real evaluation may come hours later.
 
-    Raises ConfigError; only warns if `metrics` fails, because it may need more samples. Collective.
+    Raises ConfigError; only warns if `metrics` fails or a metric is not a number, because it may need more samples.
+    Collective.
     """
     batch_size = config.data.micro_batch_size
     size = min(2 * batch_size, len(dataset))  # type: ignore[arg-type]
@@ -59,12 +66,15 @@ def trial_evaluation(engine: Engine, task: Task, dataset: Dataset[Any], config: 
         except DistribError:
             raise
         except Exception as error:
-            record.warn(
-                f"task.metrics failed on a trial with {size} samples: {first_line(error)}{place(error)}; if it fails "
-                "on the whole evaluation set too, the run cannot finish"
-            )
+            doubt: str | None = f"{first_line(error)}{place(error)}"
         else:
-            check_metrics(found)
+            check_metrics_dict(found)
+            doubt = no_metric(found)
+        if doubt is not None:
+            record.warn(
+                f"task.metrics failed on a trial with {size} samples: {doubt}; if it fails on the whole evaluation set "
+                "too, the run cannot finish"
+            )
 
     engine.world.on_rank_0(metrics)
 
@@ -136,7 +146,7 @@ class MeanLossCheck(Task):
         was_training = model.training
         model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _copies_of_buffers(model):
                 once, twice, half = (
                     self._loss(self.task.forward(model, part), part)
                     for part in (_taken(batch, self.size, times) for times in (1, 2, 0.5))
@@ -151,6 +161,24 @@ class MeanLossCheck(Task):
 
     def _loss(self, output: Any, batch: Any) -> Loss:
         return check_loss(self.task.loss(output, batch))
+
+
+@contextmanager
+def _copies_of_buffers(model: nn.Module) -> Iterator[None]:
+    """Within, forwards change copies of the model's buffers. Then it has its own again, not even written to: by that
+    one knows what the training forward changed."""
+    before = [(module, dict(module._buffers)) for module in model.modules()]
+    copies: dict[int, Tensor] = {}  # a tensor that two modules share stays one
+    for module, buffers in before:
+        for key, tensor in buffers.items():
+            if tensor is not None:
+                module._buffers[key] = copies.setdefault(id(tensor), tensor.detach().clone())
+    try:
+        yield
+    finally:
+        for module, buffers in before:
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 class _TooLargeError(Exception):

@@ -149,7 +149,7 @@ class Trainer:
         chain = self._go_on(engine)
         self.module.train()
         if engine.placement.learns_from_its_first_backward and 0 < self.first_step < self.plan.num_steps:
-            engine.rehearse(self.task, next(self.source.windows(self.first_step)))
+            probe.rehearse(engine, self.task, next(self.source.windows(self.first_step)))
         keep, keep_every = self.config.checkpoint.keep, self.config.checkpoint.keep_every
         saver = Saver(self.run.checkpoints, self.world, keep, keep_every, [self.run.steps, self.run.evals])
         with ExitStack() as stack:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from distrib import Config, Loss, Task, Trainer
 from distrib.errors import ConfigError
@@ -50,6 +50,14 @@ def fit(folder: Path, changed: dict[str, Callable[..., Any]], **config: Any) -> 
     Trainer(task, Config.from_dict({**CONFIG, **config}), folder).fit()
 
 
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(samples(3))
+
+    def __len__(self) -> int:
+        return 16
+
+
 def samples(*sizes: int) -> list[Any]:
     return [(torch.randn(size), 1) for size in sizes * 16]
 
@@ -66,6 +74,7 @@ def samples(*sizes: int) -> list[Any]:
         ("train_dataset", lambda self: [{"x": x} for x, _ in samples(3)], "calls model(batch[0]), which raised KeyErr"),
         ("train_dataset", lambda self: [([1.0, 2.0], 1)] * 16, "must be Tensor, not list; the batch is [[Tensor (4)"),
         ("eval_dataset", lambda self: DataLoader(samples(3)), "task.eval_dataset: returned a DataLoader"),
+        ("eval_dataset", lambda self: Stream(), "task.eval_dataset: Stream is an IterableDataset; return a Dataset"),
         ("model", lambda self: nn.Linear, "task.model: returned the class Linear, not an instance; return a torch.nn"),
         ("model", lambda self: nn.Linear(7, 2), "task.forward: the default calls model(batch[0]), which raised Runti"),
         ("optimizer", lambda self, params: ([], []), "task.optimizer: returned ([], []); return a torch.optim.Optimiz"),
@@ -81,7 +90,6 @@ def samples(*sizes: int) -> list[Any]:
         ("predict", lambda self, output, batch: {"a": {"b": output}}, "'a' is {'b': Tensor (4, 2) float32}; give a t"),
         ("predict", lambda self, output, batch: {"a": output[:3]}, "'a' has 3 rows for a batch of 4 samples; give a"),
         ("metrics", lambda self, rows: 0.5, "task.metrics: returned float; return a dict"),
-        ("metrics", lambda self, rows: {"a": rows["right"]}, "task.metrics: 'a' is Tensor (8) bool; give each name"),
     ],
 )
 def test_what_a_task_must_not_return(tmp_path: Path, method: str, change: Callable[..., Any], said: str) -> None:
@@ -125,6 +133,31 @@ def test_metrics_that_need_more_samples_than_a_trial_has(tmp_path: Path) -> None
     (warning,) = [event["reason"] for event in lines(tmp_path / "run", "events.jsonl") if event["event"] == "warning"]
     assert warning.startswith(f"task.metrics failed on a trial with 8 samples: ValueError: too few at {__file__}:")
     assert len(lines(tmp_path / "run", "evals.jsonl")) == 1
+
+
+def test_a_metric_that_needs_more_samples_than_a_trial_has(tmp_path: Path) -> None:
+    fit(tmp_path / "run", {"metrics": lambda self, rows: {"auc": 1.0 if len(rows["right"]) == 16 else None}})
+    (warning,) = [event["reason"] for event in lines(tmp_path / "run", "events.jsonl") if event["event"] == "warning"]
+    assert warning.startswith("task.metrics failed on a trial with 8 samples: 'auc' is None; give each name one number")
+    with pytest.raises(ConfigError, match=r"task.metrics: 'auc' is None; give each name one number"):
+        fit(tmp_path / "never", {"metrics": lambda self, rows: {"auc": None}})
+    assert len(lines(tmp_path / "never", "steps.jsonl")) == 2
+
+
+def test_a_count_of_numpys_is_what_it_is(tmp_path: Path) -> None:
+    """Weights that sum to 7.5 count 7.5 items, also as float32."""
+    found = []
+    for number in (float, np.float32, np.array):
+
+        def loss(self: Task, output: Any, batch: Any, number: Any = number) -> Loss:
+            weights = np.full(len(output), 1.875, dtype=np.float32)
+            losses = F.cross_entropy(output, batch[1], reduction="none")
+            return Loss((torch.from_numpy(weights) * losses).sum(), number(weights.sum()))
+
+        fit(tmp_path / number.__name__, {"loss": loss})
+        found.append([(step["loss"], step["count"]) for step in lines(tmp_path / number.__name__, "steps.jsonl")])
+    assert found[0] == found[1] == found[2]
+    assert [count for _, count in found[0]] == [15.0, 15.0]
 
 
 def mean(self: Task, output: Any, batch: Any) -> Loss:
@@ -243,3 +276,29 @@ def test_a_very_large_output_is_not_copied(elements: int) -> None:
     output = torch.zeros(1, dtype=torch.float16).expand(2, elements // 2).requires_grad_()
     MeanLossCheck(task, placement, 2).loss(output, (torch.zeros(2), torch.zeros(2)))
     assert calls == ([2] if elements > 10_000_000 else [2, 2, 4])
+
+
+def test_the_check_leaves_no_trace_in_buffers(tmp_path: Path) -> None:
+    """Of a model that computes its own loss, which the check therefore runs a few times more."""
+
+    class Counting(WithLoss):
+        forwards: Tensor
+
+        def __init__(self) -> None:
+            super().__init__("sum")
+            self.register_buffer("forwards", torch.zeros((), dtype=torch.int64))
+
+        def forward(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+            self.forwards += 1
+            return super().forward(inputs, targets)
+
+    task = type("Changed", (Classes,), {**by_the_model("sum"), "model": lambda self: Counting()})()
+    data, checkpoint = {"global_batch_size": 4, "micro_batch_size": 4}, {"every_steps": 2}
+    config = Config.from_dict({"data": data, "train": {"steps": 4}, "checkpoint": checkpoint})
+    whole = Trainer(task, config, tmp_path / "whole")
+    whole.fit()
+    assert whole.module.forwards == 4
+    begun = str(tmp_path / "whole" / "checkpoints" / "step-00000002")
+    resumed = Trainer(task, config, tmp_path / "resumed", resume=begun, fork=True)
+    resumed.fit()
+    assert resumed.module.forwards == 4
