@@ -50,6 +50,12 @@ def place(error: BaseException) -> str:
     return f" at {users[-1]['file']}:{users[-1]['line']}" if users else ""
 
 
+def is_ours(error: BaseException) -> bool:
+    """Whether a line of this package raised it, and not one of the user's or of a library."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.startswith(_OURS)
+
+
 def _frames(error: BaseException) -> Iterator[str]:
     yield from traceback.format_tb(error.__traceback__)
     if _OF_A_WORKER in _message(error):

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from distrib.config import Config, StrategyConfig
 from distrib.data.seeding import seeded
-from distrib.errors import CheckpointError, ConfigError, RunDirError
+from distrib.errors import CheckpointError, ConfigError, DistribError, RunDirError
 from distrib.plan import RunPlan
 from distrib.reporting.explain import print_plan
 from distrib.reporting.progress import format_metrics
@@ -24,6 +24,7 @@ from distrib.state.resume import Found, newest_whole
 from distrib.state.run_dir import RunDir
 from distrib.targets import find
 from distrib.task import Task
+from distrib.tracebacks import is_ours
 from distrib.training import assembly, strategies
 from distrib.training.deepspeed_config import compile_config
 from distrib.training.engine import Engine
@@ -103,7 +104,9 @@ def _for_evaluation(config: Config, world: World) -> Config:
 def verify_run(run_dir: str | Path) -> None:
     """Check a run's ledger, checkpoints and data, and say so. Raises LedgerError, CheckpointError, RunDirError."""
     found = verification.verify_run(Path(run_dir))
-    data = _check_data(RunDir(Path(run_dir)))
+    run = RunDir(Path(run_dir).absolute())
+    with where_it_began(run):
+        data = _check_data(run)
     ended = "all" if found.steps == found.of_steps else "so far"
     print(
         f"{run_dir}: {found.steps} of {found.of_steps} steps, {ended} in order, {found.samples:,} samples where they "
@@ -128,6 +131,8 @@ def _check_data(run: RunDir) -> str:
         train, _ = assembly.train_dataset(task, config.seed)
         data = assembly.fingerprints(train, assembly.eval_dataset(task, config.seed), config)
     except Exception as error:
+        if not isinstance(error, DistribError | OSError) and is_ours(error):
+            raise
         reason = (str(error).splitlines() or [""])[0]
         return f"data not checked: {type(error).__name__}: {reason}"
     if changes := data_changes(recorded, data):

@@ -15,7 +15,7 @@ from tasks import Masked, NoEvaluation
 from distrib import Config, Trainer
 from distrib.errors import ConfigError
 from distrib.task import load_task
-from distrib.training.verbs import evaluate_run, explain_run, export_run
+from distrib.training.verbs import evaluate_run, explain_run, export_run, verify_run
 
 SMALL = {"task": {"target": "tasks:Masked"}, "train": {"steps": 1}}
 DATA = {"global_batch_size": 8, "micro_batch_size": 4}
@@ -130,6 +130,8 @@ def test_from_another_directory(
     export_run("../project/run", Path("out"))
     assert capsys.readouterr().out == "out/mine\n"
     assert (elsewhere / "out" / "mine").exists()
+    verify_run("../project/run")
+    assert capsys.readouterr().out.endswith("whole, data as at the run's start\n")
     assert Path.cwd() == elsewhere
 
 
