@@ -1,4 +1,4 @@
-"""What is trained in one launch of so many processes; test_parity, test_verdicts, test_buffers … look at it.
+"""What is trained in one launch of so many processes; test_parity, test_verdicts, test_running_statistics … look at it.
 
 Starting processes is what costs time in these tests, so that one launch serves many cases.
 """
@@ -153,7 +153,7 @@ def _config(
     }
 
 
-# test_buffers, by the number of processes
+# test_running_statistics, by the number of processes
 BUFFER_STRATEGIES = {1: ("single",), 2: ("ddp", *SHARDED), 4: ("ddp", "zero1", "fsdp2")}
 
 
