@@ -94,8 +94,9 @@ def nothing_to_save(number: int) -> None:
 
 
 def _leave(number: int, _frame: Any) -> None:
-    again = [other for other in STOP_SIGNALS if signal.getsignal(other) is _leave]
-    handle(again, lambda *_: None)  # a second one changes nothing
+    # A second one changes nothing, and SLURM sends SIGTERM as soon as the job is requeued, before that can be printed.
+    again = [other for other in STOP_SIGNALS if signal.getsignal(other) is _leave or other == signal.SIGTERM]
+    handle(again, lambda *_: None)
     nothing_to_save(number)
     os._exit(SAVED)
 

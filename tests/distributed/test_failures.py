@@ -100,7 +100,7 @@ def test_a_port_that_is_taken(run: Run, tmp_path: Path) -> None:
 def test_a_usage_error_has_no_traceback(run: Run) -> None:
     result = run("distrib", "train")
     assert result.returncode == 2
-    assert "Missing argument" in result.stderr
+    assert "missing argument" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -165,7 +165,8 @@ def test_a_job_that_is_stopped_while_it_starts(slurm: Cluster, tmp_path: Path) -
     until((tmp_path / "start-up").exists, "it does not begin")
     slurm.command("scancel", "--signal=USR1", job)
     until(lambda: slurm.job(job)["JobState"] == "PENDING", "it is not requeued")
-    assert f"asked to stop while not training, nothing to save; job {job} is requeued" in log(tmp_path, job)
+    said = f"asked to stop while not training, nothing to save; job {job} is requeued"
+    until(lambda: said in log(tmp_path, job), "it does not say so")  # printed when SLURM has answered
     start_again(slurm, job)
     assert ended(slurm, job) == "COMPLETED", log(tmp_path, job)
     assert slurm.job(job)["Restarts"] == "1"
