@@ -121,7 +121,7 @@ class Uneven(Masked):
 
 
 class Misbehaving(Masked):
-    """Goes wrong on one rank, each time that it is asked for its `at`-th micro-batch in a process."""
+    """Goes wrong on one rank, in the `at`-th micro-batch that it trains on in a process."""
 
     def __init__(self, how: str, on_rank: int = 1, at: int = 5) -> None:
         super().__init__()
@@ -129,9 +129,9 @@ class Misbehaving(Masked):
         self.seen = 0
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
-        self.seen += 1
+        self.seen += model.training
         output = super().forward(model, batch)
-        if not self.here or self.seen != self.at:
+        if not self.here or not model.training or self.seen != self.at:
             return output
         if self.how == "raise":
             raise ZeroDivisionError("the task divided by zero")
