@@ -5,12 +5,9 @@ import gc
 import os
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from distrib.errors import ConfigError
 
 LAUNCHER = "DISTRIB_LAUNCHER_PID"  # the process number of distrib launch, for the ranks that it starts
 # What terminals, users and clusters send to a process that shall end.
@@ -23,7 +20,6 @@ STOP_SIGNALS = (
     signal.SIGXCPU,
 )
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_SOCKET_PATH = 107 if sys.platform == "linux" else 103  # sun_path of unix(7), without its final null
 
 
 def shield_worker(_worker_id: int) -> None:
@@ -56,18 +52,6 @@ def stop_signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def check_temporary_folder(num_workers: int) -> None:
-    """Raises ConfigError if workers could not be reached: torch makes sockets below the temporary folder, whose whole
-    path the kernel limits, and a worker that finds its path too long hangs."""
-    folder = tempfile.gettempdir()
-    longest = _SOCKET_PATH - len("/pymp-12345678/listener-12345678")  # as multiprocessing names them
-    if num_workers and len(os.fsencode(folder)) > longest:
-        raise ConfigError(
-            f"data.num_workers: {num_workers}, but the sockets of workers cannot have paths as long as below the "
-            f"temporary folder {folder}; set TMPDIR to one of at most {longest} characters, such as /tmp"
-        )
 
 
 def ignore_sigterm() -> None:

@@ -17,16 +17,19 @@ from distrib import slurm
 from distrib.processes import STOP_SIGNALS
 
 SAVED = 75  # EX_TEMPFAIL: the exit code of a process that was asked to stop and lost nothing
+INTERRUPTED = 130  # 128 + SIGINT, as shells do
 # Schedulers send these some time before they kill a job, which SLURM is then asked to start again.
 REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
-# SIGTERM and SIGINT end a process that is not training as they end any other.
+# SIGTERM and SIGINT end a process that is not training, as they end any other.
 LEAVE_SIGNALS = tuple(number for number in STOP_SIGNALS if number not in (signal.SIGTERM, signal.SIGINT))
 _SECONDS_FOR_RANK_0 = 5.0
 
 _postponed: signal.Signals | None = None  # a signal that came to this rank, which is not rank 0, before it trained
 
 
-def handle(numbers: Iterable[signal.Signals], handler: Callable[[int, Any], None]) -> dict[signal.Signals, Any]:
+def handle(
+    numbers: Iterable[signal.Signals], handler: Callable[[int, Any], None] | signal.Handlers
+) -> dict[signal.Signals, Any]:
     """Install `handler` for those of the signals that are not ignored. Returns the handlers that were there before."""
     return {
         number: signal.signal(number, handler) for number in numbers if signal.getsignal(number) is not signal.SIG_IGN
@@ -67,7 +70,8 @@ def when_asked_to_stop(take_note: Callable[[signal.Signals], None]) -> Iterator[
 
 def leave_when_asked(as_launcher: bool = False) -> None:
     """From now on, while it is not training, this process ends with exit code 75 on each of LEAVE_SIGNALS, and a
-    launcher, until it passes signals on to its ranks, on each of STOP_SIGNALS.
+    launcher, until it passes signals on to its ranks, on each of STOP_SIGNALS. On SIGINT it ends with exit code 130,
+    also while it imports: numpy turns a KeyboardInterrupt in its import into another error.
 
     Rank 0 decides for all: the others wait for it, so that no launcher ends it before it has said why, or has asked
     SLURM to start the job again. If rank 0 trains by then, so do they soon, and take note of the signal as it did.
@@ -75,10 +79,13 @@ def leave_when_asked(as_launcher: bool = False) -> None:
     """
     if as_launcher:
         handle(STOP_SIGNALS, _leave)
-    elif _rank() == 0 and not has_launcher():
-        handle(LEAVE_SIGNALS, _leave)
-    elif _rank() != 0:
-        handle(LEAVE_SIGNALS, _postpone)
+    elif not has_launcher():
+        handle([signal.SIGINT], _interrupted)
+        handle(LEAVE_SIGNALS, _leave if _rank() == 0 else _postpone)
+    elif _rank() == 0:
+        handle([signal.SIGINT], signal.SIG_DFL)
+    else:
+        handle([signal.SIGINT, *LEAVE_SIGNALS], _postpone)
 
 
 def nothing_to_save(number: int) -> None:
@@ -99,6 +106,12 @@ def _leave(number: int, _frame: Any) -> None:
     handle(again, lambda *_: None)
     nothing_to_save(number)
     os._exit(SAVED)
+
+
+def _interrupted(_number: int, _frame: Any) -> None:
+    with suppress(OSError):
+        os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 def _postpone(number: int, _frame: Any) -> None:

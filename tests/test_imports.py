@@ -16,6 +16,7 @@ LAYERS = [
         "processes",
         "slurm",
         "targets",
+        "temporary",
         "stopping",
         "presence",
         "gate",

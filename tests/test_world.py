@@ -1,17 +1,12 @@
 """Detection is a predicate over the environment; tests/distributed/test_launchers.py has the real launchers."""
 
 import os
-import shutil
-import socket
-import tempfile
-from pathlib import Path
 
 import pytest
 
 from distrib import World
-from distrib.errors import ConfigError, LaunchError
+from distrib.errors import LaunchError
 from distrib.launching.member import without_local_rank
-from distrib.processes import check_temporary_folder
 
 JOINED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -100,28 +95,6 @@ def test_a_local_rank_before_the_arguments(monkeypatch: pytest.MonkeyPatch) -> N
     assert os.environ["LOCAL_RANK"] == "1"
     assert without_local_rank(["train", "--local_rank=1"]) == ["train", "--local_rank=1"]
     assert without_local_rank([]) == []
-
-
-@pytest.mark.parametrize(("length", "workers", "fits"), [(75, 1, True), (76, 1, False), (76, 0, True)])
-def test_a_temporary_folder_with_a_long_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, workers: int, fits: bool
-) -> None:
-    """Linux's limit; torch makes its sockets below it when workers hand over their first batch, and would hang."""
-    folder = Path("/tmp") / f"distrib-{os.getpid()}-".ljust(length - 5, "x")
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    try:
-        if not fits:
-            with pytest.raises(ConfigError, match="set TMPDIR to one of at most 75 characters"):
-                check_temporary_folder(workers)
-            return
-        check_temporary_folder(workers)
-        if workers:
-            path = tempfile.mkdtemp(prefix="pymp-") + "/listener-12345678"
-            with socket.socket(socket.AF_UNIX) as server:
-                server.bind(path)
-    finally:
-        shutil.rmtree(folder)
 
 
 def test_one_srun_task_is_no_world() -> None:

@@ -15,10 +15,9 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from distrib import presence
-from distrib.launching.member import INTERRUPTED
 from distrib.launching.rendezvous import NodeRendezvous
 from distrib.processes import STOP_SIGNALS
-from distrib.stopping import LEAVE_SIGNALS, SAVED
+from distrib.stopping import INTERRUPTED, LEAVE_SIGNALS, SAVED
 
 USER_CODES = (2, SAVED)  # a member that ends so has said why, and would do so again
 _SECONDS_TO_FOLLOW = 10.0

@@ -19,12 +19,11 @@ from distrib import gate, network, tuning
 from distrib.config import Config
 from distrib.errors import LaunchError
 from distrib.launching.agent import USER_CODES, Agent, StoppedBeforeRanks, first_failure, how, say
-from distrib.launching.member import INTERRUPTED
 from distrib.launching.rendezvous import NodeRendezvous
 from distrib.plan import window_size
 from distrib.presence import KEPT_AT
 from distrib.processes import LAUNCHER, STOP_SIGNALS
-from distrib.stopping import SAVED, handle, nothing_to_save
+from distrib.stopping import INTERRUPTED, SAVED, handle, nothing_to_save
 from distrib.variables import check_threads
 
 
@@ -187,10 +186,10 @@ def _rendezvous(options: Options) -> NodeRendezvous:
     assert found is not None, "checked"
     assert options.rendezvous_key is not None, "checked"
     host, port = found
-    address = network.own_address(host, port)
-    _talk_over(address)
     os.environ[KEPT_AT] = network.endpoint(host, port)
     if options.node_rank == 0:
+        address = network.own_address(host, port)
+        _talk_over(address)
         try:
             door = gate.Gate(network.listen(address, port), options.rendezvous_key)
         except OSError as error:
@@ -198,7 +197,9 @@ def _rendezvous(options: Options) -> NodeRendezvous:
                 f"--rendezvous: port {port} cannot be used: {error.strerror or error}; choose another, the same on all"
             ) from None
         return NodeRendezvous(0, options.nodes, options.join_timeout, gate=door)
+    # First wait: where machines start together, node 0's name may not be known yet.
     relay = gate.Relay(host, port, options.rendezvous_key, options.join_timeout, "node 0's distrib launch")
+    _talk_over(network.own_address(host, port))
     return NodeRendezvous(options.node_rank or 0, options.nodes, options.join_timeout, relay=relay)
 
 

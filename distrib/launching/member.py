@@ -5,6 +5,7 @@ python -m distrib.launching.member -m MODULE [ARGUMENTS …]
 """
 
 import atexit
+import importlib.util
 import os
 import runpy
 import signal
@@ -16,14 +17,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from distrib import slurm
-from distrib.errors import DistribError, Preempted, WriteError
+from distrib import slurm, temporary
+from distrib.errors import DistribError, LaunchError, Preempted, WriteError
 from distrib.output import end_with_reader, keep_writable
 from distrib.processes import die_with_launcher
-from distrib.stopping import has_launcher, leave_when_asked
+from distrib.stopping import INTERRUPTED, has_launcher, leave_when_asked
 
 _SHOW = ("explain", "watch", "verify", "compare")  # these commands do nothing but print
-INTERRUPTED = 130  # 128 + SIGINT, as shells do
 _SECONDS_FOR_RANK_0 = 5.0
 _SECONDS_TO_BE_SECOND = 1.0  # launchers name the first to end, and end the others
 
@@ -116,7 +116,24 @@ def _end(message: str | None, code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):  # it may be closed, none at all, or be written to where a signal interrupted us
             stream.flush()
+    temporary.remove()
     os._exit(code)
+
+
+def _run_module(module: str) -> None:
+    """As `python -m`. Raises LaunchError if there is no such module."""
+    for name in (module, f"{module}.__main__"):
+        try:
+            spec = importlib.util.find_spec(name)
+        except ModuleNotFoundError as error:
+            if not f"{name}.".startswith(f"{error.name}."):
+                raise  # an import within one of its packages
+            spec = None
+        if spec is None:
+            raise LaunchError(f"-m: there is no module {name!r}, neither in {os.getcwd()} nor installed")
+        if spec.submodule_search_locations is None:
+            break
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def main() -> None:
@@ -126,7 +143,7 @@ def main() -> None:
         del sys.argv[0]
         module = sys.argv[0]
         sys.path.insert(0, os.getcwd())
-        sys.exit(run_as_member(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True)))
+        sys.exit(run_as_member(lambda: _run_module(module)))
     script = sys.argv[0]
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
     sys.exit(run_as_member(lambda: runpy.run_path(script, run_name="__main__")))

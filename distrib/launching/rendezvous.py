@@ -92,7 +92,7 @@ class NodeRendezvous(RendezvousHandler):
                 f"--node-rank: launchers on {host} and {socket.gethostname()} both gave {self.node_rank}; give each "
                 f"node its own, 0 to {self._nodes - 1}"
             )
-            store.set("refused", json.dumps(refusal))
+            _tell(store, "refused", json.dumps(refusal))
             raise LaunchError(refusal)
         self._has_place = True
         store.set("begun", "")
@@ -110,7 +110,7 @@ class NodeRendezvous(RendezvousHandler):
         return bool(self._store.check([_CLOSED]))
 
     def set_closed(self) -> None:
-        self._store.set(_CLOSED, "")
+        _tell(self._store, _CLOSED, "")
 
     def shutdown(self) -> bool:
         """Leave the others; none can begin another round. Node 0 keeps the store, so it leaves last."""
@@ -118,7 +118,7 @@ class NodeRendezvous(RendezvousHandler):
             return True
         with suppress(DistError):
             self.set_closed()
-            self._store.set(f"left/{self.node_rank}", "")
+            _tell(self._store, f"left/{self.node_rank}", "")
             if self.node_rank == 0:
                 came = [rank for rank in range(self._nodes) if self._store.check([f"{self.round}/node/{rank}"])]
                 self._store.wait([f"left/{rank}" for rank in came], timedelta(seconds=_SECONDS_TO_LEAVE))
@@ -150,3 +150,10 @@ class NodeRendezvous(RendezvousHandler):
             if time.monotonic() > deadline:
                 raise RendezvousTimeoutError
             time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _tell(store: Store, key: str, value: str) -> None:
+    """Set a key that must be in the store before this process ends: `set` returns when the bytes are on their way, and
+    they go through threads of this process. The store answers a question after what came before it."""
+    store.set(key, value)
+    store.check([key])

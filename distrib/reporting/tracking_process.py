@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distrib import temporary
 from distrib.config import Config, TrackingConfig
 from distrib.errors import DamagedFileError, RunDirError
 from distrib.output import keep_writable
@@ -68,6 +69,7 @@ class TrackingProcess:
         # In a session of its own: a Ctrl-C in the terminal is for those who train, which tell it by an event.
         name = "tracking.log" if self._first else f"tracking-{arguments[-1]}.log"
         own = {k: v for k, v in os.environ.items() if k not in _LAUNCHERS and not k.startswith("ACCELERATE_")}
+        own["TMPDIR"] = str(temporary.folder())
         kept = run.path / name
         if os.path.lexists(kept) and not kept.is_file():  # to open a FIFO would wait
             self.lines.append(f"{WARNING}no tracking: {kept}: not a regular file")

@@ -135,18 +135,17 @@ def describe(part: Part) -> dict[str, Any]:
 
 
 def merge(described: list[dict[str, Any]]) -> dict[str, Any]:
-    """The manifest's `tensors`, from what each rank describes: stretches of all ranks, in order, without a gap."""
+    """The manifest's `tensors`, from what each rank describes: stretches of all ranks, in order. Raises CheckpointError
+    if they leave a gap, or overlap."""
     tensors: dict[str, Any] = {}
     for part in described:
         for name, entry in part.items():
             tensors.setdefault(name, {**entry, "stretches": []})["stretches"].extend(entry["stretches"])
     for name, entry in tensors.items():
         entry["stretches"].sort(key=lambda stretch: stretch[1])
-        end = 0
-        for _, offset, length in entry["stretches"]:
-            assert offset == end, f"{name} has a gap or an overlap at {end}: {entry}"
-            end += length
-        assert end == math.prod(entry["shape"]), f"{name} is not whole: {entry}"
+        ends = [0, *(offset + length for _, offset, length in entry["stretches"])]
+        if [offset for _, offset, _ in entry["stretches"]] != ends[:-1] or ends[-1] != math.prod(entry["shape"]):
+            raise CheckpointError(f"{name}: the ranks hold it with gaps or overlaps, no checkpoint was saved: {entry}")
     return tensors
 
 
@@ -171,6 +170,17 @@ def sync(paths: list[Path]) -> None:
             continue
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be written: {error.strerror}; no checkpoint was saved") from None
+
+
+def check_sizes(path: Path) -> None:
+    """Raises CheckpointError if the manifest is not as it was written, or a file is missing or has another size."""
+    for name, expected in read_manifest(path)["files"].items():
+        try:
+            size = (path / name).stat().st_size
+        except OSError as error:
+            raise CheckpointError(f"{path / name}: damaged: {error.strerror}") from None
+        if size != expected["bytes"]:
+            raise CheckpointError(f"{path / name}: damaged: it has {size} bytes, not {expected['bytes']}")
 
 
 def verify(path: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def newest_whole(run: RunDir, world: World) -> Found | None:
 def whole(path: Path, world: World, run: RunDir | None = None) -> Found:
     """This checkpoint, with whether the ledger of `run` leads to it. Raises CheckpointError. Collective."""
     if problem := _damage(path, world):
-        raise CheckpointError(problem)
+        raise CheckpointError(f"{problem}; give another checkpoint by --resume")
     if run is None:
         return Found(path, read_manifest(path), ours=False)
     return Found(path, read_manifest(path), led=_is_led_to(path, run, world))
@@ -89,14 +89,17 @@ def named(
 
 
 def _newest_in(path: Path) -> Path:
-    """The newest checkpoint that is whole, of a run folder or its checkpoints/; any other path as it is."""
+    """The newest checkpoint that has all its files, of a run folder or its checkpoints/; any other path as it is.
+
+    Each rank finds it alone, before the ranks have joined; what is in the files they compare when they have, together.
+    """
     if (path / MANIFEST).exists():
         return path
     problems = []
     for folder in (path / "checkpoints", path):
         for found in steps_of(folder):
             try:
-                checkpoint.verify(found)
+                checkpoint.check_sizes(found)
             except CheckpointError as error:
                 problems.append(str(error))
             else:

@@ -150,7 +150,7 @@ class RunDir:
         with suppress(OSError):
             if os.path.lexists(self.steps) and (not self.steps.is_file() or self.steps.stat().st_size):
                 return True
-        return any(steps_of(self.checkpoints))
+        return os.path.lexists(self.path) and any(steps_of(self.checkpoints))
 
     def _make(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

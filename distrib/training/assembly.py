@@ -6,11 +6,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, IterableDataset
 
+from distrib import temporary
 from distrib.config import Compile, Config, StrategyConfig
 from distrib.data.fingerprint import fingerprint
 from distrib.data.seeding import seeded
 from distrib.errors import ConfigError
-from distrib.processes import check_temporary_folder
 from distrib.state.identity import Fingerprint
 from distrib.task import Task, load_task
 from distrib.training import agreement, evaluation
@@ -93,7 +93,9 @@ def optimizer_maker(task: Task, config: Config) -> MakeOptimizer:
 
 def loading(config: Config, world: World) -> dict[str, Any]:
     """How a DataLoader reads. Raises ConfigError if its workers could not be reached."""
-    check_temporary_folder(config.data.num_workers)
+    temporary.check_length(config.data.num_workers)
+    if config.data.num_workers:
+        temporary.put_worker_sockets_there()
     return {
         "num_workers": config.data.num_workers,
         "prefetch_factor": config.data.prefetch_factor,

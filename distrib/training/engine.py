@@ -90,7 +90,6 @@ class Engine:
         self.stop_asked = False  # of this rank; the others learn of it by the step's result
         self._window: Window | None = None
         self._index = 0  # of the micro-batch in the window
-        self._whole_count = True
         self._last = False
 
     @property
@@ -143,9 +142,6 @@ class Engine:
         loss = check_loss(loss, for_training=True)
         if self.mixed_precision == "fp16" and self.loss_scale is None:
             self.loss_scale = self._first_loss_scale(loss, self._window)
-        count = loss.count
-        whole = not (count.is_floating_point() if isinstance(count, Tensor) else isinstance(count, float))
-        self._whole_count = whole and (self._whole_count or self._index == 0)  # if all of the window's are
         stop = self._last and self.stop_asked
         shares = Totals.pack(loss, self._window.digest if self._last else 0, stop)
         number = self._window.first + self._index
@@ -206,7 +202,7 @@ class Engine:
         shares, scale, grad_norm = totals.tolist(), self.loss_scale, math.nan
         self.clock.lap("forward_backward")
         value = None if scale is None else scale.value
-        known = Totals.unpack(shares, self._whole_count)
+        known = Totals.unpack(shares)
         if known.count and math.isfinite(known.loss):
             # The ranks' gradients are averaged, and scaled in fp16; what is wanted is their sum by the count.
             factor = self.world.world_size / known.count / (value or 1.0)
@@ -216,14 +212,14 @@ class Engine:
         else:
             self.placement.discard()
         self.buffers.finish(applied=math.isfinite(grad_norm))
-        return Step(shares, grad_norm, self._whole_count, lr, value)
+        return Step(shares, grad_norm, lr, value)
 
     def _update_unseen(self, totals: Tensor, lr: float) -> Step:
         """Leaves it to the device to decide: the same arithmetic, on numbers that are not there yet."""
         self.clock.lap("forward_backward")
         grad_norm = self.placement.update(Totals.factor(totals) * self.world.world_size, self.max_grad_norm)
         self.buffers.finish(applied=grad_norm.isfinite())
-        return Step(totals.clone(), grad_norm, self._whole_count, lr, None)
+        return Step(totals.clone(), grad_norm, lr, None)
 
     def _first_loss_scale(self, loss: Loss, window: Window) -> LossScale:
         """torch's usual first scale is meant for a mean; ours is of a sum, so divide it by the likely count.

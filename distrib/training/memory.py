@@ -1,7 +1,7 @@
 """Bytes that a rank holds under a strategy, counted on torch's meta device: nothing is allocated."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +10,22 @@ from distrib.config import StrategyConfig
 from distrib.errors import DistribError
 from distrib.plan import Memory
 from distrib.task import Task
+from distrib.tracebacks import first_line
 from distrib.training.deepspeed_config import persistence_threshold
 from distrib.training.placement import MakeOptimizer, trainable
 
 
-def plan_memory(task: Task, strategy: StrategyConfig, world_size: int, make_optimizer: MakeOptimizer) -> Memory:
+def plan_memory(
+    task: Task,
+    strategy: StrategyConfig,
+    world_size: int,
+    make_optimizer: MakeOptimizer,
+    warn: Callable[[str], None] = lambda _: None,
+) -> Memory:
     """Of the task's model under a resolved strategy, whose offload moves some of it to the CPU's memory.
 
-    Models and optimizers that look at values cannot be built on the meta device; they are built on the CPU.
+    Models and optimizers that look at values cannot be built on the meta device; they are built on the CPU, which
+    `warn` is told first.
     """
     try:
         with torch.device("meta"):
@@ -25,7 +33,8 @@ def plan_memory(task: Task, strategy: StrategyConfig, world_size: int, make_opti
         return _count(module, strategy, world_size, make_optimizer)
     except DistribError:
         raise
-    except Exception:
+    except Exception as error:
+        warn(f"the model is built in memory, as it cannot be built on torch's meta device: {first_line(error)}")
         return _count(task.model(), strategy, world_size, make_optimizer)
 
 

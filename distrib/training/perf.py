@@ -4,6 +4,7 @@ import copy
 import resource
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from distrib.data.source import Source
+from distrib.data.source import Source, Stream
 from distrib.task import Task
+from distrib.tracebacks import first_line
 
 if TYPE_CHECKING:
     from distrib.training.engine import Engine
@@ -76,27 +78,33 @@ def sampled(engine: "Engine") -> dict[str, float]:
     return values if communication is None else {**values, "communication_seconds": round(communication, 6)}
 
 
-def work(task: Task, module: nn.Module, source: Source, mixed_precision: str) -> dict[str, float]:
-    """`flops_per_step`, on all ranks, and `peak_flops` a second, of all devices; nothing where that is not known."""
+def work(
+    task: Task, module: nn.Module, source: Source, mixed_precision: str, warn: Callable[[str], None]
+) -> dict[str, float]:
+    """`flops_per_step`, on all ranks, and `peak_flops` a second, of all devices; nothing if one is not known, and
+    `warn` is told if that is because of the task."""
     world = source.world
     if world.device.type == "cpu" or mixed_precision == "no":
         return {}
     name = torch.get_device_module(world.device).get_device_name()  # not run here: see docs/not-run-here.md
     peak = next((peak for part, peak in _PEAKS.items() if part in name), None)
-    flops = None if peak is None else flops_per_step(task, module, source)
+    flops = None if peak is None else flops_per_step(task, module, source, warn)
     return {} if peak is None or flops is None else {"flops_per_step": flops, "peak_flops": peak * world.world_size}
 
 
-def flops_per_step(task: Task, module: nn.Module, source: Source) -> float | None:
+def flops_per_step(task: Task, module: nn.Module, source: Source, warn: Callable[[str], None]) -> float | None:
     """Of matrix products and convolutions, forward and backward, over the whole window; None where it can't be counted.
 
     Counted in a forward on torch's meta device, where nothing is computed; one that looks at values cannot go there.
     """
+    if isinstance(source, Stream):  # it gives each of its samples once
+        return None
+    batch = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), source.some_batch())
     try:
-        batch = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), source.some_batch())
         with FlopCounterMode(display=False) as counter:
             task.forward(_on_meta(module), batch)
-    except Exception:
+    except Exception as error:
+        warn(f"perf/utilisation is not computed, as Task.forward fails on torch's meta device: {first_line(error)}")
         return None
     return float(_FORWARDS * counter.get_total_flops() * source.plan.num_micro_batches)
 

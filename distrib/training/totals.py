@@ -19,7 +19,7 @@ from distrib.world import World
 
 _LIMB = 12  # bits: small enough that sums over 4,096 ranks are exact in float32
 _NUM_LIMBS = 6  # of a 64-bit digest
-SIZE = 4 + _NUM_LIMBS
+SIZE = 5 + _NUM_LIMBS
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,18 @@ class Totals:
     @staticmethod
     def pack(loss: Loss, digest: int, stop: bool = False) -> Tensor:
         """One micro-batch's shares, shape (SIZE,), to be summed over the window."""
-        high, low = (0, 0) if isinstance(loss.count, Tensor) else divmod(loss.count, 2**_LIMB)
+        count = loss.count
+        weighted = count.is_floating_point() if isinstance(count, Tensor) else isinstance(count, float)
+        high, low = (0, 0) if isinstance(count, Tensor) else divmod(count, 2**_LIMB)
         limbs = [digest >> (_LIMB * number) & (2**_LIMB - 1) for number in range(_NUM_LIMBS)]
         # Pinned where there is a device, or the copy would wait for all that was sent to it before.
-        host = (0, high, low, stop, *limbs)
+        host = (0, high, low, weighted, stop, *limbs)
         pinned = torch.tensor(host, dtype=torch.float32, pin_memory=loss.total.device.type != "cpu")
         values = pinned.to(loss.total.device, non_blocking=True)
         values[0] = loss.total.detach()
-        if isinstance(loss.count, Tensor):  # without waiting for a device to say what it is
-            values[1] = torch.floor_divide(loss.count, 2**_LIMB)
-            values[2] = torch.remainder(loss.count, 2**_LIMB)
+        if isinstance(count, Tensor):  # without waiting for a device to say what it is
+            values[1] = torch.floor_divide(count, 2**_LIMB)
+            values[2] = torch.remainder(count, 2**_LIMB)
         return values
 
     @staticmethod
@@ -55,11 +57,11 @@ class Totals:
         return factor
 
     @classmethod
-    def unpack(cls, shares: list[float], whole_count: bool) -> "Totals":
-        """From the sum of all shares; rounds what is known to be whole."""
-        loss, high, low, stop, *limbs = shares
+    def unpack(cls, shares: list[float]) -> "Totals":
+        """From the sum of all shares; rounds what is known to be whole: a count to which no float was added."""
+        loss, high, low, weighted, stop, *limbs = shares
         digest = sum(round(limb) << (_LIMB * number) for number, limb in enumerate(limbs))
-        count = round(high) * 2**_LIMB + (round(low) if whole_count else low)
+        count = round(high) * 2**_LIMB + (low if weighted > 0 else round(low))
         return cls(loss, count, digest % 2**64, stop > 0)
 
 

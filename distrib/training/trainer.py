@@ -124,7 +124,7 @@ class Trainer:
         return summary
 
     def _start(self, data: dict[str, Fingerprint | None]) -> dict[str, Any] | None:
-        work = perf.work(self.task, self.module, self.source, self.config.train.mixed_precision)
+        work = perf.work(self.task, self.module, self.source, self.config.train.mixed_precision, self.run.report)
         environment = describe(self.world, self.strategy.name, self.plan.num_samples, self.task, work)
         environment.update(task=describe_task(self.task, self.module), data=data)
         summary = self.run.start(self.config, environment, self.resume, self.origin)

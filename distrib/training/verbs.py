@@ -47,8 +47,11 @@ def explain_run(config: Config, processes: int) -> None:
         made.append(make(params))
         return made[-1]
 
+    def warn(line: str) -> None:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
     with seeded("model", config.seed):
-        memory = plan_memory(task, strategy, processes, make_optimizer)
+        memory = plan_memory(task, strategy, processes, make_optimizer, warn)
     if type(task).optimizer is not Task.optimizer and (ignored := ignored_keys(config.optim, made[-1])):
         raise ConfigError(ignored)
     optimizer = describe_optimizer(made[-1])

@@ -34,12 +34,10 @@ class Step:
     """A step that was made. What came of it is read when the next one is on its way, so that nobody waits for the
     device."""
 
-    def __init__(
-        self, shares: Tensor | list[float], grad_norm: Tensor | float, whole_count: bool, lr: float, scale: float | None
-    ) -> None:
+    def __init__(self, shares: Tensor | list[float], grad_norm: Tensor | float, lr: float, scale: float | None) -> None:
         """`shares` as `Totals.pack` has them, summed over the window and the ranks; tensors where only the device knows
         them yet."""
-        self._whole_count, self._lr, self._scale = whole_count, lr, scale
+        self._lr, self._scale = lr, scale
         self._shares, self._grad_norm = shares, grad_norm
         self._there: torch.Event | None = None
         if isinstance(shares, Tensor) and shares.device.type != "cpu":  # not run here: see docs/not-run-here.md
@@ -61,7 +59,7 @@ class Step:
         """What came of it, once that is known."""
         self.wait()
         shares = self._shares.tolist() if isinstance(self._shares, Tensor) else self._shares
-        totals, grad_norm = Totals.unpack(shares, self._whole_count), float(self._grad_norm)
+        totals, grad_norm = Totals.unpack(shares), float(self._grad_norm)
         loss = totals.loss / totals.count if totals.count else math.nan
         if totals.count == 0:
             verdict, grad_norm = "skipped:no_items", math.nan

@@ -58,6 +58,17 @@ def save(folder: Path, tensors: dict[str, Tensor], step: int = 1, world_size: in
     return checkpoint.commit(partial, {"step": step, **NOTHING_ELSE, **manifest, "tensors": merged}, files)
 
 
+@pytest.mark.parametrize("offsets", [(0, 11), (0, 9), (1, 11)])
+def test_ranks_that_leave_a_gap_or_overlap(offsets: tuple[int, int]) -> None:
+    """Not by an assert, which `python -O` leaves out."""
+    parts = [
+        checkpoint.Part(rank, {"model.w": torch.zeros(10)}, {"model.w": ((20,), offset)})
+        for rank, offset in enumerate(offsets)
+    ]
+    with pytest.raises(CheckpointError, match=r"model.w: the ranks hold it with gaps or overlaps"):
+        checkpoint.merge([checkpoint.describe(part) for part in parts])
+
+
 def empty(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.full_like(tensor, 99) for name, tensor in tensors.items()}
 

@@ -109,6 +109,21 @@ def test_a_checkpoint_that_the_ledger_does_not_lead_to_is_not_taken(whole: Path,
     check_same(run, whole)
 
 
+def test_a_run_given_to_begin_from_whose_newest_checkpoint_is_damaged(whole: Path, tmp_path: Path) -> None:
+    """Each rank chooses by the files' sizes alone; what is in them the ranks compare together, and may refuse."""
+    origin = interrupted(whole, tmp_path / "origin", after=10)
+    damaged = origin / "checkpoints" / "step-00000010" / "shard-00000.safetensors"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(
+        CheckpointError, match=r"shard-00000.safetensors: damaged: .*; give another checkpoint by --res"
+    ):
+        fit(tmp_path / "refused", resume=str(origin), fork=True)
+    damaged.write_bytes(content[:-1])
+    fork = fit(tmp_path / "fork", resume=str(origin), fork=True)
+    assert json.loads((fork / "environment.json").read_text())["forked_from"]["step"] == EVERY
+
+
 def test_where_all_are_damaged_nothing_is_begun_from_scratch(whole: Path, tmp_path: Path) -> None:
     run = interrupted(whole, tmp_path / "run", after=10)
     for manifest in run.rglob("manifest.json"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Run, check, refused
 from safetensors.torch import load_file
 from tasks import Masked, NoEvaluation
@@ -59,6 +60,26 @@ def test_explain_says_what_a_rank_holds(
     expected = {"parameters": parameters, "gradients": gradients, "optimizer state": optimizer_state}
     # Padding, and the small parameters that zero3 keeps whole, come to less than a hundredth.
     assert held == {name: pytest.approx(part * 21_008_899 * 4, rel=0.01) for name, part in expected.items()}
+
+
+class LooksAtWeights(Masked):
+    """A model that torch's meta device cannot hold."""
+
+    def model(self) -> torch.nn.Module:
+        module = super().model()
+        assert next(module.parameters()).sum().item() is not None
+        return module
+
+
+def test_explain_tells_when_it_builds_the_model_in_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    explain_run(Config.from_dict({**SMALL, "task": {"target": "test_verbs:LooksAtWeights"}}), 1)
+    printed = capsys.readouterr()
+    assert printed.err.startswith(
+        "warning: the model is built in memory, as it cannot be built on torch's meta device: RuntimeError: "
+    )
+    assert "parameters, a rank" in printed.out
+    explain_run(Config.from_dict(SMALL), 1)
+    assert capsys.readouterr().err == ""
 
 
 def test_explain_shows_deepspeeds_json(explain: Explain) -> None:

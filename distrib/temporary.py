@@ -1,0 +1,81 @@
+"""A folder for the temporary files of libraries, which would stay for good when their process is killed."""
+
+import fcntl
+import os
+import shutil
+import sys
+import tempfile
+from multiprocessing import util
+from pathlib import Path
+
+from distrib.errors import ConfigError
+
+_PREFIX = "distrib-"
+_SOCKET_PATH = 107 if sys.platform == "linux" else 103  # sun_path of unix(7), without its final null
+_LOCK = "held-while-its-process-lives"
+_AFTER_SOCKETS = -101  # multiprocessing removes its own folder at -100
+
+_own: tuple[int, Path] | None = None  # the process that made it, and where
+
+
+def check_length(num_workers: int) -> None:
+    """Raises ConfigError if workers could not be reached: torch makes sockets below the temporary folder, whose whole
+    path the kernel limits, and a worker that finds its path too long hangs."""
+    folder = tempfile.gettempdir()
+    longest = _SOCKET_PATH - len(f"/{_PREFIX}12345678/pymp-12345678/listener-12345678")  # as they are named
+    if num_workers and len(os.fsencode(folder)) > longest:
+        raise ConfigError(
+            f"data.num_workers: {num_workers}, but the sockets of workers cannot have paths as long as below the "
+            f"temporary folder {folder}; set TMPDIR to one of at most {longest} characters, such as /tmp"
+        )
+
+
+def folder() -> Path:
+    """Return this process's folder below the temporary one: made by the first call, and removed when the process ends,
+    or, if it is killed, by the next process that calls this."""
+    global _own
+    if _own is None:
+        _remove_those_of_the_dead()
+        _own = os.getpid(), _make()
+        util.Finalize(None, remove, exitpriority=_AFTER_SOCKETS)
+    return _own[1]
+
+
+def put_worker_sockets_there() -> None:
+    """Have multiprocessing make the sockets of this process and of its workers in `folder`."""
+    before, tempfile.tempdir = tempfile.tempdir, str(folder())
+    try:
+        util.get_temp_dir()  # makes one at the first call
+    finally:
+        tempfile.tempdir = before
+
+
+def remove() -> None:
+    """Remove the folder of this process, if it has one."""
+    if _own is not None and _own[0] == os.getpid():
+        shutil.rmtree(_own[1], ignore_errors=True)
+
+
+def _make() -> Path:
+    while True:
+        made = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        lock = os.open(made / _LOCK, os.O_CREAT | os.O_RDWR)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # held by this process, and by the workers that it forks
+        if made.exists():  # else another removed it, before it had its lock
+            return made
+        os.close(lock)
+
+
+def _remove_those_of_the_dead() -> None:
+    for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:  # another user's, or gone
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+        except OSError:  # its process lives
+            pass
+        finally:
+            os.close(descriptor)
