@@ -31,7 +31,9 @@ class Numbered(Workload):
     def __init__(self, samples: int, width: int, depth: int) -> None:
         self.train = Numbers(samples)
         self.width, self.depth = width, depth
-        self.latest: tuple[Tensor, Tensor] | None = None  # the loss of this rank's last batch, and which samples it had
+        self.latest: tuple[Tensor, Tensor] | None = None
+        """The loss of this rank's batch, and its samples, of the first call since this was emptied: what follows in the
+        same step only looks at the loss."""
 
     def network(self) -> nn.Module:
         hidden = [layer for _ in range(self.depth) for layer in (nn.Linear(self.width, self.width), nn.ReLU())]
@@ -42,7 +44,8 @@ class Numbered(Workload):
 
     def loss(self, output: Tensor, batch: Any) -> Tensor:
         loss = F.mse_loss(output, batch[1][:, -1:])
-        self.latest = loss.detach(), batch[0]
+        if self.latest is None:
+            self.latest = loss.detach(), batch[0]
         return loss
 
 

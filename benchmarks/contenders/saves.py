@@ -39,6 +39,8 @@ class Saves(Line):
     After that it ends the process: how a contender ends is not measured.
     """
 
+    begun = False  # a step was made in this process
+
     def __init__(self, work: Numbered, rank: int, part: Part) -> None:
         super().__init__(rank)
         self._work, self._rank, self._folder = work, rank, part.folder
@@ -47,10 +49,11 @@ class Saves(Line):
 
     def stepped(self) -> None:
         """To be called after each step."""
+        Saves.begun = True
         self._steps += 1
+        (loss, samples), self._work.latest = self._work.latest, None
         if self._steps in (1, self._last):
             now = time.time()
-            loss, samples = self._work.latest
             self.wait(Made(now, loss.item(), samples.tolist()))
         if self._steps == self._last:
             os._exit(0)
@@ -79,12 +82,13 @@ class Saves(Line):
 
 def skip_reading(step: int) -> None:
     """From here on, the batch that a DataLoader reads after a save is that of `step`: its own sampler is gone through
-    until there, but nothing is read. So one sees what an uninterrupted run would read at that step."""
+    until there, but nothing is read. So one sees what an uninterrupted run would read at that step. What is read before
+    the first step, to look at the data, is left alone."""
     plainly = _BaseDataLoaderIter._next_index
 
     def next_index(loader: Any) -> Any:
         loader.batches = getattr(loader, "batches", 0) + 1
-        if loader.batches == EVERY + 1:
+        if Saves.begun and loader.batches == EVERY + 1:
             next(islice(loader._sampler_iter, step - EVERY, step - EVERY), None)
         return plainly(loader)
 

@@ -83,8 +83,8 @@ class Regression(Task):
 def note_steps(trainer: Trainer, engine: Engine, windows: Iterator[Window]) -> None:
     """Leave the lines of these steps in the ledger, as if they had been made."""
     for window in windows:
-        shares = [1.0, 0.0, 64.0, 0.0, *[float(window.step % 4096)] * 6]
-        trainer.account.made(window.step, Step(shares, 1.0, True, 0.001, None), engine.clock.seconds())
+        shares = [1.0, 0.0, 64.0, 0.0, 0.0, *[float(window.step % 4096)] * 6]
+        trainer.account.made(window.step, Step(shares, 1.0, 0.001, None), engine.clock.seconds())
         trainer.account.read()
 
 

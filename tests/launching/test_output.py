@@ -62,7 +62,9 @@ def test_output_that_cannot_be_written(mark: str, tmp_path: Path) -> None:
             "none": train("none", closing),
         }
     os.close(terminal)
-    os.read(ours, 10)
+    seen = b""
+    while b"step 1/30" not in seen:  # before that, a slow start says on standard error what it does
+        seen += os.read(ours, 1000)
     os.close(ours)
     for name, process in runs.items():
         assert process.wait(100) == 0, name

@@ -178,7 +178,7 @@ def test_a_rank_whose_launcher_is_gone_before_it_begins(mark: str, tmp_path: Pat
 
 
 def test_restarts_come_to_an_end(mark: str, tmp_path: Path) -> None:
-    write(tmp_path, task={"target": "tasks:Misbehaving", "how": "raise", "on_rank": 1, "at": 2})
+    write(tmp_path, task={"target": "tasks:Misbehaving", "how": "raise", "on_rank": 1, "at": 9})
     launcher = start(mark, tmp_path, "launch", "--processes", 2, "--max-restarts", 1, "phased.yaml")
     _, said = launcher.communicate(timeout=100)
     assert launcher.returncode == 1

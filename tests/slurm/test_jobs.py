@@ -146,6 +146,7 @@ def test_jobs_whose_time_is_over(slurm: Cluster, tmp_path: Path) -> None:
 
     said = (tmp_path / f"slurm-{array}_4.log").read_text()
     assert f"asked to stop; saved after step {steps_done(tasks[4])}, job {array}_4 is requeued" in said
+    until(lambda: slurm.job(f"{array}_4")["JobState"] == "PENDING", "it does not go back into the queue")
     states = {number: slurm.job(f"{array}_{number}") for number in range(5)}
     slurm.command("scancel", array)
     assert {number: (state["JobState"], state["Restarts"]) for number, state in states.items()} == {
