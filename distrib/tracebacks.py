@@ -15,7 +15,7 @@ _OF_A_WORKER = "Original Traceback (most recent call last):\n"  # torch puts a D
 def format_error(error: BaseException) -> str:
     """The traceback reduced to the user's frames; the whole one if there are none, because then the fault is ours."""
     if isinstance(error, SyntaxError) and error.filename and _is_users(error.filename):
-        return summary(error)  # no frame is in a file that could not be compiled
+        return "".join(traceback.format_exception_only(error)).rstrip()  # no frame is in what could not be compiled
     return users_lines(error) or "".join(traceback.format_exception(error)).rstrip()
 
 

@@ -174,6 +174,35 @@ def test_a_module_of_the_users_and_its_exit_code(run: Run, tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.glob("was-here-*")) == ["was-here-0", "was-here-1"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["-m", "nowhere"], "error: -m: there is no module 'nowhere', neither in {} nor installed"),
+        (["-m", "package.nowhere"], "error: -m: there is no module 'package.nowhere', neither in {} nor installed"),
+        (["-m", "package"], "error: -m: there is no module 'package.__main__', neither in {} nor installed"),
+        (["-m", "runs.package"], "error: -m: there is no module 'runs.package', neither in {} nor installed"),
+    ],
+)
+def test_a_module_that_is_not_there(run: Run, tmp_path: Path, arguments: list[str], expected: str) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").touch()
+    assert refused(run("distrib", "launch", "--processes", 1, *arguments)) == expected.format(tmp_path)
+
+
+def test_a_script_that_cannot_be_compiled(run: Run, tmp_path: Path) -> None:
+    """As Python itself has it, without the lines that led there."""
+    (tmp_path / "script.py").write_text("import os\nprint(os\n")
+    result = run("distrib", "launch", "--processes", 1, "script.py")
+    check(result, code=1)
+    said = result.stderr.splitlines()
+    assert said[0].endswith(" failed:"), result.stderr
+    assert said[1] == '  File "script.py", line 2'
+    assert said[-2:] == [
+        "SyntaxError: '(' was never closed",
+        "distrib launch: rank 0 failed with exit code 1; all processes were ended",
+    ]
+
+
 def test_evaluate_and_a_second_start_of_a_finished_run(run: Run, config: Path, tmp_path: Path) -> None:
     check(run("distrib", "launch", config))  # one process, where there is no accelerator
     run_dir = tmp_path / "runs" / "small"

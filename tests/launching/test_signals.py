@@ -92,6 +92,29 @@ def test_a_signal_in_each_phase(mark: str, tmp_path: Path, undisturbed: Path, nu
     check_same(run, undisturbed)
 
 
+@pytest.mark.parametrize("library", ["_multiarray_umath", "libtorch_python"])
+@pytest.mark.parametrize(
+    ("command", "code", "expected"),
+    [(LAUNCH, 75, NOTHING_TO_SAVE), (["train", "phased.yaml"], 130, "interrupted\n")],
+    ids=["launch", "train"],
+)
+def test_an_interrupt_while_libraries_are_imported(
+    mark: str, tmp_path: Path, library: str, command: list[object], code: int, expected: str
+) -> None:
+    """numpy's import turns a KeyboardInterrupt into another error."""
+    write(tmp_path)
+    started = start(mark, tmp_path, *command)
+
+    def imports() -> bool:
+        process = ranks(mark).get("0") if command is LAUNCH else psutil.Process(started.pid)
+        return process is not None and any(library in loaded.path for loaded in process.memory_maps())
+
+    until(imports, f"it does not import {library}")
+    started.send_signal(signal.SIGINT)
+    _, said = started.communicate(timeout=60)
+    assert (started.returncode, said) == (code, expected)
+
+
 def test_a_rank_0_that_cannot_speak_while_it_starts(mark: str, tmp_path: Path) -> None:
     """As on a busy machine. Rank 1 used to end the launch meanwhile, and nobody said a word."""
     write(tmp_path, train={"steps": 1})
