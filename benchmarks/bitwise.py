@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 from distrib import Config, Loss, Task
 from distrib.config import StrategyConfig
-from distrib.training import strategies
+from distrib.strategies import registry
 from distrib.training.engine import Engine
 from distrib.training.loop import train_step
 
@@ -52,7 +52,7 @@ class Ddp:
         fast = trainer.config.model_copy(
             update={"train": trainer.config.train.model_copy(update={"determinism": "fast"})}
         )
-        placement = strategies.place(StrategyConfig(name="ddp"), fast, trainer.world, twin, [], trainer.make_optimizer)
+        placement = registry.place(StrategyConfig(name="ddp"), fast, trainer.world, twin, [], trainer.make_optimizer)
         self.engine, self.task = Engine(placement), trainer.task
         self.windows = trainer.source.windows(0)
 

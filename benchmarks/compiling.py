@@ -13,8 +13,8 @@ from alternating import ROOT, AlternatingTrainer, Loop, measure, write_results
 from torch import nn
 
 from distrib import Config
+from distrib.strategies import registry
 from distrib.task import load_task
-from distrib.training import strategies
 from distrib.training.engine import Engine
 from distrib.training.loop import train_step
 
@@ -28,7 +28,7 @@ class Uncompiled:
     def __init__(self, trainer: "CompilingTrainer", twin: nn.Module) -> None:
         config = trainer.config
         uncompiled = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
-        placement = strategies.place(
+        placement = registry.place(
             trainer.strategy, uncompiled, trainer.world, twin, [], make_optimizer=trainer.make_optimizer
         )
         self.engine, self.task = Engine(placement, max_grad_norm=config.train.max_grad_norm), trainer.task

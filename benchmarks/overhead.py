@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from distrib import Config
+from distrib.processes.world import World
 from distrib.task import load_task
-from distrib.world import World
 
 TARGETS = {1: 0.90, 2: 1.00}  # distrib's time a step by the plain loop's, at most, for each number of processes
 GLOBAL_BATCH_SIZE = 64

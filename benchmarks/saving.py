@@ -15,10 +15,10 @@ import torch
 from alternating import folder_on_disk, write_table
 from torch import nn
 
-from distrib.state import checkpoint
-from distrib.state.checkpoint import replicated
-from distrib.state.saver import Saver
-from distrib.world import World
+from distrib.processes.world import World
+from distrib.run_folder import checkpoint
+from distrib.run_folder.async_save import Saver
+from distrib.run_folder.checkpoint import replicated
 
 ROUNDS, TARGET = 5, 0.10  # the wait, by torch.save's time
 NOTHING_ELSE: dict[str, Any] = {"chain": "", "applied": 0, "loss_scale": None, "numbers": {}, "tied": {}}

@@ -18,8 +18,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, DistributedSampler
 
 from distrib import Config
+from distrib.processes.world import World
 from distrib.tasks.digits import Digits
-from distrib.world import World
 
 PROCESSES = 2
 TARGET = 1.03  # distrib's time a step by the direct loop's, at most

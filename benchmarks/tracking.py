@@ -21,9 +21,9 @@ from torch.utils.data import TensorDataset
 
 from distrib import Config, Loss, Task
 from distrib.data.loader import Window
+from distrib.processes.world import World
 from distrib.training.engine import Engine
 from distrib.training.trainer import Trainer
-from distrib.world import World
 
 TARGET = 1.01
 BLOCKS, STEPS = 20, 150

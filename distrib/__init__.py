@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from distrib.config import Config as Config
     from distrib.errors import DistribError as DistribError
     from distrib.plan import RunPlan as RunPlan
+    from distrib.processes.world import World as World
     from distrib.task import Loss as Loss
     from distrib.task import Task as Task
     from distrib.training.trainer import Trainer as Trainer
-    from distrib.world import World as World
 
 __version__ = "0.1.0"
 
@@ -24,7 +24,7 @@ _HOME = {
     "RunPlan": "distrib.plan",
     "Task": "distrib.task",
     "Trainer": "distrib.training.trainer",
-    "World": "distrib.world",
+    "World": "distrib.processes.world",
 }
 __all__ = sorted(_HOME)
 

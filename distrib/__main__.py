@@ -1,6 +1,6 @@
 """`python -m distrib` is `distrib`."""
 
-from distrib.processes import die_with_launcher
+from distrib.processes.lifetimes import die_with_launcher
 
 die_with_launcher()  # before anything that takes its time to import
 

@@ -10,8 +10,8 @@ import typer
 
 from distrib import __version__
 from distrib.arguments import ConfigFile, Moved, Overrides, RunDirOption, RunFolder
-from distrib.launching.command import LaunchCommand, run_app, show_sign_of_life
-from distrib.launching.member import run_and_end, run_as_member
+from distrib.launching.command_line import LaunchCommand, run_app, show_sign_of_life
+from distrib.processes.exit import run_and_end, run_as_member
 
 app = typer.Typer(
     name="distrib",
@@ -88,14 +88,14 @@ def train(
     if not quiet:
         show_sign_of_life(f"loading {config}")
     from distrib.config import Config
-    from distrib.reporting.progress import Verbosity
-    from distrib.training import assembly
+    from distrib.monitor.progress import Verbosity
+    from distrib.training import build
     from distrib.training.trainer import Trainer
 
     loaded = Config.load(config, [*(overrides or ()), *(moved or ())])
     verbosity: Verbosity = "quiet" if quiet else "verbose" if verbose else "normal"
     Trainer(
-        assembly.task(loaded),
+        build.task(loaded),
         loaded,
         run_dir,
         resume=resume,
@@ -205,7 +205,7 @@ def submit(
 ) -> None:
     """Train as a SLURM job, which saves and is requeued when its time is over."""
     from distrib.config import Config
-    from distrib.launching.slurm import Job, submit
+    from distrib.launching.submit import Job, submit
 
     loaded = Config.load(config, [*(overrides or ()), *(moved or ())])
     job = Job(loaded.name, nodes, gpus_per_node, processes_per_node, time, grace, further=tuple(slurm or ()))
@@ -221,7 +221,7 @@ def explain(
 ) -> None:
     """Print what a config comes to: batches, steps, learning rates, memory, DeepSpeed's JSON. Trains nothing."""
     from distrib.config import Config
-    from distrib.training.verbs import explain_run
+    from distrib.training.commands import explain_run
 
     explain_run(Config.load(config, overrides or ()), processes)
 
@@ -239,7 +239,7 @@ def evaluate(
 
         members = ["-m", "distrib", "evaluate", str(run), *(["--json"] if as_json else [])]
         sys.exit(local.launch(members, local.Options(processes)))
-    from distrib.training.verbs import evaluate_run
+    from distrib.training.commands import evaluate_run
 
     evaluate_run(run, as_json)
 
@@ -248,7 +248,7 @@ def evaluate(
 @_as_member
 def watch(run: RunFolder) -> None:
     """Show a run as it goes on, or went, from its folder: from another terminal, or a cluster's login node."""
-    from distrib.reporting.watch import watch_run
+    from distrib.monitor.watch import watch_run
 
     watch_run(run)
 
@@ -257,7 +257,7 @@ def watch(run: RunFolder) -> None:
 @_as_member
 def verify(run: RunFolder) -> None:
     """Check a run's ledger against the order that its config means, and its checkpoints against the ledger."""
-    from distrib.training.verbs import verify_run
+    from distrib.training.commands import verify_run
 
     verify_run(run)
 
@@ -271,7 +271,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="The page; a .png is written beside it.")] = Path("comparison.html"),
 ) -> None:
     """Compare runs with the first: what differs, where they part and why, final, best and speed figures, curves."""
-    from distrib.reporting.compare import compare_runs
+    from distrib.monitor.compare.command import compare_runs
 
     compare_runs(runs, out)
 
@@ -286,7 +286,7 @@ def export(
 
     A task may have a form of its own; those of Hugging Face's models become a folder that from_pretrained reads.
     """
-    from distrib.training.verbs import export_run
+    from distrib.training.commands import export_run
 
     export_run(run, out)
 

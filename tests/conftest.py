@@ -22,7 +22,7 @@ import pytest
 from hypothesis import settings
 from safetensors.numpy import load_file
 
-from distrib.state.verification import verify_run
+from distrib.run_folder.verify import verify_run
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "distributed"))  # the tests' own tasks

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch.distributed import TCPStore
 
 from distrib.errors import LaunchError
-from distrib.gate import Gate, Relay, check_key
-from distrib.network import LOOPBACK, endpoint, keep_store, listen, own_address, parse_endpoint
+from distrib.processes.gate import Gate, Relay, check_key
+from distrib.processes.network import LOOPBACK, endpoint, keep_store, listen, own_address, parse_endpoint
 
 KEY = "a secret of the tests"
 

@@ -8,38 +8,32 @@ from conftest import ROOT
 
 # A module may import from its own layer or a lower one.
 LAYERS = [
-    {
-        "__version__",
-        "errors",
-        "failures",
-        "output",
-        "processes",
-        "slurm",
-        "targets",
-        "temporary",
-        "stopping",
-        "presence",
-        "gate",
-        "network",
-        "accelerate_launch",
-        "tuning",
-        "variables",
-        "tracebacks",
-    },
-    {"config", "config_yaml", "schedule"},
-    {"task", "plan", "world"},
-    {"data", "state"},
-    {"reporting"},
-    {"training", "tasks"},
+    {"__version__", "errors"},
+    {"tracebacks"},
+    {"targets", "config_yaml", "schedule"},
+    {"config"},
+    {"task", "plan"},
+    {"processes"},
+    {"data"},
+    {"run_folder"},
+    {"tasks"},
     {"launching"},
+    {"monitor"},
+    {"strategies"},
+    {"training"},
     {"cli", "arguments"},
 ]
 ONLY_IN = {
-    "accelerate": {"reporting/tracking.py", "training/engine.py", "training/replicated.py", "world.py"},
-    "deepspeed": {"training/zero.py"},
+    "accelerate": {
+        "monitor/trackers/trackers.py",
+        "processes/world.py",
+        "strategies/ddp.py",
+        "training/engine.py",
+    },
+    "deepspeed": {"strategies/deepspeed.py"},
     "datasets": {"data/rows.py", "tasks/pretrained.py"},
     "transformers": {"tasks/hugging_face.py", "tasks/pretrained.py"},
-    "wandb": {"reporting/tracking.py", "reporting/wandb_files.py"},
+    "wandb": {"monitor/trackers/trackers.py", "monitor/trackers/wandb_files.py"},
 }
 MODULES = sorted((ROOT / "distrib").rglob("*.py"))
 

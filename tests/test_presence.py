@@ -5,7 +5,7 @@ import socket
 import pytest
 from conftest import free_port
 
-from distrib.presence import enter
+from distrib.processes.heartbeat import enter
 
 
 def test_by_the_name_of_their_own_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distrib import World
-from distrib.slurm import first_host, in_job, tasks_per_node
+from distrib.processes.slurm import first_host, in_job, tasks_per_node
 
 STEP = {
     "SLURM_JOB_ID": "17",
@@ -53,7 +53,7 @@ def test_the_job_as_its_commands_name_it() -> None:
 
 
 def test_steps_that_share_a_node_meet_at_ports_of_their_own() -> None:
-    from distrib.slurm import as_member
+    from distrib.processes.slurm import as_member
 
     ports = {as_member({**STEP, "SLURM_JOB_ID": str(job)})["MASTER_PORT"] for job in range(1000)}
     assert len(ports) == 1000

@@ -13,7 +13,7 @@ import yaml
 from conftest import start, steps_done, until
 
 from distrib.errors import ConfigError
-from distrib.temporary import check_length
+from distrib.processes.temporary import check_length
 
 MAKES_SOCKET = """
 import multiprocessing.util, signal, socket

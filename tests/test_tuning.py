@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import Run, check
 
-from distrib.tuning import no_collection, run_as_batch, threads
+from distrib.processes.tuning import no_collection, run_as_batch, threads
 
 
 def test_cores_are_shared() -> None:
@@ -20,7 +20,7 @@ def test_cores_are_shared() -> None:
     assert threads(10**6) == 1
     one = (
         "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); "
-        "from distrib.tuning import threads; print(threads(1))"
+        "from distrib.processes.tuning import threads; print(threads(1))"
     )
     assert subprocess.run([sys.executable, "-c", one], capture_output=True, text=True, check=True).stdout == "1\n"
 

@@ -6,7 +6,7 @@ import pytest
 
 from distrib import World
 from distrib.errors import LaunchError
-from distrib.launching.member import without_local_rank
+from distrib.processes.exit import without_local_rank
 
 JOINED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 

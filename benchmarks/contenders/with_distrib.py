@@ -13,11 +13,11 @@ from workload import LEARNING_RATE, SEED, WEIGHT_DECAY, Workload
 
 from distrib import Config, Loss, Task, Trainer
 from distrib.data.loader import Window
-from distrib.state.saver import Saver
-from distrib.training import assembly
+from distrib.processes.world import World
+from distrib.run_folder.async_save import Saver
+from distrib.training import build
 from distrib.training.engine import Engine
-from distrib.training.verdict import Step
-from distrib.world import World
+from distrib.training.pending_step import Step
 
 
 class Timed(Trainer):
@@ -36,7 +36,7 @@ class Timed(Trainer):
 
     def _evaluate(self, engine: Engine, steps_done: int) -> None:
         self.turns.stepped(self._loss)
-        self.turns.finish(lambda: assembly.evaluate(engine, self.task, self.eval_dataset, self.config)["eval/loss"])
+        self.turns.finish(lambda: build.evaluate(engine, self.task, self.eval_dataset, self.config)["eval/loss"])
 
 
 def config(work: Workload, world: World, steps: int, **sections: Any) -> Config:

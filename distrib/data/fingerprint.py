@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from distrib.data.loader import Read, SampleReader, batch_loader
+from distrib.data.prints import TOLERANCES, UNKNOWN, VARIES, Fingerprint, Print, same
 from distrib.data.sampler import MicroBatch
-from distrib.state.identity import TOLERANCES, UNKNOWN, VARIES, Fingerprint, Print, same
 
 _SAMPLES = 8  # in each set, each read twice
 

@@ -13,7 +13,7 @@ from distrib.data.order import Positions, derive_seed, digest
 from distrib.data.sampler import DistributedSampler, MicroBatch
 from distrib.data.shapes import describe
 from distrib.errors import ConfigError
-from distrib.processes import shield_worker, stop_signals_held
+from distrib.processes.lifetimes import shield_worker, stop_signals_held
 
 
 class Read(NamedTuple):

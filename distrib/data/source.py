@@ -15,8 +15,8 @@ from distrib.data.loader import Ahead, Read, Window, data_loader, train_windows
 from distrib.data.sampler import DistributedSampler, MicroBatch
 from distrib.errors import CheckpointError, ConfigError
 from distrib.plan import RunPlan
-from distrib.processes import shield_worker, stop_signals_held
-from distrib.world import World
+from distrib.processes.lifetimes import shield_worker, stop_signals_held
+from distrib.processes.world import World
 
 
 class Source:

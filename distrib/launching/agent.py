@@ -14,10 +14,10 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from distrib import presence
 from distrib.launching.rendezvous import NodeRendezvous
-from distrib.processes import STOP_SIGNALS
-from distrib.stopping import INTERRUPTED, LEAVE_SIGNALS, SAVED
+from distrib.processes import heartbeat
+from distrib.processes.lifetimes import STOP_SIGNALS
+from distrib.processes.signals import INTERRUPTED, LEAVE_SIGNALS, SAVED
 
 USER_CODES = (2, SAVED)  # a member that ends so has said why, and would do so again
 _SECONDS_TO_FOLLOW = 10.0
@@ -50,7 +50,7 @@ class Agent(LocalElasticAgent):
             slept, woke = time.monotonic() - woke, time.monotonic()
             if slept > 10 or self.get_worker_group().state is not WorkerState.HEALTHY:  # suspended, or not waiting
                 self._looked = woke
-            elif woke - self._looked > presence.SILENCE:
+            elif woke - self._looked > heartbeat.SILENCE:
                 say(lost)
                 _kill(_ranks())
                 os._exit(1)

@@ -15,16 +15,16 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError, RendezvousTimeoutError
 
-from distrib import gate, network, tuning
 from distrib.config import Config
 from distrib.errors import LaunchError
 from distrib.launching.agent import USER_CODES, Agent, StoppedBeforeRanks, first_failure, how, say
 from distrib.launching.rendezvous import NodeRendezvous
 from distrib.plan import window_size
-from distrib.presence import KEPT_AT
-from distrib.processes import LAUNCHER, STOP_SIGNALS
-from distrib.stopping import INTERRUPTED, SAVED, handle, nothing_to_save
-from distrib.variables import check_threads
+from distrib.processes import gate, network, tuning
+from distrib.processes.heartbeat import KEPT_AT
+from distrib.processes.lifetimes import LAUNCHER, STOP_SIGNALS
+from distrib.processes.signals import INTERRUPTED, SAVED, handle, nothing_to_save
+from distrib.processes.variables import check_threads
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def script_command(arguments: Sequence[str], module: bool) -> list[str]:
     """What each rank runs for a script or module of the user's. Raises LaunchError where there is no such script."""
     if not module and not Path(arguments[0]).is_file():
         raise LaunchError(f"{arguments[0]}: there is no such script in {Path.cwd()}")
-    return ["-m", "distrib.launching.member", *(["-m"] if module else []), *arguments]
+    return ["-m", "distrib.processes.exit", *(["-m"] if module else []), *arguments]
 
 
 def launch(arguments: Sequence[str], options: Options) -> int:

@@ -17,8 +17,8 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousTimeoutError
 
 from distrib.errors import LaunchError
-from distrib.gate import Gate, Relay
-from distrib.network import LOOPBACK, keep_store, listen
+from distrib.processes.gate import Gate, Relay
+from distrib.processes.network import LOOPBACK, keep_store, listen
 
 _CLOSED = "closed"
 _SECONDS_TO_ANSWER = 30.0  # for node 0's launcher, to another's question

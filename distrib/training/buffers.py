@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distrib.errors import TrainingError
+from distrib.processes.world import World
 from distrib.training.running_statistics import STATISTICS, RunningStatistics, has_running_statistics
-from distrib.world import World
 
 _STEPS_IN_A_ROW = 3  # in which a cache is filled anew before it is taken for something else
 

@@ -14,16 +14,15 @@ from torch import Tensor
 
 from distrib.data.loader import Ahead, Window
 from distrib.data.order import derive_seed
+from distrib.strategies.base import DTYPES, Placement, named_state
+from distrib.strategies.errors import recognised
+from distrib.strategies.step_sums import Totals
 from distrib.task import Loss, Task
 from distrib.training.buffers import Buffers
-from distrib.training.contract import check_loss
-from distrib.training.perf import Clock
-from distrib.training.placement import Placement, named_state
-from distrib.training.strategy_errors import recognised
-from distrib.training.totals import Totals
-from distrib.training.verdict import Step
+from distrib.training.pending_step import Step
+from distrib.training.task_checks import check_loss
+from distrib.training.timing import Clock
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FIRST_SCALE_OF_A_MEAN = 2.0**16  # GradScaler's
 _UPDATES_TO_GROW = 2000
 _LEAST_SCALE = 2.0**-24  # fp16's smallest number: with less, a gradient of 1 would be 0

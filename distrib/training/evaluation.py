@@ -15,10 +15,10 @@ from distrib.data.order import derive_seed
 from distrib.data.sampler import MicroBatch
 from distrib.data.seeding import seeded
 from distrib.errors import ConfigError
+from distrib.processes.world import World
 from distrib.task import Loss, Task
-from distrib.training.contract import check_loss, check_metrics, check_rows
 from distrib.training.engine import Engine
-from distrib.world import World
+from distrib.training.task_checks import check_loss, check_metrics, check_rows
 
 
 def evaluate(engine: Engine, task: Task, dataset: Dataset[Any], batch_size: int, **loading: Any) -> dict[str, float]:

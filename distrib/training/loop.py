@@ -3,7 +3,7 @@
 from distrib.data.loader import Window
 from distrib.task import Task
 from distrib.training.engine import Engine
-from distrib.training.verdict import Step
+from distrib.training.pending_step import Step
 
 
 def train_step(engine: Engine, task: Task, window: Window, lr: float) -> Step:

@@ -2,16 +2,15 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from distrib.config import OptimConfig
-from distrib.errors import ConfigError, MismatchError
+from distrib.errors import ConfigError
 
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 _FUSED_FOR_SHARDS = (torch.optim.Adam, torch.optim.AdamW)  # of a DTensor; the others raise NotImplementedError
@@ -92,44 +91,6 @@ def ignored_keys(config: OptimConfig, optimizer: Optimizer) -> str | None:
 def _other_sequence(value: Any) -> Any:
     """A tuple for a list, and the other way round: YAML and optimizers differ in which they have."""
     return list(value) if isinstance(value, tuple) else tuple(value) if isinstance(value, list) else value
-
-
-def require_same_state(
-    path: Path, kept: set[str], trained: list[str], states: Iterable[tuple[str, dict[str, Any], Any]]
-) -> None:
-    """Raise MismatchError if the optimizer keeps something else for a parameter than what a checkpoint holds.
-
-    `kept`: the checkpoint's names. A parameter for which it holds nothing had no update yet. `states`: what the
-    optimizer keeps for each of the `trained` parameters; several may share it.
-    """
-    saved: dict[str, set[str]] = {}
-    for entry in kept:
-        kind, _, rest = entry.partition(".")
-        if kind == "optimizer":
-            key, _, name = rest.partition(".")
-            saved.setdefault(name, set()).add(key)
-    current = {name: state for name, state, _ in states}
-    sharing: dict[int, str] = {}
-    for name in trained:
-        state = current.get(name, {})
-        keys = {key for key, value in state.items() if isinstance(value, Tensor | int | float)}
-        if (name in saved and keys != saved[name]) or (keys and not saved):
-            raise MismatchError(
-                f"{path}: of another optimizer: it holds {_listed(saved.get(name, ()))} for {name}, and the config's "
-                f"keeps {_listed(keys)}; take the same optim.name and optim.options, or --reset-optimizer with --fork"
-            )
-        if name in saved:
-            sharing[id(state)] = name
-    for name in trained:
-        if name not in saved and (other := sharing.get(id(current.get(name)))) is not None:
-            raise MismatchError(
-                f"{path}: holds optimizer state for {other} and none for {name}, of which this strategy keeps one for "
-                "both; take strategy.name ddp or fsdp2, or --reset-optimizer with --fork"
-            )
-
-
-def _listed(keys: Iterable[str]) -> str:
-    return ", ".join(sorted(keys)) or "nothing"
 
 
 def _find(name: str) -> type[Optimizer]:

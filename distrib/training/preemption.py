@@ -2,8 +2,8 @@
 
 import signal
 
-from distrib.stopping import REQUEUE_SIGNALS
-from distrib.world import World
+from distrib.processes.signals import REQUEUE_SIGNALS
+from distrib.processes.world import World
 
 
 class Preemption:

@@ -14,15 +14,15 @@ from distrib.config import Config
 from distrib.data.loader import Window
 from distrib.data.seeding import seeded
 from distrib.errors import ConfigError, DistribError
-from distrib.reporting.record import Record
+from distrib.monitor.run_log import Record
+from distrib.strategies.base import Placement
 from distrib.task import Loss, Task
 from distrib.tracebacks import first_line, place
-from distrib.training import assembly, evaluation
-from distrib.training.contract import check_loss, check_metrics_dict, no_metric, trial
+from distrib.training import build, evaluation
 from distrib.training.engine import Engine
 from distrib.training.loop import train_step
-from distrib.training.placement import Placement
-from distrib.training.verdict import Step
+from distrib.training.pending_step import Step
+from distrib.training.task_checks import check_loss, check_metrics_dict, no_metric, trial
 
 # Half the gradient, and the same total, within what the precisions round. A sum has the same gradient, or twice the
 # total, which is far from both.
@@ -53,7 +53,7 @@ def trial_evaluation(engine: Engine, task: Task, dataset: Dataset[Any], config: 
     """
     batch_size = config.data.micro_batch_size
     size = min(2 * batch_size, len(dataset))  # type: ignore[arg-type]
-    loading = assembly.loading(config, engine.world)
+    loading = build.loading(config, engine.world)
     loading["num_workers"] = min(1, loading["num_workers"])
     with trial():
         collect = evaluation.predict(engine, task, dataset, size, batch_size, **loading)

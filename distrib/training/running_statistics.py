@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from distrib.world import World
+from distrib.processes.world import World
 
 
 def has_running_statistics(module: nn.Module) -> bool:

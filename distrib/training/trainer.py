@@ -6,36 +6,38 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from distrib import slurm, tuning
 from distrib.config import Config
 from distrib.data.loader import Window
+from distrib.data.prints import Fingerprint
 from distrib.data.source import source
 from distrib.errors import ConfigError, Preempted
+from distrib.monitor.progress import ProgressDisplay, Verbosity, format_summary
+from distrib.monitor.run_log import Record
+from distrib.monitor.trackers.trackers import in_sweep, require_trackers
 from distrib.plan import RunPlan
-from distrib.reporting.progress import ProgressDisplay, Verbosity, format_summary
-from distrib.reporting.record import Record
-from distrib.reporting.tracking import in_sweep, require_trackers
+from distrib.processes import slurm, tuning
+from distrib.processes.signals import when_asked_to_stop
+from distrib.processes.world import World
+from distrib.run_folder import repair
+from distrib.run_folder.async_save import Saver
+from distrib.run_folder.earlier_starts import what_to_do_now
+from distrib.run_folder.environment import describe, describe_task
+from distrib.run_folder.folder import RunDir
+from distrib.run_folder.identity import moved_keys, notes
+from distrib.run_folder.ledger import GENESIS
+from distrib.run_folder.resume import Found, named, newest_whole, require_steps_left, whole
 from distrib.schedule import learning_rate_factor
-from distrib.state import mending
-from distrib.state.earlier_starts import what_to_do_now
-from distrib.state.environment import describe, describe_task
-from distrib.state.identity import Fingerprint, moved_keys, notes
-from distrib.state.ledger import GENESIS
-from distrib.state.resume import Found, named, newest_whole, require_steps_left, whole
-from distrib.state.run_dir import RunDir
-from distrib.state.saver import Saver
-from distrib.stopping import when_asked_to_stop
+from distrib.strategies import compile, registry
+from distrib.strategies.base import trainable
 from distrib.task import Task
-from distrib.training import agreement, assembly, compiling, perf, probe, strategies
-from distrib.training.account import Account
+from distrib.training import build, cross_rank_checks, probe, timing
 from distrib.training.engine import Engine
 from distrib.training.loop import train_step
-from distrib.training.module_checks import check_module
+from distrib.training.model_checks import check_module
 from distrib.training.optimizers import ignored_keys
-from distrib.training.placement import trainable
+from distrib.training.pending_step import Step
 from distrib.training.preemption import Preemption
-from distrib.training.verdict import Step
-from distrib.world import World
+from distrib.training.step_log import Account
 
 
 class Trainer:
@@ -68,24 +70,24 @@ class Trainer:
         self.world = World.detect()
         if self.world.is_rank_0:
             require_trackers(config.tracking)
-        self.strategy = strategies.resolve(config, self.world)
-        assembly.prepare(task, config, self.world)
-        self.train_dataset, num_samples = assembly.train_dataset(task, config.seed)
-        self.eval_dataset = assembly.eval_dataset(task, config.seed, config.eval.every_steps)
+        self.strategy = registry.resolve(config, self.world)
+        build.prepare(task, config, self.world)
+        self.train_dataset, num_samples = build.train_dataset(task, config.seed)
+        self.eval_dataset = build.eval_dataset(task, config.seed, config.eval.every_steps)
         self.plan = RunPlan.create(config, self.world.world_size, num_samples)
         require_steps_left(self.origin, self.plan.num_steps)
-        loading = assembly.loading(config, self.world)
+        loading = build.loading(config, self.world)
         self.source = source(self.train_dataset, self.plan, self.world, config.seed, loading)
-        self.module = assembly.model(task, config.seed)
-        self.blocks = assembly.blocks(task, self.module, self.strategy, config.train.compile)
+        self.module = build.model(task, config.seed)
+        self.blocks = build.blocks(task, self.module, self.strategy, config.train.compile)
         check_module(self.module, config, self.strategy, self.blocks, self.world.world_size)
-        strategies.check_wrapped(self.world, self.blocks)
+        registry.check_wrapped(self.world, self.blocks)
         if config.train.compile:
-            compiling.require_tools(config.train.compile, self.world)
+            compile.require_tools(config.train.compile, self.world)
         params = trainable(self.module)
         if not params:
             raise ConfigError(f"task.model: {type(self.module).__name__} has no parameter to train")
-        self.make_optimizer = assembly.optimizer_maker(task, config)
+        self.make_optimizer = build.optimizer_maker(task, config)
         optimizer = self.make_optimizer(params)  # to refuse what it refuses now; another, over the shards, trains
         own = type(task).optimizer is not Task.optimizer
         self.ignored_keys = ignored_keys(config.optim, optimizer) if own else None
@@ -104,12 +106,12 @@ class Trainer:
         holds one that did not reach its end, training goes on from the newest checkpoint that is whole.
         """
         self.world.connect(self.config.strategy.timeout)
-        agreement.require_same_config(self.world, self.config)
-        data = assembly.fingerprints(self.train_dataset, self.eval_dataset, self.config)
-        agreement.require_same_data(self.world, data)
+        cross_rank_checks.require_same_config(self.world, self.config)
+        data = build.fingerprints(self.train_dataset, self.eval_dataset, self.config)
+        cross_rank_checks.require_same_data(self.world, data)
         summary = self.world.on_rank_0(lambda: self._start(data))
         try:
-            agreement.require_shared(self.world, self.run.environment)
+            cross_rank_checks.require_shared(self.world, self.run.environment)
             if summary is None:
                 with self.record.failures():
                     summary = self._train()
@@ -124,7 +126,7 @@ class Trainer:
         return summary
 
     def _start(self, data: dict[str, Fingerprint | None]) -> dict[str, Any] | None:
-        work = perf.work(self.task, self.module, self.source, self.config.train.mixed_precision, self.run.report)
+        work = timing.work(self.task, self.module, self.source, self.config.train.mixed_precision, self.run.report)
         environment = describe(self.world, self.strategy.name, self.plan.num_samples, self.task, work)
         environment.update(task=describe_task(self.task, self.module), data=data)
         summary = self.run.start(self.config, environment, self.resume, self.origin)
@@ -133,10 +135,10 @@ class Trainer:
 
     def _train(self) -> dict[str, Any]:
         if self.config.train.compile:
-            compiling.keep_in(self.run.compiled)
+            compile.keep_in(self.run.compiled)
             self.record.event("compiling", what=self.config.train.compile)
         engine = Engine(
-            strategies.place(self.strategy, self.config, self.world, self.module, self.blocks, self.make_optimizer),
+            registry.place(self.strategy, self.config, self.world, self.module, self.blocks, self.make_optimizer),
             mixed_precision=self.config.train.mixed_precision,
             max_grad_norm=self.config.train.max_grad_norm,
             seed=self.config.seed,
@@ -222,7 +224,7 @@ class Trainer:
             return
         step = self.first_step
         due = step > 0 and self._is_due(self.config.eval.every_steps, step)
-        if due and self.world.on_rank_0(lambda: mending.lacks_evaluation(self.run, step)):
+        if due and self.world.on_rank_0(lambda: repair.lacks_evaluation(self.run, step)):
             self._evaluate(engine, step)
         elif step < self.plan.num_steps:
             probe.trial_evaluation(engine, self.task, self.eval_dataset, self.config, self.record)
@@ -275,7 +277,7 @@ class Trainer:
     def _seconds(self, engine: Engine, step: int) -> dict[str, float]:
         """Where a step's time went, and now and then what else is known of it."""
         seconds = engine.clock.seconds()
-        return {**seconds, **perf.sampled(engine)} if (step - self.first_step) % perf.EVERY_STEPS == 1 else seconds
+        return {**seconds, **timing.sampled(engine)} if (step - self.first_step) % timing.EVERY_STEPS == 1 else seconds
 
     def _is_due(self, every_steps: int, steps_done: int) -> bool:
         return steps_done == self.plan.num_steps or (every_steps > 0 and steps_done % every_steps == 0)
@@ -283,7 +285,7 @@ class Trainer:
     def _evaluate(self, engine: Engine, steps_done: int) -> None:
         assert self.eval_dataset is not None, "evaluation was due"
         started = time.perf_counter()
-        metrics = assembly.evaluate(engine, self.task, self.eval_dataset, self.config)
+        metrics = build.evaluate(engine, self.task, self.eval_dataset, self.config)
         seconds = time.perf_counter() - started
         self.preemption.longest_evaluation = max(self.preemption.longest_evaluation, seconds)
         self.record.evaluation(steps_done, len(self.eval_dataset), metrics, seconds)  # type: ignore[arg-type]

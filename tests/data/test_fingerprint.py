@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from distrib.data.fingerprint import fingerprint, sample_print
-from distrib.state.identity import VARIES, difference, same
+from distrib.data.prints import VARIES, same
+from distrib.run_folder.identity import difference
 
 SAMPLES = {
     "tensors": lambda: (torch.arange(6).reshape(2, 3), torch.tensor(3)),

@@ -22,7 +22,7 @@ from tasks import Masked
 
 from distrib import Config, Trainer
 from distrib.errors import DistribError
-from distrib.state.verification import verify_run
+from distrib.run_folder.verify import verify_run
 
 RANKS, STEPS = 2, 40
 CONFIG: dict[str, Any] = {

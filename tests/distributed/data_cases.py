@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset, random_split
 
 from distrib import Config, DistribError, Trainer, World
 from distrib.errors import ConfigError
-from distrib.training import assembly
+from distrib.training import build
 
 
 class Parts(Masked):
@@ -120,7 +120,7 @@ def main() -> None:
     attempt("half-written", lambda: Cached(str(folder / "slow.jsonl")))
     attempt("prepared", lambda: Prepared(str(folder / "cache.jsonl")))
     attempt("refused", Refusing)
-    attempt("split", lambda: assembly.task(config(**SPLIT)), **SPLIT)
+    attempt("split", lambda: build.task(config(**SPLIT)), **SPLIT)
 
 
 if __name__ == "__main__":

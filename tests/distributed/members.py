@@ -19,12 +19,13 @@ from torch.utils.data import Dataset
 from distrib import Config, Task, Trainer, World
 from distrib.data.loader import Window, train_windows
 from distrib.data.sampler import DistributedSampler
+from distrib.strategies import registry
+from distrib.strategies.memory import plan_memory
 from distrib.task import load_task
-from distrib.training import assembly, strategies
+from distrib.training import build
 from distrib.training.engine import Engine
 from distrib.training.evaluation import evaluate
 from distrib.training.loop import train_step
-from distrib.training.memory import plan_memory
 
 
 def train_cases(folder: Path, world: World) -> None:
@@ -43,10 +44,10 @@ def go_on_with_cases(folder: Path, world: World) -> None:
 
 
 def engine(task: Task, config: Config, world: World, *, training: bool, max_grad_norm: float | None = None) -> Engine:
-    strategy = strategies.resolve(config, world)
-    module = assembly.model(task, 0)
-    make_optimizer = assembly.optimizer_maker(task, config) if training else None
-    placement = strategies.place(strategy, config, world, module, task.blocks(module), make_optimizer)
+    strategy = registry.resolve(config, world)
+    module = build.model(task, 0)
+    make_optimizer = build.optimizer_maker(task, config) if training else None
+    placement = registry.place(strategy, config, world, module, task.blocks(module), make_optimizer)
     return Engine(placement, max_grad_norm=max_grad_norm)
 
 
@@ -81,9 +82,7 @@ def memory(world: World) -> dict[str, dict[str, int]]:
             train_step(trained, task, window, 0.001)
         del window
         trained.placement.zero_grad()
-        plan = plan_memory(
-            task, strategies.resolve(config, world), world.world_size, assembly.optimizer_maker(task, config)
-        )
+        plan = plan_memory(task, registry.resolve(config, world), world.world_size, build.optimizer_maker(task, config))
         found[name] = {
             "planned_parameters": plan.parameters,
             "planned_gradients": plan.gradients,

@@ -9,8 +9,8 @@ import torch
 from conftest import ROOT, Run, check, lines, losses
 
 from distrib import Trainer
-from distrib.training import assembly
-from distrib.training.verbs import evaluate_run
+from distrib.training import build
+from distrib.training.commands import evaluate_run
 
 
 def test_data_of_two_ranks(run: Run, tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def check_split(folder: Path) -> None:
     for name, seed in (("alone", 0), ("other", 1)):
         torch.manual_seed(seed + 5)  # what was drawn before is of no account
         config = data_cases.config(seed=seed, **data_cases.SPLIT)
-        Trainer(assembly.task(config), config, folder / name).fit()
+        Trainer(build.task(config), config, folder / name).fit()
     alone, two, other = (losses(folder / name) for name in ("alone", "split", "other"))
     assert two == pytest.approx(alone, rel=1e-5)  # the promise of test_parity.py
     assert other != pytest.approx(alone, rel=1e-2)

@@ -9,7 +9,7 @@ import yaml
 from cases import EVERY, FEW, resumed
 from conftest import Run, check, check_same, interrupted, lines, losses, refused, tensors
 
-from distrib.state.verification import verify_run
+from distrib.run_folder.verify import verify_run
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("worlds")]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from distrib import __version__, cli
 from distrib.errors import CommandLineError
-from distrib.launching.command import UsageError, refuse
+from distrib.launching.command_line import UsageError, refuse
 
 LAUNCH = typer.main.get_command(cli.app).commands["launch"]  # type: ignore[attr-defined]
 

@@ -34,7 +34,7 @@ from conftest import (
 )
 from conftest import start as beside
 
-from distrib.network import endpoint
+from distrib.processes.network import endpoint
 
 CONFIG = {
     "name": "run",

@@ -192,7 +192,7 @@ def test_a_launcher_killed_while_its_ranks_start(tmp_path: Path) -> None:
             launcher.communicate()
 
 
-@pytest.mark.parametrize("command", [["distrib", "train", "nowhere.yaml"], ["distrib.launching.member", "script.py"]])
+@pytest.mark.parametrize("command", [["distrib", "train", "nowhere.yaml"], ["distrib.processes.exit", "script.py"]])
 def test_a_rank_whose_launcher_is_gone_before_it_begins(mark: str, tmp_path: Path, command: list[str]) -> None:
     """It ends at once, and has not even read its arguments."""
     env = environment(mark, DISTRIB_LAUNCHER_PID=str(os.getppid()))

@@ -9,7 +9,7 @@ from conftest import ROOT, Run, check, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrib.launching.slurm import Job, seconds_of
+from distrib.launching.submit import Job, seconds_of
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {

@@ -11,8 +11,8 @@ import yaml
 from cluster import Cluster, missing, running_cluster
 from conftest import ROOT, check_same, events, lines, no_process_left, steps_done, until
 
-from distrib.slurm import first_host
-from distrib.state.run_dir import RunDir
+from distrib.processes.slurm import first_host
+from distrib.run_folder.folder import RunDir
 
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(400)]
 

@@ -29,8 +29,8 @@ from distrib.targets import hidden_by
 from distrib.task import load_task
 from distrib.tasks import pretrained
 from distrib.tasks.hugging_face import CausalLM, HuggingFace, SequenceClassification
-from distrib.training import assembly
-from distrib.training.verbs import evaluate_run, explain_run, export_run
+from distrib.training import build
+from distrib.training.commands import evaluate_run, explain_run, export_run
 
 transformers = pytest.importorskip("transformers")
 
@@ -234,7 +234,7 @@ def test_the_layers_are_the_blocks_and_matrices_decay() -> None:
         model = task.model()
         assert len(task.blocks(model)) == 2
         assert all("Layer" in type(block).__name__ or "Block" in type(block).__name__ for block in task.blocks(model))
-    decaying, others = assembly.optimizer_maker(
+    decaying, others = build.optimizer_maker(
         causal(MODELS["gpt2"]), Config.from_dict({"train": {"steps": 1}, "optim": {"weight_decay": 0.1}})
     )(list(model.named_parameters())).param_groups
     assert {"LayerNorm" in name or name.endswith("bias") for name in others["param_names"]} == {True}

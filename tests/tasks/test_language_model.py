@@ -19,11 +19,11 @@ from distrib import Config, Trainer
 from distrib.data.order import sample_indices
 from distrib.data.tokens import SEPARATOR
 from distrib.errors import ConfigError
-from distrib.state.export import export
+from distrib.run_folder.export import export
 from distrib.task import load_task
 from distrib.tasks.language_model import GPT, LanguageModel
-from distrib.training import assembly
-from distrib.training.verbs import evaluate_run, explain_run
+from distrib.training import build
+from distrib.training.commands import evaluate_run, explain_run
 
 SHAPE = {"context_length": 32, "layers": 2, "heads": 2, "width": 16}
 # Sums in fp32 of a few hundred terms, and angles of positions up to 100 rounded at 1e-7 of their value.
@@ -104,7 +104,7 @@ def test_the_loss_is_the_mean_over_the_bytes_of_all_samples() -> None:
 def test_weight_decay_is_for_matrices() -> None:
     config = Config.from_dict({"train": {"steps": 1}, "optim": {"weight_decay": 0.1}})
     params = list(task().model().named_parameters())
-    decaying, others = assembly.optimizer_maker(task(), config)(params).param_groups
+    decaying, others = build.optimizer_maker(task(), config)(params).param_groups
     assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     assert sorted(decaying["param_names"] + others["param_names"]) == sorted(name for name, _ in params)
     assert all(name.endswith(".bias") or "norm." in name for name in others["param_names"])

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from distrib import Config, Loss, Task, Trainer
 from distrib.errors import ConfigError
-from distrib.training.placement import Placement
+from distrib.processes.world import World
+from distrib.strategies.base import Placement
 from distrib.training.probe import MeanLossCheck
-from distrib.world import World
 
 CONFIG = {"data": {"global_batch_size": 8, "micro_batch_size": 4}, "train": {"steps": 2}}
 

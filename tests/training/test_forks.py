@@ -11,7 +11,7 @@ from tasks import Masked
 
 from distrib import Config, Trainer
 from distrib.errors import ConfigError, MismatchError
-from distrib.training.optimizers import require_same_state
+from distrib.strategies.optimizer_state import require_same_state
 
 ADAMW = {"name": "adamw"}
 MOMENTUM = {"name": "sgd", "momentum": 0.9}

@@ -16,10 +16,10 @@ from torch.utils.data import Subset
 
 from distrib import Config, Trainer
 from distrib.errors import ConfigError, RunDirError
-from distrib.reporting.comparison import part
-from distrib.reporting.runs import load_runs
-from distrib.training import assembly
-from distrib.training.verbs import verify_run
+from distrib.monitor.compare.comparison import part
+from distrib.monitor.compare.runs import load_runs
+from distrib.training import build
+from distrib.training.commands import verify_run
 
 VALUES: dict[str, Any] = {
     "data": {"global_batch_size": 8, "micro_batch_size": 4},
@@ -147,11 +147,11 @@ def in_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Con
 
 def test_a_changed_file_is_a_warning(tmp_path: Path, in_file: Callable[[], Config]) -> None:
     config = in_file()
-    Trainer(assembly.task(config), config, tmp_path / "run").fit()
+    Trainer(build.task(config), config, tmp_path / "run").fit()
     run = interrupted(tmp_path / "run", tmp_path / "interrupted", after=3)
     with (tmp_path / "of_ones_own.py").open("a") as file:
         file.write("# changed\n")
-    Trainer(assembly.task(config), config, run).fit()
+    Trainer(build.task(config), config, run).fit()
     (warning,) = [event for event in lines(run, "events.jsonl") if event["event"] == "warning"]
     assert f"{tmp_path / 'of_ones_own.py'}: has changed since the run's last start" in warning["reason"]
     del sys.modules["of_ones_own"]
@@ -178,7 +178,7 @@ def test_data_that_moved(tmp_path: Path, in_config: bool) -> None:
         folder = str(tmp_path / at)
         task = {"task": {"target": "test_identity:OnDisk", "folder": folder}} if in_config else {}
         config = Config.from_dict({"name": "run", **VALUES, **task})
-        Trainer(assembly.task(config) if in_config else OnDisk(folder), config, run, moved=moved).fit()
+        Trainer(build.task(config) if in_config else OnDisk(folder), config, run, moved=moved).fit()
 
     train(tmp_path / "run", "here")
     run = interrupted(tmp_path / "run", tmp_path / "interrupted", after=3)
@@ -221,13 +221,13 @@ def test_verify_and_compare_know_the_data(
     config = Config.from_dict({"name": "run", **VALUES, "task": task})
     rows: Any = importlib.import_module("test_identity").Rows
     for name in ("first", "second"):
-        Trainer(assembly.task(config), config, tmp_path / name).fit()
+        Trainer(build.task(config), config, tmp_path / name).fit()
     verify_run(tmp_path / "first")
     assert "data as at the run's start" in capsys.readouterr().out
     monkeypatch.setattr(rows, "rows", [96, *range(96)])
     with pytest.raises(RunDirError, match=r"the data have changed: task\.train_dataset has another sample 0"):
         verify_run(tmp_path / "first")
-    Trainer(assembly.task(config), config, tmp_path / "shuffled").fit()
+    Trainer(build.task(config), config, tmp_path / "shuffled").fit()
     monkeypatch.setattr(rows, "rows", None)  # as data that are not here
     verify_run(tmp_path / "first")
     assert "data not checked: TypeError" in capsys.readouterr().out

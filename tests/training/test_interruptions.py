@@ -14,9 +14,9 @@ from tasks import Masked
 
 from distrib import Config, Trainer
 from distrib.errors import CheckpointError, ConfigError, RunDirError
-from distrib.state import earlier_starts
-from distrib.state.run_dir import RunDir
-from distrib.state.verification import verify_run
+from distrib.run_folder import earlier_starts
+from distrib.run_folder.folder import RunDir
+from distrib.run_folder.verify import verify_run
 
 STEPS, EVERY = 12, 5
 

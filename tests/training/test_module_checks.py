@@ -9,7 +9,7 @@ from torch import nn
 from distrib import Config
 from distrib.config import StrategyConfig
 from distrib.errors import ConfigError
-from distrib.training.module_checks import check_module
+from distrib.training.model_checks import check_module
 
 SHARDED = ("zero1", "zero2", "zero3", "fsdp2")
 ALL = ("single", "ddp", "zero0", *SHARDED)

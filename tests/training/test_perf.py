@@ -11,9 +11,9 @@ from torch.utils.data import TensorDataset
 from distrib.config import Config
 from distrib.data.source import source
 from distrib.plan import RunPlan
+from distrib.processes.world import World
 from distrib.task import Loss, Task
-from distrib.training.perf import Clock, flops_per_step
-from distrib.world import World
+from distrib.training.timing import Clock, flops_per_step
 
 CONFIG = {"task": None, "data": {"global_batch_size": 8, "micro_batch_size": 4}, "train": {"steps": 1}}
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from distrib import Config, Trainer, World
 from distrib.errors import ConfigError, DistribError, LaunchError
-from distrib.training.compiling import require_tools
-from distrib.training.deepspeed_config import compile_config
-from distrib.training.strategies import resolve
+from distrib.strategies.compile import require_tools
+from distrib.strategies.deepspeed_config import compile_config
+from distrib.strategies.registry import resolve
 
 JOINED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from distrib.training.reproducible import Bucket
+from distrib.strategies.bitwise_ddp import Bucket
 
 
 def tree(leaves: list[Tensor]) -> Tensor:

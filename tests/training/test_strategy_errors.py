@@ -11,8 +11,8 @@ from torch import nn
 from distrib import Config, Trainer, World
 from distrib.config import StrategyConfig
 from distrib.errors import ConfigError
-from distrib.training.replicated import Replicated
-from distrib.training.strategy_errors import recognised
+from distrib.strategies.ddp import Replicated
+from distrib.strategies.errors import recognised
 
 
 def placement(name: str, module: nn.Module) -> Replicated:

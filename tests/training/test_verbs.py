@@ -16,7 +16,7 @@ from tasks import Masked, NoEvaluation
 from distrib import Config, Trainer
 from distrib.errors import ConfigError
 from distrib.task import load_task
-from distrib.training.verbs import evaluate_run, explain_run, export_run, verify_run
+from distrib.training.commands import evaluate_run, explain_run, export_run, verify_run
 
 SMALL = {"task": {"target": "tasks:Masked"}, "train": {"steps": 1}}
 DATA = {"global_batch_size": 8, "micro_batch_size": 4}

@@ -1,0 +1,289 @@
+"""What differs between runs, where they part and why, and how far each got."""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from distrib.monitor.compare.runs import Curve, Run, Steps, Values
+from distrib.monitor.metrics import lower_is_better
+from distrib.run_folder.identity import difference
+
+# By how much, relative to the larger of the two, losses may differ by rounding alone. For fp32 what this project
+# promises between numbers of processes (tests/distributed/test_parity.py), for bf16 and fp16 one rounding to theirs.
+ROUNDING = {"no": 1e-5, "fp16": 2.0**-11, "bf16": 2.0**-8}
+
+_LOSSES = ("train/loss", "loss", "train_loss")  # the last two: other programs' names
+_EVALUATED = ("eval", "val", "test")  # so begin the names of what has a best: here eval/, elsewhere also the others
+_EVALUATED_LOSSES = ("eval/loss", "val/loss", "val_loss", "test/loss", "test_loss")
+_OUT_OF_PROPORTION = 10  # an evaluation's loss differs by so many times what any step's does: that is no rounding
+_LAST = sys.maxsize  # a step that no run has
+_DECIDE_ORDER = ("seed", "data.global_batch_size", "training_samples")  # by the same code
+_ACT_THROUGH_RATE = ("optim.schedule", "optim.warmup_steps", "train.steps", "train.epochs")
+_MOST_REASONS = 5
+_NOT_RECORDED = "not recorded"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A fact that is not the same in all runs. `decides`: a config key that decides what is computed."""
+
+    section: str
+    key: str
+    values: list[str]  # a run each
+    decides: bool
+
+
+@dataclass(frozen=True)
+class Parting:
+    """How a run goes with the first one, over the steps that both have; steps count from 0, as in steps.jsonl."""
+
+    steps: int  # that both have
+    samples: int | None  # the first step that read others
+    samples_known: bool
+    loss: int | None  # the first step with another loss, to the bit
+    beyond_rounding: int | None  # the first step whose loss differs by more than `rounding`, relatively
+    rounding: float
+    largest: float  # relative difference
+    evaluation: int | None  # the first evaluation, by the steps done before it, with another metric, to the bit
+    cause: str  # nothing, data order, config, data, code, numerics, not recorded
+    because: str
+
+
+@dataclass(frozen=True)
+class Figures:
+    """`best`: value and steps done, of each metric that has a better and a worse."""
+
+    steps: int
+    final: dict[str, float]
+    best: dict[str, tuple[float, int]]
+    samples_per_second: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`partings` are of all runs but the first, from it."""
+
+    runs: list[Run]
+    differences: list[Difference]
+    partings: list[Parting]
+    figures: list[Figures]
+
+
+def compare(runs: list[Run]) -> Comparison:
+    """Compare all runs with the first one."""
+    return Comparison(
+        runs=runs,
+        differences=differences(runs),
+        partings=[part(runs[0], run) for run in runs[1:]],
+        figures=[figures(run) for run in runs],
+    )
+
+
+def differences(runs: list[Run]) -> list[Difference]:
+    """Config, code, environment: what differs between any two."""
+    found = []
+    for section, facts, absent in (
+        ("config", [run.config for run in runs], "not given"),
+        ("code", [run.code for run in runs], _NOT_RECORDED),
+        ("environment", [run.machine for run in runs], _NOT_RECORDED),
+    ):
+        for key in dict.fromkeys(key for fact in facts for key in fact):
+            values = [_show(fact[key]) if key in fact else absent for fact in facts]
+            if len(set(values) - {_NOT_RECORDED}) > 1 and key != "name" and not key.startswith("tracking."):
+                decides = section == "config" and any(key in run.function for run in runs)
+                found.append(Difference(section, key, values, decides))
+    return found
+
+
+def part(first: Run, other: Run) -> Parting:
+    """Where `other` parts from `first`, and why as far as the two folders tell."""
+    both, at, there = _in_both(first.samples.steps, other.samples.steps)
+    samples = _first(both - 1, first.samples.values[at] != other.samples.values[there])
+    steps, ours, theirs = _together(first, other, _LOSSES)
+    apart = relative_difference(ours, theirs)
+    rounding = max(_rounding(first), _rounding(other))
+    loss, beyond = _first(steps, apart > 0), _first(steps, apart > rounding)
+    largest = float(apart.max(initial=0))
+    evaluations = _evaluations(first, other)
+    evaluation = evaluations.first_that_differs
+    # Losses that part by rounding alone do not show why they part by more later on.
+    seen = loss if beyond is None else beyond
+    by_order = samples is not None and (beyond is None or samples <= beyond)
+    if beyond is None and not by_order and evaluations.loss_apart > max(rounding, _OUT_OF_PROPORTION * largest):
+        cause, because = _cause(first, other, _LAST, False, False)
+        because = f"evaluations part, not the training: {because}"
+    elif seen is None and not by_order and evaluation is not None:
+        cause, because = _cause(first, other, _LAST, False, evaluations.loss_apart > 0)
+        because = f"evaluations part, not the training: {because}"
+    elif seen is None and not by_order:
+        cause, because = "nothing", _the_same(len(steps), evaluations.number)
+    else:
+        until = samples if by_order else seen
+        assert until is not None, "samples or losses differ"
+        cause, because = _cause(first, other, until, by_order, loss != beyond)
+    return Parting(len(steps), samples, len(both) > 0, loss, beyond, rounding, largest, evaluation, cause, because)
+
+
+@dataclass(frozen=True)
+class _Evaluations:
+    """How the evaluations of two runs differ that were made after equally many steps."""
+
+    number: int
+    first_that_differs: int | None  # to the bit, in any metric
+    loss_apart: float  # the largest relative difference of their losses
+
+
+def _evaluations(first: Run, other: Run) -> _Evaluations:
+    compared: set[int] = set()
+    differing: set[int] = set()
+    loss_apart = 0.0
+    for key in first.curves.keys() & other.curves.keys():
+        if not key.startswith(_EVALUATED):
+            continue
+        steps, at, there = _in_both(first.curves[key].steps, other.curves[key].steps)
+        apart = relative_difference(first.curves[key].values[at], other.curves[key].values[there])
+        compared.update(steps.tolist())
+        differing.update(steps[apart > 0].tolist())
+        if key in _EVALUATED_LOSSES:
+            loss_apart = max(loss_apart, float(apart.max(initial=0)))
+    return _Evaluations(len(compared), min(differing, default=None), loss_apart)
+
+
+def _the_same(steps: int, evaluations: int) -> str:
+    if not steps:
+        return "no step has a loss in both"
+    return f"the same to the last bit over {steps} steps" + (f" and {evaluations} evaluations" if evaluations else "")
+
+
+def relative_difference(ours: Values, theirs: Values) -> Values:
+    """Of the larger of the two: 0 where they are the same, or both not finite; infinite where only one is not."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        apart = np.abs(ours - theirs) / np.maximum(np.abs(ours), np.abs(theirs))
+    apart = np.where(np.isnan(ours) != np.isnan(theirs), math.inf, apart)
+    return np.where((ours == theirs) | (np.isnan(ours) & np.isnan(theirs)), 0.0, apart)
+
+
+def _cause(first: Run, other: Run, parted: int, by_order: bool, began_by_rounding: bool) -> tuple[str, str]:
+    """Cause and reason of what is first seen in the step `parted`."""
+    config = _changes(first.function, other.function)
+    if _same_rate_until(first, other, parted):
+        config = {key: change for key, change in config.items() if key not in _ACT_THROUGH_RATE}
+    code, machine = (_changes(*_known(*facts)) for facts in ((first.code, other.code), (first.machine, other.machine)))
+    data = {} if config.keys() & set(_DECIDE_ORDER) else _data_changes(first, other, parted == _LAST)
+    if by_order:
+        cause, reasons = "data order", {key: change for key, change in config.items() if key in _DECIDE_ORDER}
+        if "training_samples" in reasons or not reasons:  # what is behind it
+            reasons |= {key: change for key, change in config.items() if key.startswith("task.")} or code
+        unknown = "nothing recorded explains it: distrib verify tells which is not in order"
+    elif config or data or code:
+        cause, reasons = next(found for found in (("config", config), ("data", data), ("code", code)) if found[1])
+        unknown = ""
+    elif began_by_rounding:
+        cause, reasons, unknown = "numerics", machine, "the order of floating-point sums: nothing recorded differs"
+    else:
+        cause, reasons, unknown = _NOT_RECORDED, {}, "more than rounding at once: data, running statistics, randomness?"
+    because = _list([f"{key} {change}" for key, change in reasons.items()]) or unknown
+    too = [key for key in config | data | code | machine if key not in reasons]
+    return cause, because + (f"; differing too: {_list(too)}" if too else "")
+
+
+def _data_changes(first: Run, other: Run, evaluated: bool) -> dict[str, str]:
+    """How the samples differ that both folders have prints of: of the training set, or also of the one to evaluate."""
+    found = {
+        f"task.{name}": difference(other.data.get(name), prints, f"in {first.name}")
+        for name, prints in first.data.items()
+        if name == "train_dataset" or evaluated
+    }
+    return {key: change for key, change in found.items() if change is not None}
+
+
+def figures(run: Run) -> Figures:
+    """The last of each metric, the best, the speed."""
+    results = {
+        key: curve
+        for key, curve in run.curves.items()
+        if (key in _LOSSES or key.startswith(_EVALUATED)) and not np.isnan(curve.values).all()
+    }
+    best = {}
+    for key, curve in results.items():
+        if key not in _LOSSES:
+            place = int(np.nanargmin(curve.values) if lower_is_better(key) else np.nanargmax(curve.values))
+            best[key] = (float(curve.values[place]), int(curve.steps[place]))
+    clock = run.seconds
+    rate = None
+    if run.global_batch_size is not None and len(clock.steps) > 1 and clock.values[-1] > clock.values[0]:
+        steps = int(clock.steps[-1] - clock.steps[0])  # without the first, which is slow everywhere
+        rate = run.global_batch_size * steps / float(clock.values[-1] - clock.values[0])
+    return Figures(
+        steps=max((int(curve.steps[-1]) for curve in run.curves.values() if len(curve.steps)), default=0),
+        final={key: float(curve.values[-1]) for key, curve in results.items()},
+        best=best,
+        samples_per_second=rate,
+        seconds=float(clock.values[-1]) if len(clock.steps) else 0.0,
+    )
+
+
+def _show(value: Any) -> str:
+    """A config's value, as YAML and JSON have it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _together(first: Run, other: Run, keys: tuple[str, ...]) -> tuple[Steps, Values, Values]:
+    """The steps that both have, from 0, with both runs' numbers, of the first key that both have."""
+    nothing = Curve.of([], [])
+    key = next((key for key in keys if key in first.curves and key in other.curves), None)
+    ours, theirs = (run.curves[key] if key else nothing for run in (first, other))
+    steps, at, there = _in_both(ours.steps, theirs.steps)
+    return steps - 1, ours.values[at], theirs.values[there]
+
+
+def _in_both(ours: Steps, theirs: Steps) -> tuple[Steps, npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """The steps, and where they stand."""
+    return np.intersect1d(ours, theirs, assume_unique=True, return_indices=True)
+
+
+def _same_rate_until(first: Run, other: Run, step: int) -> bool:
+    """A step's loss is made by the updates before it."""
+    steps, ours, theirs = _together(first, other, ("train/lr",))
+    return bool(len(steps)) and bool((ours[steps < step] == theirs[steps < step]).all())
+
+
+def _first(steps: Steps, where: npt.NDArray[np.bool_]) -> int | None:
+    return int(steps[where][0]) if where.any() else None
+
+
+def _rounding(run: Run) -> float:
+    precisions = (run.config.get("train.mixed_precision"), run.config.get("strategy.communication_dtype"))
+    return max(ROUNDING.get(str(precision), ROUNDING["no"]) for precision in precisions)
+
+
+def _changes(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, str]:
+    """What one says and the other does not, or differently."""
+    return {
+        key: f"{_show(ours.get(key))} → {_show(theirs.get(key))}"
+        for key in dict.fromkeys([*ours, *theirs])
+        if ours.get(key) != theirs.get(key) and not (key == "torch" and _same_release(ours.get(key), theirs.get(key)))
+    }
+
+
+def _same_release(ours: Any, theirs: Any) -> bool:
+    """Of torch, where one of the two runs recorded no build (2.11.0, and 2.11.0+cu130): older runs may not have."""
+    releases = [str(version).partition("+") for version in (ours, theirs)]
+    return releases[0][0] == releases[1][0] and not all(build for _, _, build in releases)
+
+
+def _known(ours: dict[str, str], theirs: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """What both folders tell: an older one, or wandb's, may tell less."""
+    both = ours.keys() & theirs.keys()
+    return {key: ours[key] for key in ours if key in both}, {key: theirs[key] for key in theirs if key in both}
+
+
+def _list(texts: list[str]) -> str:
+    more = len(texts) - _MOST_REASONS
+    return ", ".join(texts[:_MOST_REASONS]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,134 @@
+"""The comparison as one HTML file that needs nothing else, and as a picture."""
+
+import base64
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from jinja2 import Environment
+from matplotlib.figure import Figure
+
+from distrib.monitor.compare import tables
+from distrib.monitor.compare.comparison import Comparison
+from distrib.monitor.compare.runs import Curve, Run, Values
+
+POINTS = 2000  # of a curve, that are drawn
+_FEW = 60  # points, which are marked each
+_MOST_PANELS, _PANELS_IN_A_ROW = 6, 3
+_DASHES = ("solid", "dashed", "dotted", "dashdot", (0, (8, 2)))  # with ten colours, 50 looks
+
+
+def write_page(comparison: Comparison, path: Path) -> None:
+    """Curves and tables, with plotly's library in it; it may run these scripts and connect to nothing."""
+    from plotly.offline import get_plotlyjs
+
+    here = Path(__file__)
+    scripts = [get_plotlyjs(), here.with_name("page.js").read_text(encoding="utf-8")]
+    html = Environment(autoescape=True).from_string(here.with_name("page.html").read_text(encoding="utf-8"))
+    text = html.render(
+        runs=comparison.runs,
+        data=_data(comparison),
+        tables=[tables.partings(comparison), tables.figures(comparison), tables.differences(comparison)],
+        points=POINTS,
+        scripts=scripts,
+        hashes=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
+    )
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def thin(values: Values, points: int) -> tuple[npt.NDArray[np.intp], Values]:
+    """Places of about so many values that look like all of them, and for each place the mean around it.
+
+    Of each stretch its smallest, its largest and its first that is not finite are kept, so that no spike is lost; first
+    and last too. With no more values than `points`, all are kept, and each is its own mean.
+    """
+    if len(values) <= points:
+        return np.arange(len(values)), values
+    width = -(-len(values) // (points // 2))
+    stretches = np.minimum(np.arange(-(-len(values) // width) * width), len(values) - 1).reshape(-1, width)
+    finite = np.isfinite(values)[stretches]
+    inside = values[stretches]
+    rows = np.arange(len(stretches))
+    kept = [
+        stretches[rows, np.where(finite, inside, math.inf).argmin(1)],
+        stretches[rows, np.where(finite, inside, -math.inf).argmax(1)],
+        stretches[rows, finite.argmin(1)][~finite.all(1)],
+        np.array([0, len(values) - 1]),
+    ]
+    with np.errstate(invalid="ignore"):
+        means = np.where(finite, inside, 0).sum(1) / finite.sum(1)
+    places = np.unique(np.concatenate(kept))
+    return places, np.where(np.isfinite(values[places]), means[places // width], math.nan)
+
+
+def draw_curves(comparison: Comparison, path: Path) -> None:
+    """The training loss, and what was evaluated, of all runs over the steps."""
+    keys = tables.metrics(comparison)[:_MOST_PANELS]
+    runs = comparison.runs
+    columns = max(1, min(len(keys), _PANELS_IN_A_ROW))
+    rows = max(1, -(-len(keys) // columns))
+    width, header = 5.5 * columns, 0.5 + 0.22 * -(-len(runs) // (2 * columns))  # inches; names, two above a panel
+    height = header + 3.6 * rows
+    figure = Figure(figsize=(width, height), dpi=120)
+    figure.subplots_adjust(
+        left=0.6 / width, right=1 - 0.2 / width, bottom=0.5 / height, top=1 - header / height, wspace=0.2, hspace=0.3
+    )
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel in panels[len(keys) :]:
+        panel.set_visible(False)
+    for panel, key in zip(panels, keys, strict=False):
+        panel.set(title=_plain(key), xlabel="steps")
+        panel.grid(alpha=0.3)
+        for number, run in enumerate(runs):
+            curve = run.curves.get(key, Curve.of([], []))
+            places, _ = thin(curve.values, POINTS)
+            (line,) = panel.plot(curve.steps[places], curve.values[places], color=f"C{number % 10}", linewidth=0.9)
+            line.set(linestyle=_DASHES[number // 10 % len(_DASHES)], marker="." if len(places) <= _FEW else "")
+    looks = panels[0].get_lines()
+    figure.legend(looks, [_plain(run.name) for run in runs], loc="upper center", ncols=2 * columns, frameon=False)
+    figure.savefig(path)
+
+
+def _plain(text: str) -> str:
+    """matplotlib reads what stands between two $ as mathematics."""
+    return text.replace("$", r"\$")
+
+
+def _data(comparison: Comparison) -> dict[str, Any]:
+    """What page.js draws: of each metric the runs' curves."""
+    runs = comparison.runs
+    first = tables.metrics(comparison)
+    keys = dict.fromkeys([*first, *(key for run in runs for key in run.curves)])
+    return {
+        "runs": [{"name": run.name, "batch": run.global_batch_size} for run in runs],
+        "metrics": [
+            (
+                key,
+                [{"run": number, **_drawn(run, run.curves[key])} for number, run in enumerate(runs) if _has(run, key)],
+            )
+            for key in keys
+        ],
+    }
+
+
+def _has(run: Run, key: str) -> bool:
+    return key in run.curves and len(run.curves[key].steps) > 0
+
+
+def _drawn(run: Run, curve: Curve) -> dict[str, list[float | None]]:
+    places, means = thin(curve.values, POINTS)
+    steps = curve.steps[places]
+    clock = run.seconds
+    seconds = np.interp(steps, clock.steps, clock.values) if len(clock.steps) else np.full(len(steps), math.nan)
+    columns = {"steps": steps, "seconds": seconds, "values": curve.values[places], "means": means}
+    return {name: [_short(value) for value in column.tolist()] for name, column in columns.items()}
+
+
+def _short(value: float) -> float | None:
+    """A digit more than fp32 has; JSON has no word for what is not finite."""
+    if isinstance(value, int):
+        return value
+    return float(f"{value:.9g}") if math.isfinite(value) else None

@@ -1,0 +1,251 @@
+"""What a run left, in one form, read from its run folder or from wandb's offline folder."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from distrib.config import Config, flatten
+from distrib.data.prints import Fingerprint
+from distrib.errors import ConfigError, RunDirError
+from distrib.monitor.trackers.wandb_files import offline_folders, read_offline
+from distrib.run_folder.files import read_lines
+from distrib.run_folder.folder import RunDir
+from distrib.run_folder.formats import EVALUATION, EVENT, STEP
+
+Steps: TypeAlias = npt.NDArray[np.int64]
+Values: TypeAlias = npt.NDArray[np.float64]
+
+_HASH_DIGITS = 12  # that tell hashes apart, as git shows them
+_OF_A_START = ("world_size", "strategy", "launcher", "hosts")
+_ENDS = ("started", "finished", "failed", "preempted")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Some number over the steps; `steps` counts those done, ascending; nan where the number is not finite."""
+
+    steps: Steps
+    values: Values
+
+    @classmethod
+    def of(cls, steps: Sequence[int], values: Iterable[float | None]) -> "Curve":
+        numbers = np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+        return cls(np.array(steps, dtype=np.int64), np.where(np.isfinite(numbers), numbers, np.nan))
+
+
+@dataclass(frozen=True)
+class Digests:
+    """Of what was read, over the steps, as in Curve."""
+
+    steps: Steps
+    values: npt.NDArray[np.bytes_]
+
+    @classmethod
+    def of(cls, steps: Sequence[int], values: Sequence[str]) -> "Digests":
+        return cls(np.array(steps, dtype=np.int64), np.array(values, dtype="S16"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """`config` is flat, and `function` the part that decides what is computed. `code` and `machine` are facts of the
+    environment; where a run was started several times, of each start in turn."""
+
+    name: str
+    state: str
+    config: dict[str, Any]
+    function: dict[str, Any]
+    code: dict[str, str]
+    machine: dict[str, str]
+    restarts: int
+    curves: dict[str, Curve]
+    seconds: Curve  # since the run began, without what is not a step
+    samples: Digests
+    data: dict[str, Fingerprint | None] = field(default_factory=dict)  # of each set; nothing where none is recorded
+    trouble: tuple[str, ...] = ()  # what could not be read
+
+    @property
+    def global_batch_size(self) -> int | None:
+        """None where the config does not say it: not a run of distrib's."""
+        size = self.config.get("data.global_batch_size")
+        return size if isinstance(size, int) else None
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """Each named so that it can be told from the others. Raises RunDirError, ConfigError."""
+    if len({path.resolve() for path in paths}) < max(2, len(paths)):
+        raise RunDirError(f"{' '.join(map(str, paths))}: give two runs or more, each once")
+    runs = [_load(path) for path in paths]
+    names = [run.name for run in runs]
+    return [
+        run if names.count(run.name) == 1 else replace(run, name=str(path))
+        for run, path in zip(runs, paths, strict=True)
+    ]
+
+
+def _load(path: Path) -> Run:
+    if not path.is_dir():
+        raise RunDirError(f"{path}: no such folder; give run folders, for example runs/digits")
+    if os.path.lexists(path / "config.yaml") or (path / "checkpoints").is_dir():
+        return _from_run_folder(path)
+    if folders := offline_folders(path):
+        return _from_wandb(folders)
+    raise RunDirError(f"{path}: not a run: neither config.yaml of a run folder nor run-*.wandb of wandb is in it")
+
+
+def _from_run_folder(path: Path) -> Run:
+    run = RunDir(path)
+    config = run.read_config()
+    environment = run.environment_or_nothing() if run.has_begun() else {}
+    columns = _columns(run, ("step", "loss", "lr", "grad_norm", "seconds", "samples"))
+    done = [step + 1 for step in columns["step"]]
+    curves = {f"train/{key}": Curve.of(done, columns[key]) for key in ("loss", "lr", "grad_norm")}
+    evals = list(read_lines(run.evals, EVALUATION, run.trouble))
+    for key in dict.fromkeys(key for entry in evals for key in entry["metrics"]):
+        having = [entry for entry in evals if key in entry["metrics"]]
+        curves[key] = Curve.of([entry["step"] for entry in having], [entry["metrics"][key] for entry in having])
+    size = config.data.global_batch_size
+    curves["perf/samples_per_second"] = Curve.of(
+        done, [size / seconds if seconds else None for seconds in columns["seconds"]]
+    )
+    state = _state(run)
+    return Run(
+        name=path.resolve().name,
+        state=state,
+        config=config.flat() | _beginning(environment),
+        function=config.function() | _beginning(environment),
+        **_facts(environment),
+        curves=curves,
+        seconds=Curve.of(done, np.cumsum(columns["seconds"], dtype=np.float64)),
+        samples=Digests.of(done, columns["samples"]),
+        data=environment.get("data") or {},
+        trouble=tuple(run.take_trouble()),
+    )
+
+
+def _columns(run: RunDir, keys: Sequence[str]) -> dict[str, list[Any]]:
+    """The ledger's numbers by key, in the order of the steps; of a step that stands there twice, the later line's."""
+    columns: dict[str, list[Any]] = {key: [] for key in keys}
+    for line in read_lines(run.steps, STEP, run.trouble):
+        for key, column in columns.items():
+            column.append(line[key])
+    steps = np.array(columns["step"], dtype=np.int64)
+    if (np.diff(steps) > 0).all():
+        return columns
+    run.report(f"{run.steps}: damaged: its steps are not in order; see distrib verify")
+    _, last = np.unique(steps[::-1], return_index=True)
+    return {key: [column[len(steps) - 1 - place] for place in last] for key, column in columns.items()}
+
+
+def _state(run: RunDir) -> str:
+    events = [event["event"] for event in read_lines(run.events, EVENT, run.trouble) if event["event"] in _ENDS]
+    if not events:
+        return "not begun"
+    if events[-1] != "started":
+        return str(events[-1])
+    return "running" if run.held() else "unfinished"
+
+
+def _from_wandb(folders: list[Path]) -> Run:
+    """Of one run, a folder a start: where it went on, what had come after that step was computed again."""
+    parts = [read_offline(folder) for folder in folders]
+    last = parts[-1]
+    history: list[dict[str, Any]] = []
+    for part in parts:
+        first = part.history[0]["_step"] if part.history else math.inf
+        history = [entry for entry in history if entry["_step"] < first] + part.history
+    values = dict(last.config)
+    ours = values.pop("distrib", None)
+    starts = [part.config["distrib"] for part in parts if "distrib" in part.config]
+    environment = {**ours, "starts": starts} if ours else {}
+    flat = flatten(values)
+    try:
+        function = Config.from_dict(values).function()
+    except ConfigError:  # another program's: any key may decide
+        function = flat
+    before = 0 if ours is not None else 1  # others' `_step` counts from 0
+    keys = dict.fromkeys(key for entry in history for key in entry if not key.startswith("_"))
+    curves = {key: curve for key in keys if (curve := _curve(history, key, before)) is not None}
+    if not curves:
+        raise RunDirError(f"{folders[-1]}: nothing to compare, there is no number in this run's history")
+    if (seconds := curves.pop("perf/step_seconds", None)) is not None:
+        seconds = Curve(seconds.steps, np.nancumsum(seconds.values))
+    else:
+        seconds = _curve(history, "_timestamp", before)
+        seconds = Curve(seconds.steps, seconds.values - seconds.values[0]) if seconds else Curve.of([], [])
+    if last.preempting:
+        state = "preempted"
+    elif last.exit_code is None:
+        state = "unfinished"
+    else:
+        state = "finished" if last.exit_code == 0 else "failed"
+    return Run(
+        name=last.name or last.id,
+        state=state,
+        config=flat | _beginning(environment),
+        function=function | _beginning(environment),
+        **{**_facts(environment), "restarts": len(folders) - 1},
+        curves=curves,
+        seconds=seconds,
+        samples=Digests.of([], []),
+        data=environment.get("data") or {},
+    )
+
+
+def _curve(history: list[dict[str, Any]], key: str, before: int) -> Curve | None:
+    """The last number of each step."""
+    points = {
+        entry["_step"] + before: entry[key]
+        for entry in history
+        if isinstance(entry.get(key), int | float) and not isinstance(entry[key], bool)
+    }
+    return Curve.of(sorted(points), [points[step] for step in sorted(points)]) if points else None
+
+
+def _beginning(environment: dict[str, Any]) -> dict[str, Any]:
+    """What a run is computed from besides its config."""
+    origin = environment.get("forked_from")
+    return {
+        **({"training_samples": environment["training_samples"]} if "training_samples" in environment else {}),
+        **({"forked_from": f"{origin['path']} {origin['chain'][:_HASH_DIGITS]}"} if origin else {}),
+    }
+
+
+def _facts(environment: dict[str, Any]) -> dict[str, Any]:
+    starts = environment.get("starts", [])
+    code, machine = (_of_starts(starts, key, environment.get(key, {})) for key in ("versions", "machine"))
+    identities = [start.get("code") or {"git_commit": environment.get("git_commit")} for start in starts]
+    for key in ("git_commit", "uncommitted", "task"):
+        code[key] = _each([_identity(identity, key) for identity in identities])
+    machine = {key: _each([start.get(key) for start in starts]) for key in _OF_A_START} | machine
+    return {"code": _known(code), "machine": _known(machine), "restarts": max(len(starts) - 1, 0)}
+
+
+def _of_starts(starts: list[dict[str, Any]], key: str, otherwise: dict[str, Any]) -> dict[str, str | None]:
+    """Of older run folders, what the newest start wrote."""
+    facts = [start.get(key, otherwise) for start in starts]
+    return {name: _each([of.get(name) for of in facts]) for name in dict.fromkeys(name for of in facts for name in of)}
+
+
+def _identity(identity: dict[str, str | None], key: str) -> str | None:
+    value = identity.get(key)
+    if key == "uncommitted" and key in identity and identity.get("git_commit") is not None and value is None:
+        return "nothing"
+    return None if value is None else value[:_HASH_DIGITS]
+
+
+def _each(values: list[Any]) -> str | None:
+    """In turn, where they change; None where one is not known."""
+    texts = [json.dumps(value) if isinstance(value, list) else str(value) for value in values]
+    changes = [text for place, text in enumerate(texts) if place == 0 or text != texts[place - 1]]
+    return None if None in values or not values else ", then ".join(changes)
+
+
+def _known(facts: dict[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in facts.items() if value is not None}

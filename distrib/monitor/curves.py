@@ -1,0 +1,45 @@
+"""curves.png: loss and metrics of a run over its steps, drawn from the run folder alone."""
+
+import io
+from contextlib import suppress
+
+from matplotlib.figure import Figure  # without pyplot, which takes a second to import and is for screens
+
+from distrib.run_folder.files import read_lines
+from distrib.run_folder.folder import RunDir
+from distrib.run_folder.formats import EVALUATION, STEP
+
+
+def draw_curves(run: RunDir) -> None:
+    """Read steps.jsonl and evals.jsonl, write curves.png: the losses in one panel, each metric in one of its own.
+
+    Lines that cannot be read are left out, see `trouble` of the run.
+    """
+    steps, evals = list(read_lines(run.steps, STEP, run.trouble)), list(read_lines(run.evals, EVALUATION, run.trouble))
+    metrics = {key: None for entry in evals for key in entry["metrics"] if key != "eval/loss"}
+    width = 5.5 * (1 + len(metrics))
+    figure = Figure(figsize=(width, 4), dpi=120)  # margins by hand: a layout engine draws all of it twice
+    figure.subplots_adjust(left=0.6 / width, right=1 - 0.2 / width, bottom=0.13, top=0.9, wspace=0.2)
+    panels = figure.subplots(1, 1 + len(metrics), squeeze=False)
+    losses, *others = panels[0]
+    losses.plot([e["step"] + 1 for e in steps], [e["loss"] for e in steps], linewidth=0.8, label="train/loss")
+    if evals:
+        losses.plot([e["step"] for e in evals], [e["metrics"].get("eval/loss") for e in evals], "o-", label="eval/loss")
+    losses.set(title=f"{run.path.name}: loss", xlabel="step")
+    losses.legend()
+    for panel, key in zip(others, metrics, strict=True):
+        panel.plot([e["step"] for e in evals], [e["metrics"].get(key) for e in evals], "o-", color="tab:green")
+        panel.set(title=key, xlabel="step")
+    for panel in panels[0]:
+        panel.grid(alpha=0.3)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    partial = run.curves.with_name(f".{run.curves.name}.partial")
+    try:
+        partial.unlink(missing_ok=True)  # whatever it is: to open a FIFO would wait
+        partial.write_bytes(picture.getvalue())
+        partial.replace(run.curves)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise

@@ -1,0 +1,156 @@
+"""A run as a person sees it: a display on a terminal, a readable line now and then in a log file.
+
+Fed with what the run folder holds, by the process that trains or by one that looks on (`distrib watch`).
+"""
+
+import time
+from collections import deque
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeAlias
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from distrib.processes.output import keep_writable
+
+Verbosity: TypeAlias = Literal["quiet", "normal", "verbose"]
+_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_DRAWS = 0.1  # a step may take less than a millisecond
+_CHARACTERS_OF_NAME = 24
+_STEPS_OF_RATE = 100  # the newest, over which the rate is taken
+
+
+class ProgressDisplay:
+    """quiet: warnings alone; verbose: a line for each step, with where its time went."""
+
+    def __init__(self, name: str, num_steps: int, batch_size: int, verbosity: Verbosity = "normal") -> None:
+        """`batch_size`: samples of a step, on all ranks."""
+        keep_writable()  # in a script of the user's nobody has done so yet
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.num_steps, self.batch_size, self.verbosity = num_steps, batch_size, verbosity
+        self._seconds: deque[float] = deque(maxlen=_STEPS_OF_RATE)
+        self._latest: dict[str, Any] | None = None  # step that is not shown
+        self._state_shown: list[str] = []  # of the latest step
+        self._status: dict[str, list[str]] = {}  # the last checkpoint, the last evaluation
+        self._drawn = time.perf_counter()
+        self._live: Live | None = None
+        if verbosity == "normal" and self.console.is_terminal:
+            short = name if len(name) <= _CHARACTERS_OF_NAME else f"{name[: _CHARACTERS_OF_NAME - 1]}…"
+            columns = (TextColumn(short, markup=False), BarColumn(), MofNCompleteColumn())
+            self._bar = Progress(*columns, console=self.console)
+            self._task = self._bar.add_task(name, total=num_steps)
+            self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
+
+    def step(self, entry: dict[str, Any]) -> None:
+        """Show a line of the ledger, if it is time to."""
+        done = entry["step"] + 1
+        self._seconds.append(entry["seconds"])
+        self._latest = entry
+        now = time.perf_counter()
+        between = _SECONDS_BETWEEN_LINES if self._live is None else _SECONDS_BETWEEN_DRAWS
+        if self.verbosity == "verbose":
+            between = 0.0
+        if self.verbosity == "quiet" or (now - self._drawn < between and done < self.num_steps):
+            return
+        self._drawn = now
+        self.flush()
+
+    def flush(self) -> None:
+        """Show the latest step, if it is not shown."""
+        if self._latest is None:
+            return
+        done, state = self._latest["step"] + 1, self._state(self._latest)
+        self._latest = None
+        if self._live is not None:
+            self._state_shown = state
+            self._bar.update(self._task, completed=done)
+        else:
+            self.say("  ".join([f"step {done}/{self.num_steps}", *state]))
+
+    def evaluation(self, entry: dict[str, Any]) -> None:
+        """Show a line of evals.jsonl."""
+        metrics, done = format_metrics(entry["metrics"]), entry["step"]
+        self._status["evaluation"] = [f"evaluation step {done}:", *metrics.split("  ")]
+        self.say(f"step {done}/{self.num_steps}  {metrics}  ({entry['count']} samples)")
+
+    def event(self, entry: dict[str, Any]) -> None:
+        """Show an event, where a person may want to know of it."""
+        kind, step = entry["event"], entry.get("step", 0)
+        if kind == "warning":
+            self.warn(entry["reason"])
+        elif kind == "resumed":
+            for problem in entry["passed_over"]:
+                self.warn(f"passed over: {problem}")
+            self.say(f"going on after step {step}")
+        elif kind == "compiling":
+            self.say(f"compiling ({entry['what']}) while the first step runs")
+        elif kind == "skipped":
+            self.say(f"step {step + 1} {entry['verdict']}: the weights were left as they are")
+        elif kind == "checkpoint":
+            self._status["checkpoint"] = [f"checkpoint step {step}"]
+
+    def say(self, line: str) -> None:
+        """A line that stays, above the bar if there is one."""
+        if self.verbosity != "quiet":
+            self.console.print(line, markup=False)
+
+    def warn(self, line: str) -> None:
+        """One that is shown in any case."""
+        self.console.print(f"warning: {line}", markup=False)
+
+    def _state(self, entry: dict[str, Any]) -> list[str]:
+        loss, norm = (float("nan") if entry[key] is None else entry[key] for key in ("loss", "grad_norm"))
+        mean = sum(self._seconds) / len(self._seconds)
+        left = timedelta(seconds=min(round(mean * (self.num_steps - entry["step"] - 1)), 10**9))
+        state = [
+            *(f"epoch {entry['epoch']}", f"loss {loss:.4f}", f"lr {entry['lr']:.2e}"),
+            f"{self.batch_size / mean:,.0f} samples/s",
+        ]
+        if self.verbosity == "verbose":
+            parts = {"data": "data_seconds", "optimizer": "optimizer_seconds"}
+            split = "  ".join(f"{name} {1000 * entry[key]:.1f}" for name, key in parts.items() if key in entry)
+            return [*state, f"grad_norm {norm:.4f}", f"{1000 * entry['seconds']:.1f} ms ({split})"]
+        return [*state, f"{left} left"]
+
+    def _render(self) -> Group:
+        status = [part for what in ("checkpoint", "evaluation") for part in self._status.get(what, ())]
+        lines = {"": fitting(self._state_shown, self.console.width), "dim": fitting(status, self.console.width)}
+        return Group(self._bar, *(Text(line, style=style, no_wrap=True) for style, line in lines.items() if line))
+
+    def __enter__(self) -> "ProgressDisplay":
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._live is not None:
+            self.flush()
+            self._live.stop()
+
+
+def fitting(parts: list[str], width: int) -> str:
+    """As many of the parts as one line holds, each whole: a number that is cut is another number."""
+    line = ""
+    for part in parts:
+        longer = f"{line}  {part}" if line else part
+        if len(longer) > width:
+            break
+        line = longer
+    return line
+
+
+def format_metrics(metrics: dict[str, float]) -> str:
+    """`eval/accuracy 0.9861  eval/loss 0.0532`"""
+    return "  ".join(f"{key} {value:.4f}" for key, value in sorted(metrics.items()) if value is not None)
+
+
+def format_summary(path: Path, summary: dict[str, Any], what: str) -> str:
+    """The last line of a run."""
+    return (
+        f"{path} {what}: {format_metrics(summary['metrics'])}  "
+        f"({summary['steps']} steps on {summary['world_size']} process(es) in {summary['wall_seconds']:.1f} s)"
+    )

@@ -1,0 +1,134 @@
+"""What a run says of itself while it trains: to its folder, the terminal and the trackers. Rank 0 alone speaks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from distrib.config import TrackingConfig
+from distrib.errors import DistribError, Preempted, WriteError
+from distrib.monitor.progress import ProgressDisplay
+from distrib.monitor.trackers.process import WARNING, TrackingProcess
+from distrib.processes import output
+from distrib.processes.failures import lost_to_others
+from distrib.processes.lifetimes import ignore_sigterm
+from distrib.processes.world import World
+from distrib.run_folder.folder import RunDir
+from distrib.run_folder.ledger import Ledger
+
+
+class Record:
+    """On the other ranks it says nothing, so that nobody has to ask who is speaking."""
+
+    def __init__(self, run: RunDir, world: World, display: ProgressDisplay) -> None:
+        self.run, self.world, self.display = run, world, display
+        self.metrics: dict[str, float] = {}  # the latest of each
+        self.train_seconds = 0.0
+        self.steps_done = 0
+        self._ledger: Ledger | None = None
+        self._tracking: TrackingProcess | None = None
+
+    @property
+    def chain(self) -> str:
+        """The ledger's, after the last step; of rank 0."""
+        return "" if self._ledger is None else self._ledger.chain
+
+    def state(self) -> dict[str, Any]:
+        """The part of a checkpoint's manifest that is rank 0's: the ledger's chain, and the run folder's files."""
+        return {"chain": self.chain, "run": self.run.to_save()} if self.world.is_rank_0 else {}
+
+    @contextmanager
+    def open(self, chain: str, tracking: TrackingConfig, first_step: int) -> Iterator[None]:
+        """From the first step to the last, in a run folder that ends where we go on. Collective."""
+        self._tracking = TrackingProcess(self.run, tracking, self.world, first_step)
+        if not self.world.is_rank_0:
+            yield
+            return
+        with Ledger(self.run.steps, chain) as self._ledger, self.display:
+            yield
+
+    def step(self, entry: dict[str, Any]) -> None:
+        """One line of steps.jsonl."""
+        self.steps_done = entry["step"] + 1
+        self.train_seconds += entry["seconds"]
+        self.metrics["train/loss"] = entry["loss"]
+        if self._ledger is not None:
+            self._ledger.append(entry)
+            self.display.step(entry)
+            self._pass_on()
+            while output.problems:
+                self.warn(f"{output.problems.pop(0)}; what is printed is lost, the run goes on")
+
+    def evaluation(self, step: int, count: int, metrics: dict[str, float], seconds: float) -> None:
+        """One line of evals.jsonl."""
+        self.metrics.update(metrics)
+        if self.world.is_rank_0:
+            self.display.evaluation(self.run.evaluation(step, count, metrics, seconds))
+
+    def event(self, name: str, **details: Any) -> None:
+        """One line of events.jsonl."""
+        if self.world.is_rank_0:
+            self.display.event(self.run.event(name, **details))
+
+    def warn(self, reason: str) -> None:
+        self.event("warning", reason=reason)
+
+    def trouble(self, finished: bool = False) -> None:
+        """Warn of what was found damaged in the run folder; if the run had `finished`, nothing is written there."""
+        for reason in self.run.take_trouble():
+            if finished:
+                self.display.warn(reason)
+            else:
+                self.warn(reason)
+
+    def draw_curves(self) -> None:
+        """Write curves.png; where that fails it is a warning: nothing of the run is in it alone."""
+        from distrib.monitor.curves import draw_curves  # matplotlib takes its time, so only now
+
+        try:
+            draw_curves(self.run)
+        except Exception as error:  # matplotlib has many ways to fail
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            self.warn(f"{self.run.curves}: not drawn: {type(error).__name__}: {reason}")
+        self.trouble()
+
+    def say(self, line: str) -> None:
+        if self.world.is_rank_0:
+            self.display.say(line)
+
+    def close(self, ending: str) -> None:
+        """After the last event, whose name is `ending`: wait until the trackers know it."""
+        if self._tracking is not None:
+            self._tracking.finish(ending)
+            self._pass_on(ended=True)
+
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """Log an exception that ends the run as its `failed` event, and raise it on."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, Preempted):
+                why = self._lost_to_others(error) or f"{type(error).__name__}: {error}"
+                with suppress(WriteError):  # the folder may be why it failed
+                    self.event("failed", step=self.steps_done, error=why)
+                self.close("failed")
+            raise
+
+    def _pass_on(self, ended: bool = False) -> None:
+        """What the tracking process has to say. Nothing is written into the run folder after its last event."""
+        while self.world.is_rank_0 and self._tracking is not None and self._tracking.lines:
+            line = self._tracking.lines.popleft()
+            if line.startswith(WARNING) and ended:
+                self.display.warn(line.removeprefix(WARNING))
+            elif line.startswith(WARNING):
+                self.warn(line.removeprefix(WARNING))
+            else:
+                self.display.say(line)
+
+    def _lost_to_others(self, error: BaseException) -> str | None:
+        """Return which rank's end is why rank 0 failed; a collective's own words are addresses and numbers."""
+        if not self.world.is_rank_0 or isinstance(error, DistribError) or not isinstance(error, Exception):
+            return None
+        ignore_sigterm()  # a launcher ends us while we look
+        why, _ = lost_to_others(error)
+        return why and f"rank 0 stopped{why}"

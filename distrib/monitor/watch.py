@@ -1,0 +1,89 @@
+"""`distrib watch`: a run as its own display shows it, from its folder."""
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from distrib.config import Config
+from distrib.errors import DamagedFileError
+from distrib.monitor.progress import ProgressDisplay, format_summary
+from distrib.monitor.run_tail import Follower
+from distrib.plan import RunPlan
+from distrib.run_folder.folder import RunDir
+from distrib.run_folder.formats import STEP
+from distrib.run_folder.ledger import last_line
+
+_SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_TO_COME_BACK = 30.0  # of a run that was being trained a moment ago, and may just be started again
+
+
+def watch_run(path: Path) -> None:
+    """Returns when the run is finished, or nobody trains it any more; one that waits in a queue is waited for.
+
+    Raises RunDirError, ConfigError.
+    """
+    run = RunDir(path)
+    config = run.read_config()
+    if not _is_there(run):
+        print(f"{path} has not begun yet", flush=True)
+    while not _is_there(run):
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    display, follower = ProgressDisplay(config.name, *_length(run, config)), Follower(run)
+    in_queue, held_at = False, -math.inf
+    with display:
+        while in_queue or time.monotonic() - held_at < _SECONDS_TO_COME_BACK or held_at < 0:
+            if run.held():
+                held_at = time.monotonic()
+            finished = os.path.lexists(run.summary)
+            for kind, entry in follower.news():
+                _show(display, kind, entry)
+                in_queue = kind == "preempted" and entry.get("requeue", False)
+            if finished or (held_at < 0 and not in_queue):
+                break
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        for kind, entry in follower.rest():
+            _show(display, kind, entry)
+        display.flush()
+    summary = None
+    try:
+        summary = run.read_summary()
+    except DamagedFileError as error:
+        run.report(str(error))
+    for line in [*run.take_trouble(), *follower.trouble()]:
+        print(f"warning: {line}")
+    if summary is not None:
+        print(format_summary(path, summary, "finished"))
+    else:
+        print(f"{path}: nobody trains it now, as far as can be seen from here; start it again to go on")
+
+
+def _is_there(run: RunDir) -> bool:
+    """Has it been started? environment.json alone says so, or, if that is lost, what was trained."""
+    return os.path.lexists(run.environment) or run.has_begun()
+
+
+def _length(run: RunDir, config: Config) -> tuple[int, int]:
+    """Steps of the run, and samples of a step."""
+    environment = run.environment_or_nothing()
+    if environment:
+        plan = RunPlan.create(config, environment["starts"][-1]["world_size"], environment["training_samples"])
+        return plan.num_steps, plan.global_batch_size
+    last = last_line(run.steps, STEP)  # the number of samples is lost
+    return config.train.steps or (last["step"] + 1 if last else 0), config.data.global_batch_size
+
+
+def _show(display: ProgressDisplay, kind: str, entry: dict[str, Any]) -> None:
+    if kind == "step":
+        display.step(entry)
+    elif kind == "evaluation":
+        display.evaluation(entry)
+    elif kind == "started":
+        display.say(f"started on {entry['world_size']} process(es), {entry['strategy']}, by {entry['launcher']}")
+    elif kind == "preempted":
+        display.say(f"asked to stop; saved after step {entry['step']}")
+    elif kind == "failed":
+        display.say(f"failed: {entry['error']}")
+    else:
+        display.event(entry)

@@ -1,0 +1,259 @@
+"""Who came, who is still there, and where each rank is: what ranks tell one another over the job's store.
+
+Collectives cannot say that: where a rank is missing they wait, for half an hour or for ever, and do not know for whom.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from distrib.errors import LaunchError
+from distrib.processes import gate
+from distrib.processes.network import LOOPBACK, address_of, endpoint, keep_store, listen, own_address, wait_for_answer
+
+KEPT_AT = "DISTRIB_STORE_AT"  # where the store is that distrib launch keeps, if its ranks go through a relay
+SILENCE = 60.0  # seconds after which a rank that is not heard of is held to be gone
+_BEAT = 2.0  # seconds between two signs of life
+_FAILED, _JOINED = "failed", "joined"
+_joined: "Presence | None" = None  # this process's, for as long as it lives
+
+
+class Presence:
+    """One rank's place at the store. `everyone` is what each rank said of itself, in rank order."""
+
+    def __init__(self, store: Store, keeper: str, rank: int, world_size: int, host: str) -> None:
+        """`keeper`: who keeps the store, in words."""
+        self.keeper, self.rank, self.world_size, self.host = keeper, rank, world_size, host
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store when it restarts
+        self._store = PrefixStore(f"distrib/{start}", store)
+        self.everyone: list[dict[str, Any]] = []
+        self._watching: threading.Event | None = None
+        self._heard, self._silent = 0.0, keeper
+
+    def join(self, versions: dict[str, str | None], seconds: float, one_a_host: bool = False) -> None:
+        """Wait until all ranks have come, the first time. Raises LaunchError: who is missing, has other versions than
+        rank 0, or shares its host although it was told of none that does (`one_a_host`)."""
+        global _joined
+        if self.everyone:
+            return
+        me = {"host": self.host, "versions": versions, "one_a_host": one_a_host}
+        if self._store.add(f"count/{self.rank}", 1) > 1:
+            raise LaunchError(f"two processes say that they are {self.name(self.rank)}; give each a rank of its own")
+        self._store.set(f"beat/{self.rank}", json.dumps([0, _whereabouts()]))
+        self._store.set(f"came/{self.rank}", json.dumps(me))
+        if self.rank == 0:
+            self._store.set(_JOINED, json.dumps(self._count(seconds)))
+        try:
+            self._store.wait([_JOINED], timedelta(seconds=seconds + 2 * _BEAT))
+            outcome = json.loads(self._store.get(_JOINED))
+        except RuntimeError as error:
+            raise LaunchError(
+                f"rank 0 of {self.world_size} did not come within {seconds:g} s: {_first(error)}"
+            ) from None
+        if isinstance(outcome, str):
+            raise LaunchError(outcome)
+        self.everyone = outcome
+        _joined = self
+
+    def name(self, rank: int) -> str:
+        """As it stands in messages."""
+        host = self.host if rank == self.rank else self.everyone[rank]["host"] if self.everyone else None
+        return f"rank {rank} of {self.world_size}" + (f" on {host}" if host else "")
+
+    def watch(self) -> None:
+        """Give signs of life from now on, and end this process when the next rank's stay away."""
+        if self._watching is None:
+            self._watching, self._heard = threading.Event(), time.monotonic()
+            for part in (self._exchange, self._judge):
+                threading.Thread(target=part, args=(self._watching,), daemon=True).start()
+
+    def rest(self) -> None:
+        """No more signs of life: from here on the ranks go their own ways."""
+        if self._watching is not None:
+            self._watching.set()
+            self._watching = None
+
+    def claim_failure(self, began_here: bool) -> str | None:
+        """The rank that failed first, in words; that is this one, if none did before and `began_here`."""
+        try:
+            first = self._store.get(_FAILED).decode() if self._store.check([_FAILED]) else None
+            if first is None and began_here:
+                first = self._store.compare_set(_FAILED, "", self.name(self.rank)).decode()
+        except RuntimeError:  # the store went away with the process that kept it
+            return None
+        return first
+
+    def missing(self) -> str:
+        """Who is gone, in words: those whose signs of life stay away. Takes a few seconds."""
+        try:
+            before = self._beats()
+            time.sleep(2 * _BEAT)
+            now = self._beats()
+        except RuntimeError:
+            return self.keeper
+        gone = [rank for rank in range(self.world_size) if before[rank] == now[rank] and rank != self.rank]
+        return _few([self.name(rank) for rank in gone]) or "another rank"
+
+    def whereabouts(self) -> str:
+        """Where in their programs the ranks' main threads are, in words: one that hangs is not where the others are."""
+        try:
+            beats = self._beats()
+        except RuntimeError:
+            return f"{self.keeper} is gone"
+        places: dict[str, list[str]] = {}
+        for rank, beat in enumerate(beats):
+            places.setdefault(json.loads(beat)[1], []).append(self.name(rank))
+        return "; ".join(f"at {place}: {_few(names)}" for place, names in places.items())
+
+    def _count(self, seconds: float) -> list[dict[str, Any]] | str:
+        """Rank 0's part: what each rank said of itself, or what is wrong."""
+        keys = [f"came/{rank}" for rank in range(self.world_size)]
+        try:
+            self._store.wait(keys, timedelta(seconds=seconds))
+        except RuntimeError:
+            came = {rank for rank, key in enumerate(keys) if self._store.check([key])}
+            absent = [rank for rank in range(self.world_size) if rank not in came]
+            hosts = sorted({json.loads(self._store.get(keys[rank]))["host"] for rank in came})
+            return (
+                f"rank {', '.join(map(str, absent))} of {self.world_size} did not come within {seconds:g} s; the "
+                f"others are on {', '.join(hosts)}; see what the missing ones said, and whether they were started"
+            )
+        everyone = [json.loads(value) for value in self._store.multi_get(keys)]
+        on_host: dict[str, int] = {}
+        for rank, one in enumerate(everyone):
+            first = on_host.setdefault(one["host"], rank)
+            if first != rank and one["one_a_host"]:
+                return (
+                    f"ranks {first} and {rank} are both on {one['host']}, but LOCAL_RANK is not set; set it for each, "
+                    "from 0 on every machine"
+                )
+            for package, version in everyone[0]["versions"].items():
+                if (other := one["versions"].get(package)) != version:
+                    return (
+                        f"rank {rank} on {one['host']} has {package} {other}, rank 0 on {everyone[0]['host']} has "
+                        f"{version}; install the same on all"
+                    )
+        return everyone
+
+    def _own_connection(self) -> PrefixStore:
+        return self._store.clone()  # type: ignore[attr-defined,no-any-return]
+
+    def _beats(self) -> list[bytes]:
+        store = self._own_connection()  # the main thread's may be waiting for something
+        store.set_timeout(timedelta(seconds=2 * _BEAT))
+        beats: list[bytes] = store.multi_get([f"beat/{rank}" for rank in range(self.world_size)])
+        return beats
+
+    def _exchange(self, done: threading.Event) -> None:
+        """Give signs of life, and look for the next rank's. Where a machine is cut off this may block for good."""
+        store = self._own_connection()
+        neighbour, seen, beat = (self.rank + 1) % self.world_size, b"", 1
+        while not done.wait(_BEAT):
+            try:
+                self._silent = self.keeper
+                store.set(f"beat/{self.rank}", json.dumps([beat, _whereabouts()]))
+                now = store.get(f"beat/{neighbour}")
+                self._silent = self.name(neighbour)
+            except RuntimeError:
+                return
+            if now != seen:
+                seen, self._heard = now, time.monotonic()
+            beat += 1
+
+    def _judge(self, done: threading.Event) -> None:
+        """End this process when there is silence; not where it only did not listen, because it was suspended."""
+        woke = time.monotonic()
+        while not done.wait(_BEAT):
+            slept, woke = time.monotonic() - woke, time.monotonic()
+            if slept > 5 * _BEAT:
+                self._heard = woke
+            elif woke - self._heard > SILENCE:
+                print(
+                    f"{self.name(self.rank)} stopped: {self._silent} has not been heard of for {SILENCE:g} s; started "
+                    "again, the run goes on from its newest checkpoint",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)
+
+
+def joined() -> Presence | None:
+    """This process's, where it has joined the others before: a script may train several times."""
+    return _joined
+
+
+def enter(host: str, port: int, rank: int, world_size: int, node: str, seconds: float, one_machine: bool) -> Presence:
+    """Find the job's store, or keep it as rank 0 where no launcher does. `one_machine`: it is known that all ranks are
+    on this one.
+
+    Sets MASTER_ADDR and MASTER_PORT to where this process finds it. Raises LaunchError.
+    """
+    kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    key = os.environ.pop(gate.KEY, None)  # what this process starts needs none
+    if one_machine:
+        key = None  # nothing listens but on loopback
+    elif key is not None:
+        gate.check_key(key)
+        if kept_by_launcher:
+            raise LaunchError(
+                f"{gate.KEY} is set, but this launcher asks nobody for it; use distrib launch or srun, or unset it"
+            )
+    if kept_by_launcher:
+        keeper = f"the launcher at {os.environ.get(KEPT_AT) or endpoint(host, port)}"
+    else:
+        keeper = f"rank 0 of {world_size} on {host}"
+        host = LOOPBACK if one_machine else host
+    if rank == 0 and not kept_by_launcher:
+        store = _keep(host, port, world_size, seconds, key)
+        host, port = store.host, store.port
+    else:
+        host = host if kept_by_launcher else address_of(host, port)
+        if key is not None:
+            host, port = LOOPBACK, gate.Relay(host, port, key, seconds, "rank 0").open(0)
+        wait_for_answer(host, port, seconds, "rank 0 or its launcher")
+        try:
+            store = TCPStore(host, port, world_size, False, timedelta(seconds=seconds), wait_for_workers=False)
+        except DistNetworkError as error:
+            raise LaunchError(f"rendezvous at {endpoint(host, port)} failed: {_first(error)}") from None
+    os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
+    return Presence(store, keeper, rank, world_size, node)
+
+
+def _keep(host: str, port: int, world_size: int, seconds: float, key: str | None) -> TCPStore:
+    """Keep the job's store where the others look for it; if there is a key, on loopback behind a gate."""
+    try:
+        server = listen(own_address(host, port), port)
+        if key is not None:
+            door, server = gate.Gate(server, key), listen(LOOPBACK, 0)
+            door.stores[0] = server.getsockname()[1]
+        return keep_store(server, world_size, seconds)
+    except (OSError, DistNetworkError) as error:
+        raise LaunchError(
+            f"rendezvous at {endpoint(host, port)} failed: {_first(error)}; if the port is taken, choose another"
+        ) from None
+
+
+def _whereabouts() -> str:
+    """Of the main thread: the innermost line that is not torch's."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None and "/torch/" in frame.f_code.co_filename:
+        frame = frame.f_back
+    if frame is None:
+        return "its end"
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _few(names: list[str]) -> str:
+    shown, more = names[:4], len(names) - 4
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+
+
+def _first(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,54 @@
+"""What a run folder says of the earlier starts of its run."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+
+from distrib.config import Config
+from distrib.errors import DistribError
+from distrib.run_folder.files import read_lines
+from distrib.run_folder.folder import RunDir
+from distrib.run_folder.formats import EVENT
+from distrib.run_folder.ledger import now
+
+
+@contextmanager
+def where_it_began(run: RunDir) -> Iterator[None]:
+    """Within, work in the directory that the run was last started in, if it is there: the task's module and its files
+    lie there. `run` has an absolute path."""
+    here = os.getcwd()
+    with suppress(DistribError, OSError, LookupError, TypeError):  # an older run does not say where that was
+        os.chdir(run.starts()[-1]["directory"])
+    try:
+        yield
+    finally:
+        os.chdir(here)
+
+
+def total_seconds(run: RunDir) -> float:
+    """How long the run has taken until now, all starts together; one that was killed counts to its last event."""
+    starts: list[tuple[datetime, datetime]] = []
+    for event in read_lines(run.events, EVENT, []):  # a damaged line tells no time
+        try:
+            at = datetime.fromisoformat(event.get("time", ""))
+        except ValueError:
+            continue
+        if event["event"] == "started":
+            starts.append((at, at))
+        elif starts:
+            starts[-1] = starts[-1][0], at
+    if starts:
+        starts[-1] = starts[-1][0], datetime.fromisoformat(now())
+    return sum((last - first).total_seconds() for first, last in starts)
+
+
+def what_to_do_now(run: RunDir, config: Config) -> str:
+    """Advice for a run that has finished before; keys that `config` changes without effect are named."""
+    try:
+        before, given = run.read_config().flat(), config.flat()
+    except DistribError:  # this rank does not see the folder
+        before = given = {}
+    changes = [f"{key} was {before.get(key)!r}, is {given[key]!r}" for key in given if given[key] != before.get(key)]
+    no_effect = f"what has changed in the config had no effect ({'; '.join(changes)}); " if changes else ""
+    return f"{no_effect}to train again, remove the folder or choose --run-dir"

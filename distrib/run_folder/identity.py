@@ -1,0 +1,102 @@
+"""What makes a run this run besides its config: its data, the task's class and arguments, and the model."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from distrib.data.prints import UNKNOWN, VARIES, Fingerprint, same
+from distrib.errors import ConfigError
+
+
+def moved_keys(moved: Sequence[str]) -> tuple[str, ...]:
+    """Return the keys of KEY or KEY=VALUE. Raises ConfigError for one that is not the task's."""
+    keys = tuple(text.partition("=")[0] for text in moved)
+    for key in keys:
+        if not key.startswith("task.") or key == "task.target":
+            raise ConfigError(f"--moved: {key}: give a key that says where the task's data lie: task.data=/new/path")
+    return keys
+
+
+def changes(before: dict[str, Any], now: dict[str, Any], in_config: bool, moved: Sequence[str] = ()) -> tuple[str, str]:
+    """Return what differs between the environments of two starts, "task" or "data", and how, in words; or ("", "").
+
+    `in_config`: the config names the task's class and arguments, and is compared by itself. What a folder does not
+    record, because an older version wrote it, is not compared. `moved`: arguments that may differ, as task.NAME.
+    """
+    for what, found in (
+        ("task", _task_changes(before, now, in_config, moved)),
+        ("data", data_changes(before, now["data"])),
+    ):
+        if found:
+            return what, "; ".join(found)
+    return "", ""
+
+
+def _task_changes(before: dict[str, Any], now: dict[str, Any], in_config: bool, moved: Sequence[str]) -> list[str]:
+    then, task = before.get("task"), now["task"]
+    if then is None:
+        return []
+    found = []
+    if not in_config:
+        if (was := then.get("class")) != task["class"]:
+            found.append(f"the task's class was {was}, is {task['class']}")
+        fixed = [
+            {name: value for name, value in arguments.items() if f"task.{name}" not in moved}
+            for arguments in (then["arguments"], task["arguments"])
+        ]
+        found += _differing("argument", *fixed)
+    return found + _differing("the shape of parameter", then["parameters"], task["parameters"])
+
+
+def data_changes(before: dict[str, Any], data: dict[str, Fingerprint | None]) -> list[str]:
+    """Describe what differs between `data` and those of an environment."""
+    then = before.get("data") or {}
+    found = {name: difference(now, then.get(name), "at the run's start") for name, now in data.items()}
+    return [f"task.{name} {text}" for name, text in found.items() if text is not None]
+
+
+def notes(environment: dict[str, Any]) -> list[str]:
+    """Return what is no reason to refuse a start, and yet to be said at it."""
+    found = [_code_change(environment["starts"], environment["task"]["file"])]
+    for name, data in environment["data"].items():
+        samples = {} if data is None else data["samples"]
+        varying = [place for place, print_ in samples.items() if print_ == VARIES]
+        if varying:
+            found.append(
+                f"task.{name}: sample {varying[0]} is another each time it is read, so that no run can be repeated; "
+                "draw from random, numpy.random or torch, which are seeded for each sample"
+            )
+        elif samples and all(print_ == UNKNOWN for print_ in samples.values()):
+            found.append(f"task.{name}: its samples cannot be compared with those of other starts, only its length")
+    return [text for text in found if text is not None]
+
+
+def _code_change(starts: list[dict[str, Any]], file: str | None) -> str | None:
+    if len(starts) < 2:
+        return None
+    before, now = ((start.get("code") or {}).get("task") for start in starts[-2:])
+    if before is None or now is None or before == now:
+        return None
+    return f"{file}: has changed since the run's last start; from here on the run is computed by the new code"
+
+
+def _differing(what: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    found = []
+    for name in dict.fromkeys([*before, *now]):
+        was, value = (json.dumps(values.get(name, "not there"), sort_keys=True) for values in (before, now))
+        if was != value:
+            shown = f" was {was}, is {value}" if "sha256:" not in was + value else " is another"
+            found.append(f"{what} {name}{shown}")
+    return found
+
+
+def difference(found: Fingerprint | None, expected: Fingerprint | None, reference: str) -> str | None:
+    """Describe the first difference in words, where `reference` names what was expected. None if none is known."""
+    if found is None or expected is None:
+        return None
+    if found["length"] != expected["length"]:
+        return f"has {found['length']} samples, not {expected['length']} as {reference}"
+    for place, wanted in expected["samples"].items():
+        if not same(found["samples"].get(place, UNKNOWN), wanted):
+            return f"has another sample {place} than {reference}"
+    return None

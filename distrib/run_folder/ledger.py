@@ -1,0 +1,205 @@
+"""steps.jsonl: one line a step, append-only, each line chained to all before it.
+
+`chain` is the SHA-256 of the previous line's chain and this line's text without its chain, so that a line which is
+changed, dropped or repeated afterwards breaks every later one.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from io import BytesIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from distrib.errors import DamagedFileError, WriteError
+from distrib.run_folder.files import Appended, lines_of, open_regular, parse, writing
+from distrib.run_folder.formats import STEP
+
+GENESIS = ""  # the chain before the first line
+_ONE_LINE = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+class Ledger:
+    """Appends to a JSON-lines file; each line is handed to the operating system at once."""
+
+    def __init__(self, path: Path, chain: str = GENESIS) -> None:
+        """Go on after the line with this chain. Raises WriteError."""
+        self.chain = chain
+        self._file = Appended(path)
+        self._failed: WriteError | None = None
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Raises WriteError, from then on for every line: after one that is lost, no other can stand."""
+        if self._failed is not None:
+            raise self._failed
+        text = to_json(entry)
+        chain = link(self.chain, text)
+        try:
+            self._file.append(f'{text[:-1]},"chain":"{chain}"}}')
+        except WriteError as error:
+            self._failed = error
+            raise
+        self.chain = chain
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._file.close()
+
+
+def chain_after(path: Path, steps: int, anchors: dict[int, str]) -> str | None:
+    """The chain of the line after which so many steps are made; None if there is no such line, or it is damaged.
+
+    `anchors`: where the ledger begins, and goes on after lines that were lost: the chain before that step.
+    """
+    return anchors[steps] if steps in anchors else _line_of(path, steps - 1)[1]
+
+
+def cut(path: Path, steps: int, anchors: dict[int, str]) -> bool:
+    """Leave the lines of the steps before `steps`, to which the ledger leads. Were there more?"""
+    if not path.exists():
+        return False
+    if steps == min(anchors):
+        end = 0
+    elif steps in anchors:
+        end = _line_from(path, steps)
+    else:
+        end = _line_of(path, steps - 1)[0]
+    more = end < path.stat().st_size
+    with writing(path):
+        os.truncate(path, end)
+    return more
+
+
+def last_line(path: Path, form: TypeAdapter[dict[str, Any]]) -> dict[str, Any] | None:
+    """The last entry of a JSON-lines file that can be read."""
+    with suppress(OSError, DamagedFileError):
+        for line in _lines_from_the_end(path):
+            with suppress(DamagedFileError):
+                return parse(line, form, path)
+    return None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the ledger. `entry`: what it holds, None if that cannot be read; `problem`: what is wrong with it, or
+    with what stands before it; `whole`: it is as it was written, as far as the chain can tell."""
+
+    number: int  # from 1
+    text: str
+    entry: dict[str, Any] | None
+    whole: bool
+    problem: str | None = None
+
+
+def walk(path: Path, anchors: dict[int, str]) -> Iterator[Line]:
+    """Compare each line of the ledger with its place and with the chain. Raises DamagedFileError.
+
+    After a line that is damaged, those that fit to one another count as whole again.
+    """
+    expected = min(anchors)
+    before: set[str] = {anchors[expected]}  # what the chain may be; empty: not known
+    for number, raw in enumerate(lines_of(path), start=1):
+        text = raw.decode(errors="replace")
+        body, _, tail = text.partition(',"chain":"')
+        try:
+            entry = parse(raw, STEP, path)
+        except DamagedFileError:
+            expected, before = expected + 1, set()
+            yield Line(number, text, None, False, "cannot be read as a step")
+            continue
+        step, problem = entry["step"], None
+        if step < expected:
+            what = f"is of step {step}, where step {expected} belongs; step {step} stands there already"
+            yield Line(number, text, entry, False, what)
+            continue
+        if step > expected:
+            problem = f"is of step {step}, where step {expected} belongs; {steps(expected, step)} missing before it"
+            before = set()
+        if step in anchors:
+            problem, before = None, {*before, anchors[step]}
+        chains = {link(chain, body + "}") for chain in before}
+        written = tail.removesuffix('"}\n')
+        whole = tail.endswith('"}\n') and (not before or written in chains)
+        if not whole:
+            problem = f"the chain breaks: this line (step {step}), or one before it, was changed"
+        expected, before = step + 1, {written, *chains} if not whole else {written}
+        yield Line(number, text, entry, whole, problem)
+
+
+def steps(first: int, end: int) -> str:
+    """The steps from `first` to before `end`, with their verb."""
+    return f"step {first} is" if end == first + 1 else f"steps {first} to {end - 1} are"
+
+
+def _line_of(path: Path, step: int) -> tuple[int, str | None]:
+    """Where the line of `step` ends, and its chain: looked for from the end of the file, where a resume finds it."""
+    with suppress(OSError, DamagedFileError):
+        end = path.stat().st_size
+        for line in _lines_from_the_end(path):
+            with suppress(DamagedFileError):
+                entry = parse(line, STEP, path)
+                if entry["step"] == step and line.endswith(b"\n"):
+                    return end, entry.get("chain")
+            end -= len(line)
+    return 0, None
+
+
+def _line_from(path: Path, step: int) -> int:
+    """Where the first line begins that is of `step` or of a later one."""
+    place = 0
+    for line in lines_of(path):
+        with suppress(DamagedFileError):
+            if parse(line, STEP, path)["step"] >= step:
+                break
+        place += len(line)
+    return place
+
+
+def _lines_from_the_end(path: Path) -> Iterator[bytes]:
+    """With their line ends; the first may have none. Raises OSError, DamagedFileError."""
+    rest: list[bytes] = []  # parts of a line whose start is not read yet, the last first: joined once
+    with open_regular(path) as file:
+        place = file.seek(0, os.SEEK_END)
+        while place:
+            size = min(place, 1 << 16)
+            place = file.seek(place - size)
+            rest.append(file.read(size))
+            if b"\n" in rest[-1]:
+                lines = BytesIO(b"".join(reversed(rest))).readlines()
+                rest = lines[:1]
+                yield from reversed(lines[1:])
+    yield b"".join(reversed(rest))
+
+
+def link(chain: str, text: str) -> str:
+    """The chain after a line whose JSON text without its chain is `text`."""
+    return hashlib.sha256(f"{chain}{text}".encode()).hexdigest()
+
+
+def to_json(entry: dict[str, Any], indent: int | None = None) -> str:
+    """JSON, on one line unless indented. Floats that are not finite become null: JSON has no word for them."""
+    if indent is None:
+        return _ONE_LINE(_finite(entry))
+    return json.dumps(_finite(entry), indent=indent, allow_nan=False)
+
+
+def now() -> str:
+    """As it is written into a run folder."""
+    return datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="milliseconds")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,60 @@
+"""One process at a time trains in a run folder."""
+
+import fcntl
+import os
+import time
+from pathlib import Path
+from typing import TextIO
+
+from distrib.errors import DamagedFileError, RunDirError
+from distrib.run_folder.files import open_regular
+
+LOCK = ".lock"
+_SECONDS_TO_DIE = 5.0  # that a killed process, or its workers, may take
+
+
+class Lock:
+    """A lock on a file in the run folder, held for as long as this process lives, or until it is released."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: TextIO | None = None
+
+    def hold(self) -> str | None:
+        """Two that train in one folder would spoil it: raises RunDirError if another process does, OSError if the file
+        cannot be made. Returns a warning if the file system has no locks."""
+        if os.path.lexists(self.path) and not self.path.is_file():
+            raise RunDirError(f"{self.path}: not a regular file; remove it")
+        self._file = self.path.open("a")
+        deadline = time.monotonic() + _SECONDS_TO_DIE
+        while True:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return None
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() > deadline:
+                    self.release()
+                    raise RunDirError(
+                        f"{self.path.parent}: another process is training in it; wait for its end, or choose another "
+                        "with --run-dir"
+                    ) from None
+            except OSError as error:
+                return f"{self.path.parent}: {error.strerror}: no locks here, so a second start would not be refused"
+            time.sleep(0.1)
+
+    def held(self) -> bool:
+        """Does a process hold it now? False where it cannot be told."""
+        try:
+            with open_regular(self.path) as lock:
+                fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+        except (OSError, DamagedFileError):
+            return False
+        return False
+
+    def release(self) -> None:
+        """Let other processes train in this folder."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,136 @@
+"""Which checkpoint a run goes on from: the newest that is whole and that the ledger leads to."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distrib.errors import CheckpointError, ConfigError
+from distrib.processes.world import World
+from distrib.run_folder import checkpoint, ledger
+from distrib.run_folder.folder import RunDir
+from distrib.run_folder.manifest import MANIFEST, read_manifest, steps_of
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint, with its manifest; and what is wrong with the newer ones.
+
+    `led`: the ledger leads to it; `ours`: it is the run's own, not that of a run from which it was forked.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    passed_over: list[str] = field(default_factory=list)
+    led: bool = True
+    ours: bool = True
+
+
+def newest_whole(run: RunDir, world: World) -> Found | None:
+    """The newest to which the ledger leads; if it leads to none, because it is damaged, the newest that is whole.
+
+    None if there is no checkpoint at all. The ranks share the reading, and all find the same. Collective. Raises
+    CheckpointError if there are some, and none of them is whole.
+    """
+    passed_over: list[str] = []
+    not_led: Found | None = None
+    for path in world.on_rank_0(lambda: list(steps_of(run.checkpoints))):
+        if problem := _damage(path, world):
+            passed_over.append(problem)
+        elif _is_led_to(path, run, world):
+            return Found(path, read_manifest(path), passed_over)
+        else:
+            not_led = not_led or Found(path, read_manifest(path), list(passed_over), led=False)
+            passed_over.append(f"{path}: {run.steps.name} does not lead to it")
+    if not_led is not None:
+        return not_led
+    if passed_over:
+        raise CheckpointError(f"{run.path}: none of its checkpoints can be used: {'; '.join(passed_over)}")
+    return None
+
+
+def whole(path: Path, world: World, run: RunDir | None = None) -> Found:
+    """This checkpoint, with whether the ledger of `run` leads to it. Raises CheckpointError. Collective."""
+    if problem := _damage(path, world):
+        raise CheckpointError(f"{problem}; give another checkpoint by --resume")
+    if run is None:
+        return Found(path, read_manifest(path), ours=False)
+    return Found(path, read_manifest(path), led=_is_led_to(path, run, world))
+
+
+def named(
+    resume: str, run: RunDir, fork: bool, reset_optimizer: bool = False
+) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint that `--resume` names, if it does, and the origin of a run that `--fork`s from it.
+
+    Raises ConfigError, CheckpointError.
+    """
+    if reset_optimizer and not fork:
+        raise ConfigError("--reset-optimizer: is for a new run that begins from a checkpoint, --resume PATH --fork")
+    if resume in ("auto", "never"):
+        if fork:
+            raise ConfigError("--fork: needs a checkpoint to begin from, --resume PATH --fork")
+        return None, None
+    path = _newest_in(Path(resume))
+    if not (path / MANIFEST).exists():
+        raise ConfigError(
+            f"--resume: {resume} is no checkpoint, nor has it any; give auto, never, a run folder or "
+            "RUN/checkpoints/step-…"
+        )
+    own = path.resolve().parent == run.checkpoints.resolve()
+    if own and fork:
+        raise ConfigError(f"--fork: {resume} is a checkpoint of the run folder itself; choose another with --run-dir")
+    if not own and not fork:
+        raise ConfigError(f"--resume: {resume} is of another run than {run.path}; --fork begins a new run from it")
+    manifest = read_manifest(path)
+    origin = {"path": str(path.resolve()), "step": manifest["step"], "chain": manifest["chain"]}
+    if reset_optimizer:
+        origin["reset_optimizer"] = True
+    return path, origin if fork else None
+
+
+def _newest_in(path: Path) -> Path:
+    """The newest checkpoint that has all its files, of a run folder or its checkpoints/; any other path as it is.
+
+    Each rank finds it alone, before the ranks have joined; what is in the files they compare when they have, together.
+    """
+    if (path / MANIFEST).exists():
+        return path
+    problems = []
+    for folder in (path / "checkpoints", path):
+        for found in steps_of(folder):
+            try:
+                checkpoint.check_sizes(found)
+            except CheckpointError as error:
+                problems.append(str(error))
+            else:
+                return found
+    if problems:
+        raise CheckpointError(f"{path}: none of its checkpoints can be used: {'; '.join(problems)}")
+    return path
+
+
+def require_steps_left(origin: dict[str, Any] | None, num_steps: int) -> None:
+    """Raises ConfigError if a run that begins at `origin` would have no step to make."""
+    if origin is not None and num_steps <= origin["step"]:
+        raise ConfigError(
+            f"--fork: the run has {num_steps} steps, and {origin['path']} already has {origin['step']} done; set "
+            f"train.steps, or train.epochs, to more than {origin['step']} steps"
+        )
+
+
+def _damage(path: Path, world: World) -> str | None:
+    """The first that a rank finds wrong in its share of the files. Collective."""
+    problem = None
+    try:
+        checkpoint.verify(path, world.rank, world.world_size)
+    except CheckpointError as error:
+        problem = str(error)
+    return next((found for found in world.from_all(problem) if found), None)
+
+
+def _is_led_to(path: Path, run: RunDir, world: World) -> bool:
+    """Does the ledger have the line after which the checkpoint was saved? Collective."""
+    manifest = read_manifest(path)
+    return world.on_rank_0(
+        lambda: ledger.chain_after(run.steps, manifest["step"], run.anchors()) == str(manifest["chain"])
+    )

@@ -1,0 +1,124 @@
+"""`distrib verify`: is what lies in the run folder the run that its config means?"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distrib.config import Config
+from distrib.data.order import digest, sample_indices
+from distrib.errors import CheckpointError, DamagedFileError, LedgerError
+from distrib.plan import RunPlan
+from distrib.run_folder import checkpoint, formats, ledger, repair
+from distrib.run_folder.files import read_lines
+from distrib.run_folder.folder import RunDir
+from distrib.run_folder.manifest import steps_of
+
+_MOST_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found in order. `set_aside`: files that were found damaged when the run went on."""
+
+    steps: int
+    of_steps: int  # that the config means
+    samples: int
+    checkpoints: int
+    set_aside: list[str]
+
+
+def verify_run(path: Path) -> Verified:
+    """Compare each line of the ledger with the order that the config means, and each checkpoint with the ledger.
+
+    Raises LedgerError with all that is not as it must be, CheckpointError if that is checkpoints alone, RunDirError if
+    it is no run folder.
+    """
+    run = RunDir(path)
+    try:
+        config = repair.saved_config(run) or run.read_config()
+        num_samples = run.num_samples()
+    except DamagedFileError as error:
+        raise LedgerError(f"{error}; no checkpoint holds a copy, so nothing can be verified") from None
+    plan = RunPlan.create(config, 1, num_samples)
+    problems = _of_small_files(run, config)
+    manifests, damaged = _checkpoints(run)
+    chains = run.anchors()
+    steps, in_order = min(chains), 0
+    try:
+        for line in ledger.walk(run.steps, run.anchors()):
+            problem = line.problem
+            if line.entry is not None and line.entry["step"] >= steps:
+                steps = line.entry["step"] + 1
+                chains[steps] = line.entry.get("chain", "")
+                in_order += 1
+                problem = problem or _misplaced(line.entry, plan, config)
+            if problem:
+                problems.append(f"{run.steps} line {line.number}: {problem}")
+    except DamagedFileError as error:
+        problems.append(str(error))
+    lost = [(gap["first"], gap["next"]) for gap in run.environment_or_nothing().get("lost_steps", ())]
+    problems += [f"{run.steps}: {ledger.steps(*gap)} not there: the file was damaged and set aside" for gap in lost]
+    for at, manifest in manifests:
+        if chains.get(manifest["step"]) != manifest["chain"]:
+            problems.append(f"{at}: the ledger's chain after step {manifest['step']} is not the one it was saved at")
+    if os.path.lexists(run.summary) and steps != plan.num_steps:
+        problems.append(f"{run.steps}: ends after {steps} steps, and the run has ended after {plan.num_steps}")
+    if problems or damaged:
+        raise (LedgerError if problems else CheckpointError)(_in_words(problems + damaged))
+    aside = sorted(file.name for file in path.glob("*.damaged-*"))
+    return Verified(steps, plan.num_steps, in_order * plan.global_batch_size, len(manifests), aside)
+
+
+def _of_small_files(run: RunDir, config: Config) -> list[str]:
+    """What is wrong with the others than ledger and checkpoints."""
+    problems = [repair.config_damage(run, config), repair.environment_damage(run)]
+    found = [problem for problem in problems if problem]
+    found += repair.evaluations_damage(run)
+    for _ in read_lines(run.events, formats.EVENT, found):
+        pass
+    try:
+        run.read_summary()
+    except DamagedFileError as error:
+        found.append(str(error))
+    return found
+
+
+def _checkpoints(run: RunDir) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
+    """Those that are whole, with their manifests; and what is wrong with the others."""
+    whole, damaged = [], []
+    try:
+        for at in steps_of(run.checkpoints):
+            try:
+                whole.append((at, checkpoint.verify(at)))
+            except CheckpointError as error:
+                damaged.append(str(error))
+    except CheckpointError as error:
+        damaged.append(str(error))
+    return whole, damaged
+
+
+def _misplaced(entry: dict[str, Any], plan: RunPlan, config: Config) -> str | None:
+    """What is wrong with the place in the data of a ledger's line."""
+    step = entry["step"]
+    expected = _samples_of(step, plan, config.seed)
+    if entry["samples"] != expected:
+        return f"step {step} read samples with the digest {entry['samples']}, the config means {expected}"
+    if entry["epoch"] != plan.epoch(step):
+        return f"step {step} lies in epoch {plan.epoch(step)}, not {entry['epoch']}"
+    return None
+
+
+def _in_words(problems: list[str]) -> str:
+    more = len(problems) - _MOST_SHOWN
+    return "; ".join(problems[:_MOST_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _samples_of(step: int, plan: RunPlan, seed: int) -> str:
+    """The digest of what a step reads, on however many ranks."""
+    positions = np.arange(plan.global_batch_size, dtype=np.uint64) + np.uint64(step * plan.global_batch_size)
+    # A stream's samples have no index but their place.
+    indices = positions if plan.num_samples is None else sample_indices(positions, plan.num_samples, seed)
+    return f"{digest(positions, indices):016x}"

@@ -1,0 +1,171 @@
+"""single and ddp with `train.determinism: bitwise`: the same bits from any number of processes.
+
+Floating-point sums depend on their order. Here the gradients of a step's micro-batches are summed in one fixed binary
+tree, wherever they were computed: within a rank as a binary counter adds (a partial sum a level), across ranks each
+rank sums a part of all gradients in the tree's order. The idea of computing as a fixed number of virtual workers would
+is EasyScale's (SC'23).
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distrib.processes.world import World
+from distrib.strategies.base import MakeOptimizer, Number, Placement
+from distrib.strategies.step_sums import SIZE
+
+_BUCKET_BYTES = 4 << 20
+
+
+class Bucket:
+    """The gradients of some parameters in one flat tensor, of which each `p.grad` is a view.
+
+    A view has its parameter's strides: torch's fused optimizers take both to lie alike.
+    """
+
+    def __init__(
+        self, parameters: list[nn.Parameter], world_size: int, extra: int = 0, device: torch.device | None = None
+    ) -> None:
+        """`device`: of a bucket without parameters."""
+        self.parameters = parameters
+        size = sum(parameter.numel() for parameter in parameters) + extra
+        dtype, device = (parameters[0].dtype, parameters[0].device) if parameters else (torch.float32, device)
+        self.flat = torch.zeros(-(-size // world_size) * world_size, dtype=dtype, device=device)
+        self.extra = self.flat[size - extra : size]
+        self.partial: list[tuple[int, Tensor]] = []  # (level, sum of 2^level micro-batches), as a binary counter
+        self.missing = len(parameters)  # gradients, in the backward that runs
+        self.received: Tensor | None = None
+        self.work: dist.Work | None = None
+        offset = 0
+        for parameter in parameters:
+            own = self.flat[offset : offset + parameter.numel()]
+            parameter.grad = own.as_strided(parameter.shape, parameter.stride())
+            offset += parameter.numel()
+
+    def count(self) -> None:
+        """Take the micro-batch's gradients into the counter."""
+        level, left = 0, None
+        while self.partial and self.partial[-1][0] == level:
+            _, left = self.partial.pop()
+            self.flat.add_(left)
+            level += 1
+        self.partial.append((level, self.flat.clone() if left is None else left.copy_(self.flat)))
+
+    def close(self) -> None:
+        """Add the counter up: with the last micro-batch all its levels are taken."""
+        while self.partial:
+            self.flat.add_(self.partial.pop()[1])
+
+    def scatter(self) -> None:
+        """Give each rank its part of everyone's sum."""
+        self.received = torch.empty_like(self.flat)
+        self.work = dist.all_to_all_single(self.received, self.flat, async_op=True)
+
+    def sum_and_gather(self, world_size: int) -> None:
+        """Add the ranks' sums of this rank's part in the tree's order, and give it to all."""
+        assert self.work is not None, "scatter comes first"
+        assert self.received is not None, "scatter comes first"
+        self.work.wait()
+        sums = self.received.view(world_size, -1)
+        while len(sums) > 1:
+            sums = sums[0::2] + sums[1::2]
+        self.work = dist.all_gather_into_tensor(self.flat, sums[0].contiguous(), async_op=True)
+
+    def wait(self) -> None:
+        assert self.work is not None, "sum_and_gather comes first"
+        self.work.wait()
+        self.work = self.received = None
+
+
+class _Totals:
+    """Ride in the last bucket, so that the loss too is summed in the tree's order."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
+
+    def result(self) -> Tensor:
+        return self._bucket.extra
+
+
+class Reproducible(Placement):
+    """Everything whole on every rank. A bucket's ranks exchange their sums while the last backward still runs."""
+
+    def __init__(self, world: World, module: nn.Module, make_optimizer: MakeOptimizer | None) -> None:
+        super().__init__(world, module)
+        if world.use_cpu:
+            torch.set_num_threads(1)  # how many there are decides in what order a kernel sums
+        else:
+            torch.use_deterministic_algorithms(True)
+        self.model = self.evaluation_model = module.to(world.device)
+        self.use_optimizer(make_optimizer)
+        self._buckets: list[Bucket] = []
+        self._last = False
+        self._sent = 0  # buckets, in the backward that runs
+        if self.optimizer is None:
+            return
+        if world.world_size > 1:
+            self.begin_with_rank_0s()
+        self._watch_use()
+        groups = _in_buckets([p for p in reversed(list(module.parameters())) if p.requires_grad])
+        if groups[-1][0].dtype not in (torch.float32, torch.float64):
+            groups.append([])  # one in float32, in which the totals are exact
+        for number, parameters in enumerate(groups):
+            extra = SIZE if number == len(groups) - 1 else 0
+            self._buckets.append(Bucket(parameters, world.world_size, extra, world.device))
+        self.totals = _Totals(self._buckets[-1])
+        for bucket in self._buckets:
+            for parameter in bucket.parameters:
+                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    lambda _, bucket=bucket: self._arrived(bucket)
+                )
+
+    def zero_grad(self) -> None:
+        """In place: they are views of the buckets."""
+        for bucket in self._buckets:
+            bucket.flat.zero_()
+
+    def backward(self, total: Tensor, shares: Tensor, last: bool) -> None:
+        self._last, self._sent = last, 0
+        for bucket in self._buckets:
+            bucket.missing = len(bucket.parameters)
+        self._buckets[-1].extra.copy_(shares)
+        total.backward()  # type: ignore[no-untyped-call]
+        self._require_use()
+        if not last:
+            for bucket in self._buckets:
+                bucket.count()
+                bucket.flat.zero_()
+        elif self.world.world_size > 1:
+            for bucket in self._buckets:
+                bucket.sum_and_gather(self.world.world_size)
+            for bucket in self._buckets:
+                bucket.wait()
+
+    def update(self, factor: Number, max_grad_norm: float | None) -> Number:
+        # The ranks' gradients are summed here, where the engine takes them for averaged.
+        return super().update(factor / self.world.world_size, max_grad_norm)
+
+    def _arrived(self, bucket: Bucket) -> None:
+        """In the last backward: send off the buckets that are full, in their order, which all ranks share."""
+        bucket.missing -= 1
+        while self._last and self._sent < len(self._buckets) and not self._buckets[self._sent].missing:
+            full = self._buckets[self._sent]
+            full.close()
+            if self.world.world_size > 1:
+                full.scatter()
+            self._sent += 1
+
+
+def _in_buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Neighbours together, of one dtype and device, up to some size."""
+    buckets: list[list[nn.Parameter]] = []
+    size = 0
+    for parameter in parameters:
+        like = buckets and (buckets[-1][-1].dtype, buckets[-1][-1].device) == (parameter.dtype, parameter.device)
+        own = parameter.numel() * parameter.element_size()
+        if not like or size + own > _BUCKET_BYTES:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(parameter)
+        size += own
+    return buckets

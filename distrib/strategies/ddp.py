@@ -1,0 +1,103 @@
+"""single and ddp: everything whole on every rank, over accelerate."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from torch import Tensor, nn
+
+from distrib.config import StrategyConfig
+from distrib.processes.world import World
+from distrib.strategies.base import MakeOptimizer, Placement
+from distrib.strategies.step_sums import SummedTotals, WithTotals
+
+
+class Replicated(Placement):
+    """DDP where there are several processes. Gradients meet on the last micro-batch, while its backward runs."""
+
+    def __init__(
+        self, world: World, module: nn.Module, make_optimizer: MakeOptimizer | None, config: StrategyConfig
+    ) -> None:
+        super().__init__(world, module)
+        self.evaluation_model = module.to(world.device)
+        compressed = config.communication_dtype == "bf16" and world.world_size > 1
+        # Alone there is no way to go, and the carrier would be rounded where compressed, or taken for unused.
+        if world.world_size == 1 or compressed or config.find_unused_parameters:
+            self.totals = SummedTotals(world)
+            self.model = module
+        else:
+            with_totals = WithTotals(module).to(world.device)
+            self.totals = with_totals
+            self.model = with_totals
+        self._accelerator = Accelerator(
+            cpu=world.use_cpu,
+            dynamo_backend="no",  # or accelerate reads ACCELERATE_DYNAMO_BACKEND; compiling is train.compile's
+            mixed_precision="no",  # accelerate ignores fp16 on CPU without a word; precision is the engine's
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # so is the window
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True,
+                    find_unused_parameters=config.find_unused_parameters,
+                    static_graph=config.static_graph,
+                )
+            ],
+        )
+        self.use_optimizer(make_optimizer)
+        if world.world_size > 1 and make_optimizer is not None:
+            self.model = self._accelerator.prepare_model(self.model)
+            # See buffers.py. torch 2.13 warns of it as an argument.
+            self.model.broadcast_buffers = False  # type: ignore[assignment]
+            self.learns_from_its_first_backward = True
+            if not (config.find_unused_parameters or config.static_graph):
+                self._watch_use()
+            if compressed:
+                self.model.register_comm_hook(None, _mean_in_bf16)  # type: ignore[operator]
+        # DDP learns a static graph from its first backward, which may not go without a reduction. One more does no
+        # harm: the mean over ranks of what is the same on all of them is what it was.
+        self._graph_is_unknown = config.static_graph
+        self._all_parameters = list(self.model.parameters())  # Module.zero_grad walks through all modules every time
+
+    def accumulate(self, last: bool) -> AbstractContextManager[object]:
+        if last or self._graph_is_unknown:
+            self._graph_is_unknown = False
+            return nullcontext()
+        context: AbstractContextManager[object] = self._accelerator.no_sync(self.model)
+        return context
+
+    def zero_grad(self) -> None:
+        for parameter in self._all_parameters:
+            parameter.grad = None
+
+    def backward(self, total: Tensor, shares: Tensor, last: bool) -> None:
+        if isinstance(self.totals, WithTotals):
+            shares = shares * self.world.world_size  # DDP leaves the mean over the ranks
+            self.totals.carry(total, shares).backward()  # type: ignore[no-untyped-call]
+        else:
+            super().backward(total, shares, last)
+        if self._watched:
+            if last:
+                self._require_use()
+                self._watch_no_more()
+            self._used.clear()
+
+    def communication_seconds(self) -> float | None:
+        if not isinstance(self.model, nn.parallel.DistributedDataParallel):
+            return None
+        measured: dict[str, float] = self.model._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+        if "backward_comm_time" not in measured:  # DDP looks at its first steps, and each 100th, after they are over
+            return None
+        return max(0.0, measured["backward_comm_time"] - measured["backward_compute_comm_overlap_time"]) / 1e9
+
+
+def _mean_in_bf16(
+    _: object,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
+    """A bucket's mean over the ranks. DDP lets torch's own bf16_compress_hook run over nccl and xccl only."""
+    gradient = bucket.buffer()
+    compressed = gradient.bfloat16() / dist.get_world_size()
+    future = dist.all_reduce(compressed, async_op=True).get_future()
+    mean: torch.futures.Future[Tensor] = future.then(lambda done: gradient.copy_(done.value()[0]))
+    return mean

@@ -1,0 +1,47 @@
+"""Does the optimizer keep for each parameter what a checkpoint holds?"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from distrib.errors import MismatchError
+
+
+def require_same_state(
+    path: Path, kept: set[str], trained: list[str], states: Iterable[tuple[str, dict[str, Any], Any]]
+) -> None:
+    """Raise MismatchError if the optimizer keeps something else for a parameter than what a checkpoint holds.
+
+    `kept`: the checkpoint's names. A parameter for which it holds nothing had no update yet. `states`: what the
+    optimizer keeps for each of the `trained` parameters; several may share it.
+    """
+    saved: dict[str, set[str]] = {}
+    for entry in kept:
+        kind, _, rest = entry.partition(".")
+        if kind == "optimizer":
+            key, _, name = rest.partition(".")
+            saved.setdefault(name, set()).add(key)
+    current = {name: state for name, state, _ in states}
+    sharing: dict[int, str] = {}
+    for name in trained:
+        state = current.get(name, {})
+        keys = {key for key, value in state.items() if isinstance(value, Tensor | int | float)}
+        if (name in saved and keys != saved[name]) or (keys and not saved):
+            raise MismatchError(
+                f"{path}: of another optimizer: it holds {_listed(saved.get(name, ()))} for {name}, and the config's "
+                f"keeps {_listed(keys)}; take the same optim.name and optim.options, or --reset-optimizer with --fork"
+            )
+        if name in saved:
+            sharing[id(state)] = name
+    for name in trained:
+        if name not in saved and (other := sharing.get(id(current.get(name)))) is not None:
+            raise MismatchError(
+                f"{path}: holds optimizer state for {other} and none for {name}, of which this strategy keeps one for "
+                "both; take strategy.name ddp or fsdp2, or --reset-optimizer with --fork"
+            )
+
+
+def _listed(keys: Iterable[str]) -> str:
+    return ", ".join(sorted(keys)) or "nothing"

@@ -1,0 +1,109 @@
+"""The parts of a run, made from its task and its config: what training, evaluating and explaining have in common."""
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset, IterableDataset
+
+from distrib.config import Compile, Config, StrategyConfig
+from distrib.data.fingerprint import fingerprint
+from distrib.data.prints import Fingerprint
+from distrib.data.seeding import seeded
+from distrib.errors import ConfigError
+from distrib.processes import temporary
+from distrib.processes.world import World
+from distrib.strategies.base import MakeOptimizer
+from distrib.task import Task, load_task
+from distrib.training import cross_rank_checks, evaluation
+from distrib.training.engine import Engine
+from distrib.training.optimizers import build_optimizer
+from distrib.training.task_checks import check_blocks, check_dataset, check_model, check_optimizer
+
+
+def task(config: Config) -> Task:
+    """The config's task. Raises ConfigError."""
+    with seeded("task", config.seed):
+        return load_task(config.task)
+
+
+def prepare(task: Task, config: Config, world: World) -> None:
+    """Let the task make its files, before any rank reads them. Joins the processes if the task has something to do."""
+    if type(task).prepare is not Task.prepare:
+        world.connect(config.strategy.timeout)
+        with seeded("prepare", config.seed):
+            cross_rank_checks.on_each_machine(world, task.prepare)
+
+
+def model(task: Task, seed: int) -> nn.Module:
+    """With the initial weights that belong to `seed`."""
+    with seeded("model", seed):
+        return check_model(task.model())
+
+
+def blocks(task: Task, module: nn.Module, strategy: StrategyConfig, compile: Compile = False) -> list[nn.Module]:
+    """The task's blocks. Raises ConfigError where something is to be done to each and there are none."""
+    found = check_blocks(task.blocks(module))
+    needed = {"strategy.activation_checkpointing": strategy.activation_checkpointing, "train.compile": compile}
+    for key, value in needed.items():
+        if value in (True, "blocks") and not found:
+            raise ConfigError(
+                f"{key}: {type(module).__name__} has no repeated blocks that distrib finds; name them in "
+                "Task.blocks(model)"
+            )
+    return found
+
+
+def train_dataset(task: Task, seed: int) -> tuple[Dataset[Any], int | None]:
+    """And how many samples it has; a stream (an IterableDataset) does not say. Raises ConfigError."""
+    with seeded("train_dataset", seed):
+        dataset = check_dataset(task.train_dataset(), "train_dataset")
+    return dataset, None if isinstance(dataset, IterableDataset) else len(dataset)  # type: ignore[arg-type]
+
+
+def eval_dataset(task: Task, seed: int, every_steps: int = 0) -> Dataset[Any] | None:
+    """Raises ConfigError if it has no length or no samples, or is missing and to be used `every_steps` steps."""
+    with seeded("eval_dataset", seed):
+        dataset = task.eval_dataset()
+    if dataset is None and every_steps:
+        raise ConfigError(
+            f"eval.every_steps: {every_steps}, but {type(task).__name__} has no evaluation set (Task.eval_dataset); "
+            "leave the key out"
+        )
+    if dataset is not None and len(check_dataset(dataset, "eval_dataset")) == 0:  # type: ignore[arg-type]
+        raise ConfigError("task.eval_dataset: it has no samples; return None for no evaluation")
+    return dataset
+
+
+def fingerprints(train: Dataset[Any], evaluation: Dataset[Any] | None, config: Config) -> dict[str, Fingerprint | None]:
+    """Of both sets, by the name of the method that returned them; None for a stream and for no evaluation."""
+    sets = {"train_dataset": train, "eval_dataset": evaluation}
+    return {name: fingerprint(dataset, config.seed, config.data.num_workers) for name, dataset in sets.items()}
+
+
+def optimizer_maker(task: Task, config: Config) -> MakeOptimizer:
+    """Makes the task's own optimizer, or the config's, over the parameters that it is given."""
+
+    def make(params: list[tuple[str, nn.Parameter]]) -> Optimizer:
+        with seeded("optimizer", config.seed):
+            return check_optimizer(task.optimizer(params)) or build_optimizer(config.optim, params, task.decays)
+
+    return make
+
+
+def loading(config: Config, world: World) -> dict[str, Any]:
+    """How a DataLoader reads. Raises ConfigError if its workers could not be reached."""
+    temporary.check_length(config.data.num_workers)
+    if config.data.num_workers:
+        temporary.put_worker_sockets_there()
+    return {
+        "num_workers": config.data.num_workers,
+        "prefetch_factor": config.data.prefetch_factor,
+        "pin_memory": not world.use_cpu,
+    }
+
+
+def evaluate(engine: Engine, task: Task, dataset: Dataset[Any], config: Config) -> dict[str, float]:
+    """The metrics under the names that the run folder has for them."""
+    metrics = evaluation.evaluate(engine, task, dataset, config.data.micro_batch_size, **loading(config, engine.world))
+    return {f"eval/{key}": value for key, value in metrics.items()}

@@ -1,0 +1,177 @@
+"""What can be done with a config or a run besides training it."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import nn
+from torch.optim import Optimizer
+
+from distrib.config import Config, StrategyConfig
+from distrib.data.seeding import seeded
+from distrib.errors import CheckpointError, ConfigError, DistribError, RunDirError
+from distrib.monitor.explain import print_plan
+from distrib.monitor.progress import format_metrics
+from distrib.plan import RunPlan
+from distrib.processes.world import World
+from distrib.run_folder import verify
+from distrib.run_folder.earlier_starts import where_it_began
+from distrib.run_folder.export import export
+from distrib.run_folder.folder import RunDir
+from distrib.run_folder.identity import data_changes
+from distrib.run_folder.ledger import to_json
+from distrib.run_folder.resume import Found, newest_whole
+from distrib.strategies import registry
+from distrib.strategies.deepspeed_config import compile_config
+from distrib.strategies.memory import plan_memory
+from distrib.targets import find
+from distrib.task import Task
+from distrib.tracebacks import is_ours
+from distrib.training import build
+from distrib.training.engine import Engine
+from distrib.training.optimizers import describe_optimizer, ignored_keys
+
+
+def explain_run(config: Config, processes: int) -> None:
+    """Print the plan for so many processes, and for ZeRO DeepSpeed's JSON. Raises ConfigError where a run would."""
+    task = build.task(config)
+    strategy = registry.resolve(config, World(world_size=processes, launcher="distrib"))
+    build.prepare(task, config, World())
+    _, num_samples = build.train_dataset(task, config.seed)
+    build.eval_dataset(task, config.seed, config.eval.every_steps)
+    plan = RunPlan.create(config, processes, num_samples)
+    make, made = build.optimizer_maker(task, config), []
+
+    def make_optimizer(params: list[tuple[str, nn.Parameter]]) -> Optimizer:
+        made.append(make(params))
+        return made[-1]
+
+    def warn(line: str) -> None:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+    with seeded("model", config.seed):
+        memory = plan_memory(task, strategy, processes, make_optimizer, warn)
+    if type(task).optimizer is not Task.optimizer and (ignored := ignored_keys(config.optim, made[-1])):
+        raise ConfigError(ignored)
+    optimizer = describe_optimizer(made[-1])
+    print_plan(config, strategy.name, replace(plan, memory=memory), optimizer, made[-1].param_groups[0]["lr"])
+    if strategy.name.startswith("zero"):
+        print("DeepSpeed's JSON:")
+        print(json.dumps(compile_config(config, strategy, processes), indent=2))
+
+
+def evaluate_run(run_dir: str | Path, as_json: bool = False) -> dict[str, float]:
+    """Evaluate a run's newest checkpoint, and print the metrics; changes nothing in its folder.
+
+    Raises RunDirError, ConfigError and CheckpointError.
+    """
+    run = RunDir(Path(run_dir).absolute())
+    with where_it_began(run):
+        return _evaluate(run, Path(run_dir), as_json)
+
+
+def _evaluate(run: RunDir, shown: Path, as_json: bool) -> dict[str, float]:
+    config = run.read_config()
+    if config.task is None:
+        raise ConfigError(f"{run.path}: the run's task was given in Python, so its config does not name it")
+    task, world = build.task(config), World.detect()
+    build.prepare(task, config, world)
+    dataset = build.eval_dataset(task, config.seed)
+    if dataset is None:
+        raise ConfigError(f"task.target: {config.task.target} has no eval_dataset, so there is nothing to evaluate on")
+    config = _for_evaluation(config, world)
+    strategy = registry.resolve(config, world)
+    module = build.model(task, config.seed)
+    world.connect()
+    placement = registry.place(strategy, config, world, module, task.blocks(module))
+    engine = Engine(placement, mixed_precision=config.train.mixed_precision, seed=config.seed)
+    found = _newest(run, world, sys.stderr if as_json else sys.stdout)
+    engine.load(found.path, found.manifest)
+    metrics = build.evaluate(engine, task, dataset, config)
+    if world.is_rank_0:
+        shown, samples = shown / found.path.relative_to(run.path), len(dataset)  # type: ignore[arg-type]
+        entry = {"checkpoint": str(shown), "step": found.manifest["step"], "count": samples, "metrics": metrics}
+        print(to_json(entry) if as_json else f"{shown}: {format_metrics(metrics)}  ({samples} samples)", flush=True)
+    world.wait_for_all()
+    return metrics
+
+
+def _for_evaluation(config: Config, world: World) -> Config:
+    """Any number of processes may evaluate; only zero3 and fsdp2 cut what a forward needs."""
+    strategy = config.strategy if config.strategy.name in ("zero3", "fsdp2") else StrategyConfig()
+    data = config.data.model_copy(update={"global_batch_size": config.data.micro_batch_size * world.world_size})
+    return config.model_copy(update={"data": data, "strategy": strategy})
+
+
+def verify_run(run_dir: str | Path) -> None:
+    """Check a run's ledger, checkpoints and data, and say so. Raises LedgerError, CheckpointError, RunDirError."""
+    found = verify.verify_run(Path(run_dir))
+    run = RunDir(Path(run_dir).absolute())
+    with where_it_began(run):
+        data = _check_data(run)
+    ended = "all" if found.steps == found.of_steps else "so far"
+    print(
+        f"{run_dir}: {found.steps} of {found.of_steps} steps, {ended} in order, {found.samples:,} samples where they "
+        f"belong, chain intact, {found.checkpoints} checkpoint(s) whole, {data}"
+    )
+    if found.set_aside:
+        print(f"{run_dir}: found damaged and set aside when the run went on: {', '.join(found.set_aside)}")
+
+
+def _check_data(run: RunDir) -> str:
+    """Compare the data with those that the run began with; returns what was found. Raises RunDirError if they differ.
+
+    That the data cannot be read here is no fault of the run's.
+    """
+    config, recorded = run.read_config(), run.environment_or_nothing()
+    if not any((recorded.get("data") or {}).values()):
+        return "data not checked: the run has no fingerprint of them"
+    if config.task is None:
+        return "data not checked: the task was given in Python"
+    try:
+        task = build.task(config)
+        train, _ = build.train_dataset(task, config.seed)
+        data = build.fingerprints(train, build.eval_dataset(task, config.seed), config)
+    except Exception as error:
+        if not isinstance(error, DistribError | OSError) and is_ours(error):
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        return f"data not checked: {type(error).__name__}: {reason}"
+    if changes := data_changes(recorded, data):
+        raise RunDirError(f"{run.path}: the data have changed: {'; '.join(changes)}")
+    return "data as at the run's start"
+
+
+def export_run(run_dir: str | Path, out: Path) -> None:
+    """Write a run's newest weights to `out` in the form that its task gives them, and name the files.
+
+    Raises RunDirError, ConfigError and CheckpointError.
+    """
+    run, folder = RunDir(Path(run_dir).absolute()), out.absolute()
+    with where_it_began(run):
+        task = _exporter(run.read_config())
+        for file in export(_newest(run, World()).path, folder, task):
+            print(out / file.relative_to(folder))
+
+
+def _exporter(config: Config) -> Task:
+    """The run's task, built only where it has an export of its own: the data that it looks for need not be here."""
+    if config.task is None:
+        return Task()
+    found: Any = find(config.task.target, "task", Task)
+    return Task() if found.export is Task.export else build.task(config)
+
+
+def _newest(run: RunDir, world: World, out: TextIO | None = None) -> Found:
+    """Of a run that has one. Raises CheckpointError. Collective."""
+    found = newest_whole(run, world)
+    if found is None:
+        raise CheckpointError(f"{run.checkpoints}: no checkpoint there; the run has not saved one yet")
+    if world.is_rank_0:
+        for problem in found.passed_over:
+            print(f"passed over: {problem}", file=out, flush=True)
+        for line in run.take_trouble():
+            print(f"warning: {line}", file=sys.stderr, flush=True)
+    return found

@@ -1,0 +1,92 @@
+"""What must be the same for all ranks before they train: the config, the data, and the run folder."""
+
+import hashlib
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from distrib.config import Config
+from distrib.data.prints import Fingerprint
+from distrib.errors import ConfigError, DamagedFileError, DistribError, RunDirError
+from distrib.processes.world import World
+from distrib.run_folder.files import read_bytes
+from distrib.run_folder.identity import difference
+
+_SECONDS_TO_APPEAR = 30.0  # network file systems show new files late
+
+
+def require_same_config(world: World, config: Config) -> None:
+    """Raises ConfigError on every rank, naming the first one whose config is not rank 0's. Collective."""
+    mine = config.flat()
+    expected = world.on_rank_0(lambda: mine)
+    differing = [
+        f"{key} is {mine.get(key)!r}, there {expected.get(key)!r}"
+        for key in sorted(expected.keys() | mine.keys())
+        if expected.get(key) != mine.get(key)
+    ]
+    for name, found in world.from_all((world.name, "; ".join(differing))):
+        if found:
+            raise ConfigError(f"{name} has another config than rank 0 on {world.hosts[0]}: {found}; give all the same")
+
+
+def on_each_machine(world: World, work: Callable[[], None]) -> None:
+    """Run `work` on rank 0, and then on local rank 0 of each other machine. Collective; ranks wait without a timeout.
+
+    A DistribError is raised on all ranks.
+    """
+    if world.control is None:
+        work()
+        return
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    for my_turn in (world.is_rank_0, not world.is_rank_0 and world.local_rank == 0):
+        outcome: DistribError | None = None
+        if my_turn:
+            try:
+                work()
+            except DistribError as error:
+                outcome = error
+        outcomes: list[Any] = [None] * world.world_size
+        dist.all_gather_object(outcomes, outcome, group=patient)
+        for found in outcomes:
+            if found is not None:
+                raise found
+    dist.destroy_process_group(patient)
+
+
+def require_same_data(world: World, data: dict[str, Fingerprint | None]) -> None:
+    """Raises ConfigError on every rank, naming the first one whose data are not rank 0's. Collective."""
+    expected = world.on_rank_0(lambda: data)
+    reference = f"on rank 0 on {world.hosts[0]}"
+    mine = {name: difference(found, expected[name], reference) for name, found in data.items()}
+    for who, differing in world.from_all((world.name, mine)):
+        for name, found in differing.items():
+            if found is not None:
+                raise ConfigError(
+                    f"{who}: task.{name} {found}; return the whole set on every rank, distrib gives each its share; "
+                    "draw from random, numpy.random or torch, which are seeded; write files in Task.prepare()"
+                )
+
+
+def require_shared(world: World, written: Path) -> None:
+    """Raises RunDirError on every rank, naming the first one that does not see what rank 0 wrote there. Collective."""
+    digest = world.on_rank_0(lambda: _digest(written))
+    deadline = time.monotonic() + _SECONDS_TO_APPEAR
+    while not (seen := _digest(written) == digest) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for name, path, sees in world.from_all((world.name, written.absolute(), seen)):
+        if not sees:
+            raise RunDirError(
+                f"{name} does not see {path} as rank 0 on {world.hosts[0]} wrote it; the run folder must "
+                "lie on a file system that all nodes share, choose one with --run-dir"
+            )
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(read_bytes(path)).hexdigest()
+    except DamagedFileError:
+        return None
