@@ -64,7 +64,7 @@ class AlternatingTrainer(Trainer):
             with self.profile or nullcontext(), self._timed("distrib"):
                 yield from islice(windows, self.steps_a_block)
             self.losses["plain"].append(plain.loss.item())
-            self.losses["distrib"].append(self.record.metrics.get("train/loss", 0.0))  # known to rank 0
+            self.losses["distrib"].append(self.run_log.metrics.get("train/loss", 0.0))  # known to rank 0
         yield from windows  # one more step: what Trainer does after the last belongs to no block
 
     def _train(self) -> dict[str, Any]:

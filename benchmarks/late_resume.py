@@ -89,7 +89,7 @@ class Timed(Trainer):
         yield first
         if self.world.is_rank_0:
             print(f"step {first.step} after {time.time() - float(os.environ[_STARTED])} s", flush=True)
-        self.world.wait_for_all()
+        self.world.barrier()
         os._exit(0)
 
 

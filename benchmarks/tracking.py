@@ -64,7 +64,7 @@ class TrackingTrainer(AlternatingTrainer):
                     time.sleep(SECONDS_TO_CATCH_UP)
                 with self._timed(loop):
                     yield from islice(windows, STEPS)
-                self.losses[loop].append(self.record.metrics.get("train/loss", 0.0))
+                self.losses[loop].append(self.run_log.metrics.get("train/loss", 0.0))
         yield from windows
 
     def _signal(self, number: int) -> None:

@@ -180,7 +180,7 @@ class Config(_Section):
         """As YAML, every default written out; `Config.load` reads it back to an equal Config."""
         return config_yaml.dump(self.model_dump(mode="json"))
 
-    def function(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """The keys that decide what is computed, flat: those left out change only how fast it gets there."""
         values = self.model_dump(mode="json", include={"seed", "task", "data", "optim", "train"})
         for key in ("num_workers", "prefetch_factor"):

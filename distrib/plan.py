@@ -82,7 +82,7 @@ class RunPlan:
         """The epoch in which the first sample of `step` lies; a stream has one."""
         return 0 if self.num_samples is None else step * self.global_batch_size // self.num_samples
 
-    def landmarks(self, config: Config, rate: float | None = None) -> dict[int, float]:
+    def learning_rate_samples(self, config: Config, rate: float | None = None) -> dict[int, float]:
         """Learning rate at the first, last, half-way and end-of-warmup step."""
         steps = sorted({0, self.warmup_steps, self.num_steps // 2, self.num_steps - 1})
         return {

@@ -104,7 +104,7 @@ def test_a_plan_of_any_numbers(batch: int, micro: int, length: int, world: int, 
     else:
         assert isinstance(config, Config)
         assert plan.num_steps * batch < 2**63
-        assert all(0 <= rate <= 0.001 for rate in plan.landmarks(config).values())
+        assert all(0 <= rate <= 0.001 for rate in plan.learning_rate_samples(config).values())
 
 
 LAUGHS = "".join(f"{there}: &{there} [{', '.join([f'*{here}'] * 9)}]\n" for here, there in pairwise("abcdefgh"))

@@ -17,7 +17,7 @@ from distrib.processes.world import World
 from distrib.run_folder.async_save import Saver
 from distrib.training import build
 from distrib.training.engine import Engine
-from distrib.training.pending_step import Step
+from distrib.training.pending_step import PendingStep
 
 
 class Timed(Trainer):
@@ -31,8 +31,8 @@ class Timed(Trainer):
 
     def _loss(self) -> float:
         """Of the last step, on all ranks; read before the next, which only the checked steps do."""
-        self.account.read()
-        return self.record.metrics["train/loss"]
+        self.step_log.flush()
+        return self.run_log.metrics["train/loss"]
 
     def _evaluate(self, engine: Engine, steps_done: int) -> None:
         self.turns.stepped(self._loss)
@@ -83,9 +83,9 @@ class Regression(Task):
 def note_steps(trainer: Trainer, engine: Engine, windows: Iterator[Window]) -> None:
     """Leave the lines of these steps in the ledger, as if they had been made."""
     for window in windows:
-        shares = [1.0, 0.0, 64.0, 0.0, 0.0, *[float(window.step % 4096)] * 6]
-        trainer.account.made(window.step, Step(shares, 1.0, 0.001, None), engine.clock.seconds())
-        trainer.account.read()
+        sums = [1.0, 0.0, 64.0, 0.0, 0.0, *[float(window.step % 4096)] * 6]
+        trainer.step_log.submit(window.step, PendingStep(sums, 1.0, 0.001, None), engine.clock.seconds())
+        trainer.step_log.flush()
 
 
 class Saving(Trainer):

@@ -43,7 +43,7 @@ class Window:
             yield read.batch
 
 
-class Ahead:
+class DevicePrefetcher:
     """Batches that are on the device when they are asked for: each is copied, on a stream of its own, while the one
     before is computed with."""
 
@@ -77,11 +77,13 @@ class Ahead:
         return read
 
 
-def train_windows(sampler: DistributedSampler, ahead: Ahead | None = None, **loading: Any) -> Iterator[Window]:
+def train_windows(
+    sampler: DistributedSampler, prefetcher: DevicePrefetcher | None = None, **loading: Any
+) -> Iterator[Window]:
     """One window a step, from the sampler's `start` to its `stop`. `loading` as for `data_loader`."""
     reads: Iterator[Read] = iter(data_loader(sampler.dataset, sampler.micro_batches(), seed=sampler.seed, **loading))
-    if ahead is not None:
-        reads = ahead.read(reads)
+    if prefetcher is not None:
+        reads = prefetcher.read(reads)
     length = sampler.num_samples // sampler.micro_batch_size
     for step in range(sampler.start, sampler.stop):
         yield Window(step, sampler.rank * length, length, reads)

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distrib.data.documents import DocumentWriter
-from distrib.data.token_cache import fingerprint, held_out, kept
+from distrib.data.token_cache import fingerprint, get_or_build, held_out
 from distrib.data.tokens import find_text
 from distrib.errors import ConfigError
 
@@ -110,7 +110,7 @@ def pack_rows(
         if _contents(train, evaluation) != contents:
             raise ConfigError(f"{train[0].key}: {train[0]} or another file changed while it was packed; start again")
 
-    return kept(hashlib.sha256(name.encode()).hexdigest(), pack, train[0].key)
+    return get_or_build(hashlib.sha256(name.encode()).hexdigest(), pack, train[0].key)
 
 
 def _contents(train: list[Source], evaluation: list[Source] | None) -> list[Any]:

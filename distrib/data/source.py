@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from distrib.data.loader import Ahead, Read, Window, data_loader, train_windows
+from distrib.data.loader import DevicePrefetcher, Read, Window, data_loader, train_windows
 from distrib.data.sampler import DistributedSampler, MicroBatch
 from distrib.errors import CheckpointError, ConfigError
 from distrib.plan import RunPlan
@@ -26,8 +26,9 @@ class Source:
         """`loading` as for `data_loader`."""
         self.dataset, self.plan, self.world, self.seed, self.loading = dataset, plan, world, seed, loading
 
-    def windows(self, start: int, ahead: Ahead | None = None) -> Iterator[Window]:
-        """One for each step from `start` to the end of the run; their batches `ahead` on a device, if given."""
+    def windows(self, start: int, prefetcher: DevicePrefetcher | None = None) -> Iterator[Window]:
+        """One for each step from `start` to the end of the run; with a `prefetcher` their batches are on the
+        device."""
         sampler = DistributedSampler(
             self.dataset,
             global_batch_size=self.plan.global_batch_size,
@@ -38,7 +39,7 @@ class Source:
             start=start,
             stop=self.plan.num_steps,
         )
-        return train_windows(sampler, ahead, **self.loading)
+        return train_windows(sampler, prefetcher, **self.loading)
 
     def some_batch(self) -> Any:
         """A micro-batch of the first samples, to see what one looks like."""
@@ -65,8 +66,8 @@ class Stream(Source):
     _loader: Any = None
     _state: dict[str, Any] | None = None
 
-    def windows(self, start: int, ahead: Ahead | None = None) -> Iterator[Window]:
-        """Never ahead: the state of a stream is where it was read to."""
+    def windows(self, start: int, prefetcher: DevicePrefetcher | None = None) -> Iterator[Window]:
+        """Never with the prefetcher: the state of a stream is where it was read to."""
         reads = self._reads(start)
         length = self.plan.grad_accum_steps
         for step in range(start, self.plan.num_steps):
@@ -84,7 +85,7 @@ class Stream(Source):
             raise CheckpointError(
                 f"task.train_dataset: the state_dict() of {name} cannot be saved as JSON: {error}"
             ) from None
-        return self.world.from_all(mine)
+        return self.world.all_gather_object(mine)
 
     def load(self, state: list[Any] | None) -> None:
         saved = len(state or [])
@@ -133,7 +134,7 @@ class Stream(Source):
 
     def _refuse_the_same(self, batch: Any) -> None:
         """Ranks that begin with the same samples would go on with the same."""
-        digests = self.world.from_all(_digest(batch))
+        digests = self.world.all_gather_object(_digest(batch))
         for rank, digest in enumerate(digests):
             if (other := digests.index(digest)) != rank:
                 raise ConfigError(

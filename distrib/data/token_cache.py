@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
-def kept(key: str, make: "Callable[[Path, Progress], None]", asked_by: str) -> Path:
+def get_or_build(key: str, make: "Callable[[Path, Progress], None]", asked_by: str) -> Path:
     """The cache's folder `key`; where it is not there, `make` fills it, and shows how far it has come.
 
     Any number of processes may ask at once: one makes it, under a lock that dies with it, and what a process left that

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distrib.data.token_cache import TokenWriter, fingerprint, held_out, kept
+from distrib.data.token_cache import TokenWriter, fingerprint, get_or_build, held_out
 from distrib.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def pack(files: Sequence[Path]) -> Path:
     """
     documents = [Document(path, *fingerprint(path, "task.text")) for path in files]
     key = hashlib.sha256(b"".join([_FORMAT, *(document.digest for document in documents)])).hexdigest()
-    return kept(key, lambda folder, progress: _pack(documents, folder, progress), "task.text")
+    return get_or_build(key, lambda folder, progress: _pack(documents, folder, progress), "task.text")
 
 
 def _pack(documents: list[Document], folder: Path, progress: "Progress") -> None:

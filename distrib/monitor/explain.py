@@ -23,7 +23,9 @@ def print_plan(config: Config, strategy: str, plan: RunPlan, optimizer: str, rat
         "training samples": "a stream, each rank its own",
         "steps": f"{plan.num_steps:,}",
         "optimizer": optimizer,
-        "learning rate": "  ".join(f"step {step:,}: {lr:.3g}" for step, lr in plan.landmarks(config, rate).items()),
+        "learning rate": "  ".join(
+            f"step {step:,}: {lr:.3g}" for step, lr in plan.learning_rate_samples(config, rate).items()
+        ),
     }
     if plan.num_samples is not None:
         epochs = plan.num_steps * plan.global_batch_size / plan.num_samples

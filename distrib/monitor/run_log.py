@@ -16,7 +16,7 @@ from distrib.run_folder.folder import RunDir
 from distrib.run_folder.ledger import Ledger
 
 
-class Record:
+class RunLog:
     """On the other ranks it says nothing, so that nobody has to ask who is speaking."""
 
     def __init__(self, run: RunDir, world: World, display: ProgressDisplay) -> None:

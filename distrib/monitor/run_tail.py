@@ -23,7 +23,7 @@ class News(NamedTuple):
     entry: dict[str, Any]
 
 
-class Follower:
+class RunTail:
     """Reads on in a run's folder each time it is asked."""
 
     def __init__(self, run: RunDir) -> None:
@@ -32,7 +32,7 @@ class Follower:
         self._events = _Lines(run.events, EVENT)
         self._steps_done = 0
 
-    def news(self) -> Iterator[News]:
+    def entries(self) -> Iterator[News]:
         """What came since the last call. An evaluation comes between the steps where it was made; an event after the
         steps that were done then.
 

@@ -9,7 +9,7 @@ from typing import Any
 from distrib.config import Config
 from distrib.errors import DamagedFileError
 from distrib.monitor.progress import ProgressDisplay, format_summary
-from distrib.monitor.run_tail import Follower
+from distrib.monitor.run_tail import RunTail
 from distrib.plan import RunPlan
 from distrib.run_folder.folder import RunDir
 from distrib.run_folder.formats import STEP
@@ -30,14 +30,14 @@ def watch_run(path: Path) -> None:
         print(f"{path} has not begun yet", flush=True)
     while not _is_there(run):
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-    display, follower = ProgressDisplay(config.name, *_length(run, config)), Follower(run)
+    display, follower = ProgressDisplay(config.name, *_length(run, config)), RunTail(run)
     in_queue, held_at = False, -math.inf
     with display:
         while in_queue or time.monotonic() - held_at < _SECONDS_TO_COME_BACK or held_at < 0:
             if run.held():
                 held_at = time.monotonic()
             finished = os.path.lexists(run.summary)
-            for kind, entry in follower.news():
+            for kind, entry in follower.entries():
                 _show(display, kind, entry)
                 in_queue = kind == "preempted" and entry.get("requeue", False)
             if finished or (held_at < 0 and not in_queue):

@@ -5,7 +5,7 @@ import socket
 
 from torch.distributed import DistError
 
-from distrib.processes.heartbeat import Presence, joined
+from distrib.processes.heartbeat import Heartbeat, joined
 from distrib.tracebacks import format_error
 
 _explained: tuple[BaseException, str | None, bool] | None = None  # the failure that was looked into last
@@ -26,7 +26,7 @@ def lost_to_others(error: BaseException) -> tuple[str | None, bool]:
     return _explained[1:]
 
 
-def _explain(me: Presence, error: BaseException) -> tuple[str | None, bool]:
+def _explain(me: Heartbeat, error: BaseException) -> tuple[str | None, bool]:
     said, collective = str(error).lower(), is_collective(error)
     waited, lost = collective and ("timed out" in said or "timeout" in said), collective and "connection" in said
     first = me.claim_failure(began_here=not (waited or lost))

@@ -22,20 +22,20 @@ KEPT_AT = "DISTRIB_STORE_AT"  # where the store is that distrib launch keeps, if
 SILENCE = 60.0  # seconds after which a rank that is not heard of is held to be gone
 _BEAT = 2.0  # seconds between two signs of life
 _FAILED, _JOINED = "failed", "joined"
-_joined: "Presence | None" = None  # this process's, for as long as it lives
+_joined: "Heartbeat | None" = None  # this process's, for as long as it lives
 
 
-class Presence:
+class Heartbeat:
     """One rank's place at the store. `everyone` is what each rank said of itself, in rank order."""
 
-    def __init__(self, store: Store, keeper: str, rank: int, world_size: int, host: str) -> None:
+    def __init__(self, store: Store, store_host: str, rank: int, world_size: int, host: str) -> None:
         """`keeper`: who keeps the store, in words."""
-        self.keeper, self.rank, self.world_size, self.host = keeper, rank, world_size, host
+        self.store_host, self.rank, self.world_size, self.host = store_host, rank, world_size, host
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store when it restarts
         self._store = PrefixStore(f"distrib/{start}", store)
         self.everyone: list[dict[str, Any]] = []
         self._watching: threading.Event | None = None
-        self._heard, self._silent = 0.0, keeper
+        self._heard, self._silent = 0.0, store_host
 
     def join(self, versions: dict[str, str | None], seconds: float, one_a_host: bool = False) -> None:
         """Wait until all ranks have come, the first time. Raises LaunchError: who is missing, has other versions than
@@ -74,7 +74,7 @@ class Presence:
             for part in (self._exchange, self._judge):
                 threading.Thread(target=part, args=(self._watching,), daemon=True).start()
 
-    def rest(self) -> None:
+    def stop(self) -> None:
         """No more signs of life: from here on the ranks go their own ways."""
         if self._watching is not None:
             self._watching.set()
@@ -97,7 +97,7 @@ class Presence:
             time.sleep(2 * _BEAT)
             now = self._beats()
         except RuntimeError:
-            return self.keeper
+            return self.store_host
         gone = [rank for rank in range(self.world_size) if before[rank] == now[rank] and rank != self.rank]
         return _few([self.name(rank) for rank in gone]) or "another rank"
 
@@ -106,7 +106,7 @@ class Presence:
         try:
             beats = self._beats()
         except RuntimeError:
-            return f"{self.keeper} is gone"
+            return f"{self.store_host} is gone"
         places: dict[str, list[str]] = {}
         for rank, beat in enumerate(beats):
             places.setdefault(json.loads(beat)[1], []).append(self.name(rank))
@@ -157,7 +157,7 @@ class Presence:
         neighbour, seen, beat = (self.rank + 1) % self.world_size, b"", 1
         while not done.wait(_BEAT):
             try:
-                self._silent = self.keeper
+                self._silent = self.store_host
                 store.set(f"beat/{self.rank}", json.dumps([beat, _whereabouts()]))
                 now = store.get(f"beat/{neighbour}")
                 self._silent = self.name(neighbour)
@@ -184,12 +184,12 @@ class Presence:
                 os._exit(1)
 
 
-def joined() -> Presence | None:
+def joined() -> Heartbeat | None:
     """This process's, where it has joined the others before: a script may train several times."""
     return _joined
 
 
-def enter(host: str, port: int, rank: int, world_size: int, node: str, seconds: float, one_machine: bool) -> Presence:
+def enter(host: str, port: int, rank: int, world_size: int, node: str, seconds: float, one_machine: bool) -> Heartbeat:
     """Find the job's store, or keep it as rank 0 where no launcher does. `one_machine`: it is known that all ranks are
     on this one.
 
@@ -206,9 +206,9 @@ def enter(host: str, port: int, rank: int, world_size: int, node: str, seconds: 
                 f"{gate.KEY} is set, but this launcher asks nobody for it; use distrib launch or srun, or unset it"
             )
     if kept_by_launcher:
-        keeper = f"the launcher at {os.environ.get(KEPT_AT) or endpoint(host, port)}"
+        store_host = f"the launcher at {os.environ.get(KEPT_AT) or endpoint(host, port)}"
     else:
-        keeper = f"rank 0 of {world_size} on {host}"
+        store_host = f"rank 0 of {world_size} on {host}"
         host = LOOPBACK if one_machine else host
     if rank == 0 and not kept_by_launcher:
         store = _keep(host, port, world_size, seconds, key)
@@ -223,7 +223,7 @@ def enter(host: str, port: int, rank: int, world_size: int, node: str, seconds: 
         except DistNetworkError as error:
             raise LaunchError(f"rendezvous at {endpoint(host, port)} failed: {_first(error)}") from None
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
-    return Presence(store, keeper, rank, world_size, node)
+    return Heartbeat(store, store_host, rank, world_size, node)
 
 
 def _keep(host: str, port: int, world_size: int, seconds: float, key: str | None) -> TCPStore:

@@ -21,7 +21,7 @@ from torch import Tensor
 from distrib.errors import DistribError, LaunchError
 from distrib.processes import slurm, tuning, variables
 from distrib.processes.accelerate_launch import what_accelerate_was_told
-from distrib.processes.heartbeat import Presence, enter, joined
+from distrib.processes.heartbeat import Heartbeat, enter, joined
 from distrib.processes.network import LOOPBACK, interface_of, own_address
 from distrib.processes.variables import check_threads, seconds, whole_number
 
@@ -54,7 +54,7 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     control: dist.ProcessGroup | None = None  # gloo on CPU memory, whatever carries the gradients
     background: dist.ProcessGroup | None = None  # another one, for the thread that saves
-    presence: Presence | None = None
+    presence: Heartbeat | None = None
 
     @classmethod
     def detect(cls, environ: Mapping[str, str] | None = None) -> "World":
@@ -198,7 +198,7 @@ class World:
             raise outcome[0]
         return outcome[0]  # type: ignore[no-any-return]
 
-    def from_all(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""
         if self.control is None:
             return [value]
@@ -243,16 +243,16 @@ class World:
             if sent is not tensor:
                 tensor.copy_(sent)
 
-    def wait_for_all(self) -> None:
+    def barrier(self) -> None:
         """Return when every rank has come here."""
         if self.control is not None:
             dist.barrier(group=self.control)
 
-    def part(self) -> None:
+    def shutdown(self) -> None:
         """Wait for all for the last time; from here on no rank looks after the others."""
-        self.wait_for_all()
+        self.barrier()
         if self.presence is not None:
-            self.presence.rest()
+            self.presence.stop()
 
 
 def versions() -> dict[str, str | None]:

@@ -52,7 +52,7 @@ def changes(run: RunDir, config: Config, environment: dict[str, Any] | None) -> 
 
 def changed_keys(before: Config, now: Config, moved: Sequence[str] = ()) -> str:
     """Of the keys that decide what is computed, those that differ, in words. `moved`: keys that may."""
-    old, new = before.function(), now.function()
+    old, new = before.identity(), now.identity()
     may = tuple(f"{key}." for key in moved)
     differing = sorted(
         key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not f"{key}.".startswith(may)
@@ -63,7 +63,7 @@ def changed_keys(before: Config, now: Config, moved: Sequence[str] = ()) -> str:
 def saved_with(run: RunDir, config: Config) -> bool:
     """Was the newest checkpoint saved by a run of this config?"""
     saved = saved_config(run)
-    return saved is not None and saved.function() == config.function()
+    return saved is not None and saved.identity() == config.identity()
 
 
 def config_damage(run: RunDir, config: Config) -> str | None:

@@ -12,7 +12,7 @@ from distrib.run_folder.manifest import MANIFEST, read_manifest, steps_of
 
 
 @dataclass(frozen=True)
-class Found:
+class ResumePoint:
     """A checkpoint, with its manifest; and what is wrong with the newer ones.
 
     `led`: the ledger leads to it; `ours`: it is the run's own, not that of a run from which it was forked.
@@ -25,21 +25,21 @@ class Found:
     ours: bool = True
 
 
-def newest_whole(run: RunDir, world: World) -> Found | None:
+def latest_valid(run: RunDir, world: World) -> ResumePoint | None:
     """The newest to which the ledger leads; if it leads to none, because it is damaged, the newest that is whole.
 
     None if there is no checkpoint at all. The ranks share the reading, and all find the same. Collective. Raises
     CheckpointError if there are some, and none of them is whole.
     """
     passed_over: list[str] = []
-    not_led: Found | None = None
+    not_led: ResumePoint | None = None
     for path in world.on_rank_0(lambda: list(steps_of(run.checkpoints))):
         if problem := _damage(path, world):
             passed_over.append(problem)
         elif _is_led_to(path, run, world):
-            return Found(path, read_manifest(path), passed_over)
+            return ResumePoint(path, read_manifest(path), passed_over)
         else:
-            not_led = not_led or Found(path, read_manifest(path), list(passed_over), led=False)
+            not_led = not_led or ResumePoint(path, read_manifest(path), list(passed_over), led=False)
             passed_over.append(f"{path}: {run.steps.name} does not lead to it")
     if not_led is not None:
         return not_led
@@ -48,16 +48,16 @@ def newest_whole(run: RunDir, world: World) -> Found | None:
     return None
 
 
-def whole(path: Path, world: World, run: RunDir | None = None) -> Found:
+def verified(path: Path, world: World, run: RunDir | None = None) -> ResumePoint:
     """This checkpoint, with whether the ledger of `run` leads to it. Raises CheckpointError. Collective."""
     if problem := _damage(path, world):
         raise CheckpointError(f"{problem}; give another checkpoint by --resume")
     if run is None:
-        return Found(path, read_manifest(path), ours=False)
-    return Found(path, read_manifest(path), led=_is_led_to(path, run, world))
+        return ResumePoint(path, read_manifest(path), ours=False)
+    return ResumePoint(path, read_manifest(path), led=_is_led_to(path, run, world))
 
 
-def named(
+def requested(
     resume: str, run: RunDir, fork: bool, reset_optimizer: bool = False
 ) -> tuple[Path | None, dict[str, Any] | None]:
     """The checkpoint that `--resume` names, if it does, and the origin of a run that `--fork`s from it.
@@ -125,7 +125,7 @@ def _damage(path: Path, world: World) -> str | None:
         checkpoint.verify(path, world.rank, world.world_size)
     except CheckpointError as error:
         problem = str(error)
-    return next((found for found in world.from_all(problem) if found), None)
+    return next((found for found in world.all_gather_object(problem) if found), None)
 
 
 def _is_led_to(path: Path, run: RunDir, world: World) -> bool:

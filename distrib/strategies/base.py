@@ -20,7 +20,7 @@ from distrib.processes.world import World
 from distrib.run_folder import checkpoint
 from distrib.run_folder.checkpoint import Shard, replicated
 from distrib.strategies.optimizer_state import require_same_state
-from distrib.strategies.step_sums import SummedTotals
+from distrib.strategies.step_sums import AllReducedSums
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MakeOptimizer = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
@@ -28,14 +28,14 @@ _DEVICES_THAT_SCALE = ("cpu", "cuda")  # Metal's kernels ignored both until 2026
 Number = TypeVar("Number", float, Tensor)  # known here, or on the device alone
 
 
-class WindowTotals(Protocol):
+class SumsOfWindow(Protocol):
     """Where a window's totals are summed, see totals.py."""
 
     def result(self) -> Tensor:
         """The sum of all shares over window and ranks, after the last backward."""
 
 
-class Placement:
+class Strategy:
     """What every strategy has in common: gradients in `p.grad`, normalised, clipped and applied here."""
 
     forward_is_collective = False  # then every rank must run as many forwards as the others, in evaluation too
@@ -43,7 +43,7 @@ class Placement:
     name = ""  # the strategy's
     model: nn.Module  # what the task's forward calls in training
     evaluation_model: nn.Module
-    totals: WindowTotals
+    sums: SumsOfWindow
 
     def __init__(self, world: World, module: nn.Module) -> None:
         self.world = world
@@ -55,7 +55,7 @@ class Placement:
         self._watching: list[RemovableHandle] = []
         self._used: set[str] = set()  # by the micro-batch at hand
 
-    def begin_with_rank_0s(self) -> None:
+    def broadcast_state(self) -> None:
         """Give every rank rank 0's parameters and buffers, as DDP does by itself."""
         for tensor in self.module.state_dict().values():
             self.world.broadcast(tensor)
@@ -78,14 +78,14 @@ class Placement:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def backward(self, total: Tensor, shares: Tensor, last: bool) -> None:
+    def backward(self, total: Tensor, sums: Tensor, last: bool) -> None:
         """Add the gradient of `total`, and this micro-batch's `shares` of the window's totals."""
-        assert isinstance(self.totals, SummedTotals), "WithTotals rides"
-        self.totals.add(shares, last)
+        assert isinstance(self.sums, AllReducedSums), "WithTotals rides"
+        self.sums.add(sums, last)
         total.backward()  # type: ignore[no-untyped-call]
 
     @property
-    def updates_unseen(self) -> bool:
+    def can_update_on_device(self) -> bool:
         """Can `update` take a factor that only the device knows? Not where gradients lie elsewhere (offloaded), and not
         where torch's SGD has no momentum yet: were that update skipped, it would keep whatever lay in memory (seen)."""
         if self.optimizer is None or not self._scales or self._parameters[0].device.type != self.world.device.type:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distrib.processes.world import World
-from distrib.strategies.base import MakeOptimizer, Number, Placement
+from distrib.strategies.base import MakeOptimizer, Number, Strategy
 from distrib.strategies.step_sums import SIZE
 
 _BUCKET_BYTES = 4 << 20
@@ -77,7 +77,7 @@ class Bucket:
         self.work = self.received = None
 
 
-class _Totals:
+class _Sums:
     """Ride in the last bucket, so that the loss too is summed in the tree's order."""
 
     def __init__(self, bucket: Bucket) -> None:
@@ -87,7 +87,7 @@ class _Totals:
         return self._bucket.extra
 
 
-class Reproducible(Placement):
+class BitwiseDDP(Strategy):
     """Everything whole on every rank. A bucket's ranks exchange their sums while the last backward still runs."""
 
     def __init__(self, world: World, module: nn.Module, make_optimizer: MakeOptimizer | None) -> None:
@@ -104,7 +104,7 @@ class Reproducible(Placement):
         if self.optimizer is None:
             return
         if world.world_size > 1:
-            self.begin_with_rank_0s()
+            self.broadcast_state()
         self._watch_use()
         groups = _in_buckets([p for p in reversed(list(module.parameters())) if p.requires_grad])
         if groups[-1][0].dtype not in (torch.float32, torch.float64):
@@ -112,7 +112,7 @@ class Reproducible(Placement):
         for number, parameters in enumerate(groups):
             extra = SIZE if number == len(groups) - 1 else 0
             self._buckets.append(Bucket(parameters, world.world_size, extra, world.device))
-        self.totals = _Totals(self._buckets[-1])
+        self.sums = _Sums(self._buckets[-1])
         for bucket in self._buckets:
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
@@ -124,11 +124,11 @@ class Reproducible(Placement):
         for bucket in self._buckets:
             bucket.flat.zero_()
 
-    def backward(self, total: Tensor, shares: Tensor, last: bool) -> None:
+    def backward(self, total: Tensor, sums: Tensor, last: bool) -> None:
         self._last, self._sent = last, 0
         for bucket in self._buckets:
             bucket.missing = len(bucket.parameters)
-        self._buckets[-1].extra.copy_(shares)
+        self._buckets[-1].extra.copy_(sums)
         total.backward()  # type: ignore[no-untyped-call]
         self._require_use()
         if not last:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from distrib.config import StrategyConfig
 from distrib.processes.world import World
-from distrib.strategies.base import MakeOptimizer, Placement
-from distrib.strategies.step_sums import SummedTotals, WithTotals
+from distrib.strategies.base import MakeOptimizer, Strategy
+from distrib.strategies.step_sums import AllReducedSums, SumsInBuckets
 
 
-class Replicated(Placement):
+class DDP(Strategy):
     """DDP where there are several processes. Gradients meet on the last micro-batch, while its backward runs."""
 
     def __init__(
@@ -25,11 +25,11 @@ class Replicated(Placement):
         compressed = config.communication_dtype == "bf16" and world.world_size > 1
         # Alone there is no way to go, and the carrier would be rounded where compressed, or taken for unused.
         if world.world_size == 1 or compressed or config.find_unused_parameters:
-            self.totals = SummedTotals(world)
+            self.sums = AllReducedSums(world)
             self.model = module
         else:
-            with_totals = WithTotals(module).to(world.device)
-            self.totals = with_totals
+            with_totals = SumsInBuckets(module).to(world.device)
+            self.sums = with_totals
             self.model = with_totals
         self._accelerator = Accelerator(
             cpu=world.use_cpu,
@@ -70,12 +70,12 @@ class Replicated(Placement):
         for parameter in self._all_parameters:
             parameter.grad = None
 
-    def backward(self, total: Tensor, shares: Tensor, last: bool) -> None:
-        if isinstance(self.totals, WithTotals):
-            shares = shares * self.world.world_size  # DDP leaves the mean over the ranks
-            self.totals.carry(total, shares).backward()  # type: ignore[no-untyped-call]
+    def backward(self, total: Tensor, sums: Tensor, last: bool) -> None:
+        if isinstance(self.sums, SumsInBuckets):
+            sums = sums * self.world.world_size  # DDP leaves the mean over the ranks
+            self.sums.add_to_backward(total, sums).backward()  # type: ignore[no-untyped-call]
         else:
-            super().backward(total, shares, last)
+            super().backward(total, sums, last)
         if self._watched:
             if last:
                 self._require_use()

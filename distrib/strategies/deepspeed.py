@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from distrib.processes import variables
 from distrib.processes.world import World
 from distrib.run_folder.checkpoint import Shard, replicated
-from distrib.strategies.base import MakeOptimizer, Number, Placement, make_contiguous, trainable
-from distrib.strategies.step_sums import SummedTotals
+from distrib.strategies.base import MakeOptimizer, Number, Strategy, make_contiguous, trainable
+from distrib.strategies.step_sums import AllReducedSums
 
 
-class Zero(Placement):
+class ZeRO(Strategy):
     """A DeepSpeedEngine, made from `deepspeed_config.compile_config`'s JSON.
 
     At stages 1 to 3 the normalisation by the window's count goes in as DeepSpeed's loss scale, by which it divides
@@ -38,14 +38,14 @@ class Zero(Placement):
         super().__init__(world, module)
         self.stage: int = config["zero_optimization"]["stage"]
         self.forward_is_collective = self.stage == 3
-        self.totals = SummedTotals(world)
+        self.sums = AllReducedSums(world)
         if make_optimizer is None and self.stage < 3:  # nothing is sharded that a forward needs
             self.model = self.evaluation_model = module.to(world.device)
             self._sharded_optimizer: Any = None
             return
         world.require_group()
         make_contiguous(module)
-        self.begin_with_rank_0s()
+        self.broadcast_state()
         self.use_optimizer(make_optimizer)
         deepspeed = _import_deepspeed(world)
         for part in whole if self.stage == 3 else ():
@@ -71,17 +71,17 @@ class Zero(Placement):
         if self._sharded_optimizer is None:
             super().zero_grad()  # at the other stages DeepSpeed has cleared them in its step
 
-    def backward(self, total: Tensor, shares: Tensor, last: bool) -> None:
-        assert isinstance(self.totals, SummedTotals)
-        self.totals.add(shares, last)
+    def backward(self, total: Tensor, sums: Tensor, last: bool) -> None:
+        assert isinstance(self.sums, AllReducedSums)
+        self.sums.add(sums, last)
         if self._sharded_optimizer is not None:
             self._sharded_optimizer.override_loss_scale(1.0)
         self._engine.backward(total, scale_wrt_gas=False)
         self._require_use()
 
     @property
-    def updates_unseen(self) -> bool:
-        return self._sharded_optimizer is None and super().updates_unseen
+    def can_update_on_device(self) -> bool:
+        return self._sharded_optimizer is None and super().can_update_on_device
 
     def update(self, factor: Number, max_grad_norm: float | None) -> Number:
         if self._sharded_optimizer is None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from distrib.errors import ConfigError
-from distrib.strategies.base import Placement
+from distrib.strategies.base import Strategy
 
 _UNREDUCED = "Expected to have finished reduction in the prior iteration"
 _NOT_GATHERED = ("mixed torch.Tensor and DTensor", "out of bounds for storage of size 0")
@@ -18,7 +18,7 @@ _OWN_BACKWARD = re.compile(r"Loss scaling is required|Direct calls to tensor.bac
 
 
 @contextmanager
-def recognised(placement: Placement) -> Iterator[None]:
+def recognised(placement: Strategy) -> Iterator[None]:
     """Around forward, loss and backward. Raises ConfigError in place of an error that the strategy causes."""
     try:
         yield
@@ -28,7 +28,7 @@ def recognised(placement: Placement) -> Iterator[None]:
         raise ConfigError(reason) from error
 
 
-def _reason(error: Exception, placement: Placement) -> str | None:
+def _reason(error: Exception, placement: Strategy) -> str | None:
     name, text = placement.name, str(error)
     if isinstance(error, AttributeError):
         wrapped = placement.model is not placement.module and error.obj is placement.model

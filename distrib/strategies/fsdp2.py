@@ -13,11 +13,11 @@ from torch.distributed.tensor import DTensor
 from distrib.config import StrategyConfig
 from distrib.processes.world import World
 from distrib.run_folder.checkpoint import Shard
-from distrib.strategies.base import DTYPES, MakeOptimizer, Placement, make_contiguous
-from distrib.strategies.step_sums import SummedTotals
+from distrib.strategies.base import DTYPES, MakeOptimizer, Strategy, make_contiguous
+from distrib.strategies.step_sums import AllReducedSums
 
 
-class FullySharded(Placement):
+class FSDP2(Strategy):
     """Each block is gathered for its forward and backward. Gradients are reduced after each micro-batch, so that they
     are never held whole."""
 
@@ -35,7 +35,7 @@ class FullySharded(Placement):
         super().__init__(world, module)
         world.require_group()
         make_contiguous(module)
-        self.begin_with_rank_0s()
+        self.broadcast_state()
         compressed = config.communication_dtype == "bf16"
         options: dict[str, Any] = {
             "mesh": init_device_mesh(world.device.type, (world.world_size,)),
@@ -52,12 +52,12 @@ class FullySharded(Placement):
             fully_shard(block, reshard_after_forward=config.reshard_after_forward, **options)
         fully_shard(module, **options)  # for what is in no block, resharding after forward would not pay
         self.model = self.evaluation_model = module
-        self.totals = SummedTotals(world)
+        self.sums = AllReducedSums(world)
         self.use_optimizer(make_optimizer)  # over the shards
         self._watch_use()
 
-    def backward(self, total: Tensor, shares: Tensor, last: bool) -> None:
-        super().backward(total, shares, last)
+    def backward(self, total: Tensor, sums: Tensor, last: bool) -> None:
+        super().backward(total, sums, last)
         self._require_use()
 
     def _shard(self, tensor: Tensor) -> Shard:

@@ -12,10 +12,10 @@ from distrib.config import Config, StrategyConfig, StrategyName
 from distrib.errors import ConfigError, LaunchError
 from distrib.plan import window_size
 from distrib.processes.world import World
-from distrib.strategies.base import MakeOptimizer, Placement
-from distrib.strategies.bitwise_ddp import Reproducible
+from distrib.strategies.base import MakeOptimizer, Strategy
+from distrib.strategies.bitwise_ddp import BitwiseDDP
 from distrib.strategies.compile import compile_forwards
-from distrib.strategies.ddp import Replicated
+from distrib.strategies.ddp import DDP
 from distrib.strategies.deepspeed_config import compile_config, offload_of, stage_of
 
 _ZERO = ("zero0", "zero1", "zero2", "zero3")
@@ -94,7 +94,7 @@ def place(
     module: nn.Module,
     blocks: list[nn.Module],
     make_optimizer: MakeOptimizer | None = None,
-) -> Placement:
+) -> Strategy:
     """Wrap, shard and replicate. Without `make_optimizer` only for evaluation. Collective."""
     placement = _place(strategy, config, world, module, blocks, make_optimizer)
     placement.name = strategy.name
@@ -108,7 +108,7 @@ def _place(
     module: nn.Module,
     blocks: list[nn.Module],
     make_optimizer: MakeOptimizer | None,
-) -> Placement:
+) -> Strategy:
     compiled = []
     if config.train.compile and make_optimizer is not None:
         compiled = blocks if config.train.compile == "blocks" else [module]
@@ -117,17 +117,17 @@ def _place(
         for block in blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if strategy.name == "fsdp2":
-        from distrib.strategies.fsdp2 import FullySharded  # torch's FSDP takes its time to import, as DeepSpeed does
+        from distrib.strategies.fsdp2 import FSDP2  # torch's FSDP takes its time to import, as DeepSpeed does
 
-        return FullySharded(world, module, make_optimizer, strategy, blocks, config.train.mixed_precision)
+        return FSDP2(world, module, make_optimizer, strategy, blocks, config.train.mixed_precision)
     if strategy.name in _ZERO:
-        from distrib.strategies.deepspeed import Zero
+        from distrib.strategies.deepspeed import ZeRO
 
         options = compile_config(config, strategy, world.world_size)
-        return Zero(world, module, make_optimizer, options, whole=compiled)
+        return ZeRO(world, module, make_optimizer, options, whole=compiled)
     if config.train.determinism == "bitwise":
-        return Reproducible(world, module, make_optimizer)
-    return Replicated(world, module, make_optimizer, strategy)
+        return BitwiseDDP(world, module, make_optimizer)
+    return DDP(world, module, make_optimizer, strategy)
 
 
 def _check(strategy: StrategyConfig, config: Config, world: World) -> None:

@@ -23,7 +23,7 @@ SIZE = 5 + _NUM_LIMBS
 
 
 @dataclass(frozen=True)
-class Totals:
+class StepSums:
     """Sums over a window on all ranks."""
 
     loss: float
@@ -49,23 +49,23 @@ class Totals:
         return values
 
     @staticmethod
-    def factor(shares: Tensor) -> Tensor:
+    def factor(sums: Tensor) -> Tensor:
         """1 / count, on the device where the sum of all shares lies; not finite where there is nothing to update with:
         no items, or a loss that is not finite."""
-        loss, high, low, *_ = shares.unbind()
+        loss, high, low, *_ = sums.unbind()
         factor: Tensor = 1.0 / (high * 2**_LIMB + low) + 0.0 * loss
         return factor
 
     @classmethod
-    def unpack(cls, shares: list[float]) -> "Totals":
+    def unpack(cls, sums: list[float]) -> "StepSums":
         """From the sum of all shares; rounds what is known to be whole: a count to which no float was added."""
-        loss, high, low, weighted, stop, *limbs = shares
+        loss, high, low, weighted, stop, *limbs = sums
         digest = sum(round(limb) << (_LIMB * number) for number, limb in enumerate(limbs))
         count = round(high) * 2**_LIMB + (low if weighted > 0 else round(low))
         return cls(loss, count, digest % 2**64, stop > 0)
 
 
-class SummedTotals:
+class AllReducedSums:
     """Sums shares over the window, and over the ranks while the last backward runs."""
 
     def __init__(self, world: World) -> None:
@@ -73,9 +73,9 @@ class SummedTotals:
         self._sum: Tensor | None = None
         self._work: dist.Work | None = None
 
-    def add(self, shares: Tensor, last: bool) -> None:
+    def add(self, sums: Tensor, last: bool) -> None:
         """Just before a micro-batch's backward."""
-        self._sum = shares if self._sum is None else self._sum + shares
+        self._sum = sums if self._sum is None else self._sum + sums
         if last and self._world_size > 1:
             self._work = dist.all_reduce(self._sum, async_op=True)
 
@@ -88,22 +88,22 @@ class SummedTotals:
         return result
 
 
-class WithTotals(nn.Module):
+class SumsInBuckets(nn.Module):
     """The user's module, and the parameter whose gradient is the totals."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self.totals = nn.Parameter(torch.zeros(SIZE))
+        self.sums = nn.Parameter(torch.zeros(SIZE))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
-    def carry(self, total: Tensor, shares: Tensor) -> Tensor:
+    def add_to_backward(self, total: Tensor, sums: Tensor) -> Tensor:
         """`total` as it is; its backward also gives the parameter, which is 0, the gradient `shares`."""
-        return total + self.totals.dot(shares)
+        return total + self.sums.dot(sums)
 
     def result(self) -> Tensor:
         """The sum over window and ranks, after the last backward."""
-        assert self.totals.grad is not None, "no backward since the last step"
-        return self.totals.grad
+        assert self.sums.grad is not None, "no backward since the last step"
+        return self.sums.grad

@@ -22,7 +22,7 @@ from distrib.run_folder.export import export
 from distrib.run_folder.folder import RunDir
 from distrib.run_folder.identity import data_changes
 from distrib.run_folder.ledger import to_json
-from distrib.run_folder.resume import Found, newest_whole
+from distrib.run_folder.resume import ResumePoint, latest_valid
 from distrib.strategies import registry
 from distrib.strategies.deepspeed_config import compile_config
 from distrib.strategies.memory import plan_memory
@@ -94,7 +94,7 @@ def _evaluate(run: RunDir, shown: Path, as_json: bool) -> dict[str, float]:
         shown, samples = shown / found.path.relative_to(run.path), len(dataset)  # type: ignore[arg-type]
         entry = {"checkpoint": str(shown), "step": found.manifest["step"], "count": samples, "metrics": metrics}
         print(to_json(entry) if as_json else f"{shown}: {format_metrics(metrics)}  ({samples} samples)", flush=True)
-    world.wait_for_all()
+    world.barrier()
     return metrics
 
 
@@ -164,9 +164,9 @@ def _exporter(config: Config) -> Task:
     return Task() if found.export is Task.export else build.task(config)
 
 
-def _newest(run: RunDir, world: World, out: TextIO | None = None) -> Found:
+def _newest(run: RunDir, world: World, out: TextIO | None = None) -> ResumePoint:
     """Of a run that has one. Raises CheckpointError. Collective."""
-    found = newest_whole(run, world)
+    found = latest_valid(run, world)
     if found is None:
         raise CheckpointError(f"{run.checkpoints}: no checkpoint there; the run has not saved one yet")
     if world.is_rank_0:

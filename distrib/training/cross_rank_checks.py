@@ -28,7 +28,7 @@ def require_same_config(world: World, config: Config) -> None:
         for key in sorted(expected.keys() | mine.keys())
         if expected.get(key) != mine.get(key)
     ]
-    for name, found in world.from_all((world.name, "; ".join(differing))):
+    for name, found in world.all_gather_object((world.name, "; ".join(differing))):
         if found:
             raise ConfigError(f"{name} has another config than rank 0 on {world.hosts[0]}: {found}; give all the same")
 
@@ -62,7 +62,7 @@ def require_same_data(world: World, data: dict[str, Fingerprint | None]) -> None
     expected = world.on_rank_0(lambda: data)
     reference = f"on rank 0 on {world.hosts[0]}"
     mine = {name: difference(found, expected[name], reference) for name, found in data.items()}
-    for who, differing in world.from_all((world.name, mine)):
+    for who, differing in world.all_gather_object((world.name, mine)):
         for name, found in differing.items():
             if found is not None:
                 raise ConfigError(
@@ -77,7 +77,7 @@ def require_shared(world: World, written: Path) -> None:
     deadline = time.monotonic() + _SECONDS_TO_APPEAR
     while not (seen := _digest(written) == digest) and time.monotonic() < deadline:
         time.sleep(0.1)
-    for name, path, sees in world.from_all((world.name, written.absolute(), seen)):
+    for name, path, sees in world.all_gather_object((world.name, written.absolute(), seen)):
         if not sees:
             raise RunDirError(
                 f"{name} does not see {path} as rank 0 on {world.hosts[0]} wrote it; the run folder must "

@@ -12,14 +12,14 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from distrib.data.loader import Ahead, Window
+from distrib.data.loader import DevicePrefetcher, Window
 from distrib.data.order import derive_seed
-from distrib.strategies.base import DTYPES, Placement, named_state
+from distrib.strategies.base import DTYPES, Strategy, named_state
 from distrib.strategies.errors import recognised
-from distrib.strategies.step_sums import Totals
+from distrib.strategies.step_sums import StepSums
 from distrib.task import Loss, Task
 from distrib.training.buffers import Buffers
-from distrib.training.pending_step import Step
+from distrib.training.pending_step import PendingStep
 from distrib.training.task_checks import check_loss
 from distrib.training.timing import Clock
 
@@ -55,7 +55,7 @@ class Engine:
 
     def __init__(
         self,
-        placement: Placement,
+        placement: Strategy,
         *,
         mixed_precision: str = "no",
         max_grad_norm: float | None = None,
@@ -63,7 +63,7 @@ class Engine:
         warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`warn`: tells the user once of what forward does with buffers."""
-        self.placement = placement
+        self.strategy = placement
         self.world = placement.world
         self.module = placement.module  # the user's own
         self.model = placement.model
@@ -92,9 +92,9 @@ class Engine:
         self._last = False
 
     @property
-    def ahead(self) -> Ahead | None:
+    def prefetcher(self) -> DevicePrefetcher | None:
         """To have batches copied before they are needed, where there is something to copy them to."""
-        return None if self.device.type in _WITHOUT_STREAMS else Ahead(self.device, self.to_device)
+        return None if self.device.type in _WITHOUT_STREAMS else DevicePrefetcher(self.device, self.to_device)
 
     def to_device(self, batch: Any) -> Any:
         """Move a nested batch to this rank's device, without waiting for the copy; one that is there stays there."""
@@ -110,7 +110,7 @@ class Engine:
         else:
             self.buffers.next()
         self.seed_random(derive_seed(self.seed, window.step, window.first + index))
-        with self.placement.accumulate(self._last), self.autocast():
+        with self.strategy.accumulate(self._last), self.autocast():
             yield
         self.clock.lap("forward_backward")
 
@@ -118,7 +118,7 @@ class Engine:
     def autocast(self) -> Iterator[None]:
         """Of forward and loss, in training and in evaluation. An error that the strategy causes becomes one line."""
         precision = nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
-        with recognised(self.placement), precision:
+        with recognised(self.strategy), precision:
             yield
 
     def seed_random(self, seed: int) -> None:
@@ -133,7 +133,7 @@ class Engine:
 
     def zero_grad(self) -> None:
         """Once a window, before its first backward."""
-        self.placement.zero_grad()
+        self.strategy.zero_grad()
 
     def backward(self, loss: Loss) -> None:
         """Add the gradient of `loss.total`; on the window's last micro-batch, sum over the ranks."""
@@ -142,24 +142,24 @@ class Engine:
         if self.mixed_precision == "fp16" and self.loss_scale is None:
             self.loss_scale = self._first_loss_scale(loss, self._window)
         stop = self._last and self.stop_asked
-        shares = Totals.pack(loss, self._window.digest if self._last else 0, stop)
+        sums = StepSums.pack(loss, self._window.digest if self._last else 0, stop)
         number = self._window.first + self._index
         self.buffers.take(number, len(self._window) * self.world.world_size, self._last)
         total = loss.total if self.loss_scale is None else loss.total * self.loss_scale.value
         with nullcontext() if self.dtype is None else torch.autocast(self.device.type, enabled=False):
-            self.placement.backward(total, shares, self._last)
+            self.strategy.backward(total, sums, self._last)
 
-    def step(self, lr: float) -> Step:
+    def step(self, lr: float) -> PendingStep:
         """Normalise by the window's count, clip, update. All ranks see the same numbers, so all decide alike.
 
         `lr` is the rate of the first parameter group whose rate is not 0; the others keep their ratio to it.
         """
-        optimizer = self.placement.optimizer
+        optimizer = self.strategy.optimizer
         assert optimizer is not None, "this engine only evaluates"
         for group, ratio in zip(optimizer.param_groups, self._rate_ratios, strict=True):
             group["lr"] = lr * ratio
-        waits = self.waits or not self.placement.updates_unseen
-        step = (self._update_seen if waits else self._update_unseen)(self.placement.totals.result(), lr)
+        waits = self.waits or not self.strategy.can_update_on_device
+        step = (self._update_on_host if waits else self._update_on_device)(self.strategy.sums.result(), lr)
         self.clock.lap("optimizer")
         return step
 
@@ -169,18 +169,18 @@ class Engine:
         _, tied = named_state(self.module)
         return {
             "loss_scale": None if scale is None else {"value": scale.value, "updates": scale.updates},
-            "numbers": self.placement.numbers(),
+            "numbers": self.strategy.numbers(),
             "tied": tied,
         }
 
     def load(self, path: Path, manifest: dict[str, Any], reset_optimizer: bool = False) -> None:
         """Go on from a checkpoint, with the optimizer's state as new if asked. Raises MismatchError if it is of another
         model or optimizer."""
-        self.placement.load(path, manifest, reset_optimizer)
+        self.strategy.load(path, manifest, reset_optimizer)
         if (scale := manifest["loss_scale"]) is not None and self.mixed_precision == "fp16":
             self.loss_scale = LossScale(scale["value"], scale["updates"])
 
-    def rehearse(self, task: Task, window: Window) -> None:
+    def warm_up_ddp_buckets(self, task: Task, window: Window) -> None:
         """Where a run goes on: one forward and backward that leave no trace but in DDP, before the first window.
 
         DDP lays out its buckets anew after its first backward. Without this the first step of a resumed run would be
@@ -189,36 +189,36 @@ class Engine:
         """
         self._window, self._index, self._last = window, 0, True
         self.buffers.begin()
-        with self.placement.accumulate(last=True), self.autocast():
+        with self.strategy.accumulate(last=True), self.autocast():
             batch = self.to_device(next(iter(window)))
             self.backward(task.loss(task.forward(self.model, batch), batch))
-        self.placement.totals.result()
-        self.placement.zero_grad()
+        self.strategy.sums.result()
+        self.strategy.zero_grad()
         self.buffers.finish(applied=False)
 
-    def _update_seen(self, totals: Tensor, lr: float) -> Step:
+    def _update_on_host(self, sums_there: Tensor, lr: float) -> PendingStep:
         """Waits for the device and the ranks, and then decides."""
-        shares, scale, grad_norm = totals.tolist(), self.loss_scale, math.nan
+        sums, scale, grad_norm = sums_there.tolist(), self.loss_scale, math.nan
         self.clock.lap("forward_backward")
         value = None if scale is None else scale.value
-        known = Totals.unpack(shares)
+        known = StepSums.unpack(sums)
         if known.count and math.isfinite(known.loss):
             # The ranks' gradients are averaged, and scaled in fp16; what is wanted is their sum by the count.
             factor = self.world.world_size / known.count / (value or 1.0)
-            grad_norm = self.placement.update(factor, self.max_grad_norm)
+            grad_norm = self.strategy.update(factor, self.max_grad_norm)
             if scale is not None:
                 scale.update(overflowed=not math.isfinite(grad_norm))
         else:
-            self.placement.discard()
+            self.strategy.discard()
         self.buffers.finish(applied=math.isfinite(grad_norm))
-        return Step(shares, grad_norm, lr, value)
+        return PendingStep(sums, grad_norm, lr, value)
 
-    def _update_unseen(self, totals: Tensor, lr: float) -> Step:
+    def _update_on_device(self, sums: Tensor, lr: float) -> PendingStep:
         """Leaves it to the device to decide: the same arithmetic, on numbers that are not there yet."""
         self.clock.lap("forward_backward")
-        grad_norm = self.placement.update(Totals.factor(totals) * self.world.world_size, self.max_grad_norm)
+        grad_norm = self.strategy.update(StepSums.factor(sums) * self.world.world_size, self.max_grad_norm)
         self.buffers.finish(applied=grad_norm.isfinite())
-        return Step(totals.clone(), grad_norm, lr, None)
+        return PendingStep(sums.clone(), grad_norm, lr, None)
 
     def _first_loss_scale(self, loss: Loss, window: Window) -> LossScale:
         """torch's usual first scale is meant for a mean; ours is of a sum, so divide it by the likely count.

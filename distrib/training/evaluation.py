@@ -51,12 +51,12 @@ def predict(
     world = engine.world
     batches = list(_batches(size, batch_size, world))
     num_own = len(batches)
-    if engine.placement.forward_is_collective:  # all ranks run equally many; what is too many is dropped
+    if engine.strategy.forward_is_collective:  # all ranks run equally many; what is too many is dropped
         most = math.ceil(math.ceil(size / batch_size) / world.world_size)
         first = np.arange(min(batch_size, size), dtype=np.uint64)
         batches += [MicroBatch(first, first)] * (most - num_own)
     loader = data_loader(dataset, batches, seed=engine.seed, **loading)
-    model = engine.placement.evaluation_model
+    model = engine.strategy.evaluation_model
     was_training = model.training
     model.eval()
     try:

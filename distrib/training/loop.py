@@ -3,10 +3,10 @@
 from distrib.data.loader import Window
 from distrib.task import Task
 from distrib.training.engine import Engine
-from distrib.training.pending_step import Step
+from distrib.training.pending_step import PendingStep
 
 
-def train_step(engine: Engine, task: Task, window: Window, lr: float) -> Step:
+def train_step(engine: Engine, task: Task, window: Window, lr: float) -> PendingStep:
     """One optimizer step over a window of micro-batches; gradients meet the other ranks' on the last."""
     for index, batch in enumerate(window):
         with engine.microbatch(window, index):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distrib.strategies.step_sums import Totals
+from distrib.strategies.step_sums import StepSums
 
 APPLIED = "applied"
 
@@ -30,19 +30,19 @@ class StepResult:
         return self.verdict == APPLIED
 
 
-class Step:
+class PendingStep:
     """A step that was made. What came of it is read when the next one is on its way, so that nobody waits for the
     device."""
 
-    def __init__(self, shares: Tensor | list[float], grad_norm: Tensor | float, lr: float, scale: float | None) -> None:
+    def __init__(self, sums: Tensor | list[float], grad_norm: Tensor | float, lr: float, scale: float | None) -> None:
         """`shares` as `Totals.pack` has them, summed over the window and the ranks; tensors where only the device knows
         them yet."""
         self._lr, self._scale = lr, scale
-        self._shares, self._grad_norm = shares, grad_norm
+        self._sums, self._grad_norm = sums, grad_norm
         self._there: torch.Event | None = None
-        if isinstance(shares, Tensor) and shares.device.type != "cpu":  # not run here: see docs/not-run-here.md
-            self._shares, self._grad_norm = _on_its_way(shares), _on_its_way(grad_norm)
-            self._there = torch.Event(device=shares.device)
+        if isinstance(sums, Tensor) and sums.device.type != "cpu":  # not run here: see docs/not-run-here.md
+            self._sums, self._grad_norm = _on_its_way(sums), _on_its_way(grad_norm)
+            self._there = torch.Event(device=sums.device)
             self._there.record()
 
     @property
@@ -58,10 +58,10 @@ class Step:
     def read(self) -> StepResult:
         """What came of it, once that is known."""
         self.wait()
-        shares = self._shares.tolist() if isinstance(self._shares, Tensor) else self._shares
-        totals, grad_norm = Totals.unpack(shares), float(self._grad_norm)
-        loss = totals.loss / totals.count if totals.count else math.nan
-        if totals.count == 0:
+        values = self._sums.tolist() if isinstance(self._sums, Tensor) else self._sums
+        sums, grad_norm = StepSums.unpack(values), float(self._grad_norm)
+        loss = sums.loss / sums.count if sums.count else math.nan
+        if sums.count == 0:
             verdict, grad_norm = "skipped:no_items", math.nan
         elif not math.isfinite(loss):
             verdict, grad_norm = "skipped:nonfinite_loss", math.nan
@@ -69,7 +69,7 @@ class Step:
             verdict = "skipped:nonfinite_gradient" if self._scale is None else "skipped:loss_scale"
         else:
             verdict = APPLIED
-        return StepResult(verdict, loss, totals.count, grad_norm, self._lr, totals.digest, self._scale, totals.stop)
+        return StepResult(verdict, loss, sums.count, grad_norm, self._lr, sums.digest, self._scale, sums.stop)
 
 
 def _on_its_way(values: Any) -> Tensor:

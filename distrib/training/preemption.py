@@ -24,7 +24,7 @@ class Preemption:
     def requeue(self) -> bool:
         """Shall SLURM start the job again? If a rank was sent one of REQUEUE_SIGNALS: SIGTERM is also sent to a
         cancelled job, and SLURM itself requeues what it preempts. Collective."""
-        return self.world.job is not None and any(self.world.from_all(self._requeue))
+        return self.world.job is not None and any(self.world.all_gather_object(self._requeue))
 
     def too_long(self, save_seconds: float) -> str | None:
         """A warning, once, where a stop would become a kill."""

@@ -14,14 +14,14 @@ from distrib.config import Config
 from distrib.data.loader import Window
 from distrib.data.seeding import seeded
 from distrib.errors import ConfigError, DistribError
-from distrib.monitor.run_log import Record
-from distrib.strategies.base import Placement
+from distrib.monitor.run_log import RunLog
+from distrib.strategies.base import Strategy
 from distrib.task import Loss, Task
 from distrib.tracebacks import first_line, place
 from distrib.training import build, evaluation
 from distrib.training.engine import Engine
 from distrib.training.loop import train_step
-from distrib.training.pending_step import Step
+from distrib.training.pending_step import PendingStep
 from distrib.training.task_checks import check_loss, check_metrics_dict, no_metric, trial
 
 # Half the gradient, and the same total, within what the precisions round. A sum has the same gradient, or twice the
@@ -33,19 +33,19 @@ _TOTAL_TOLERANCE = 1e-4
 _MOST_ELEMENTS = 10_000_000
 
 
-def first_step(engine: Engine, task: Task, window: Window, lr: float, micro_batch_size: int) -> Step:
+def first_step(engine: Engine, task: Task, window: Window, lr: float, micro_batch_size: int) -> PendingStep:
     """A training step that also checks the task. Raises ConfigError."""
     with trial():
-        return train_step(engine, MeanLossCheck(task, engine.placement, micro_batch_size), window, lr)
+        return train_step(engine, MeanLossCheck(task, engine.strategy, micro_batch_size), window, lr)
 
 
-def rehearse(engine: Engine, task: Task, window: Window) -> None:
+def warm_up_ddp_buckets(engine: Engine, task: Task, window: Window) -> None:
     """As Engine.rehearse, where it is the first call of the task's methods. Raises ConfigError."""
     with trial():
-        engine.rehearse(task, window)
+        engine.warm_up_ddp_buckets(task, window)
 
 
-def trial_evaluation(engine: Engine, task: Task, dataset: Dataset[Any], config: Config, record: Record) -> None:
+def trial_evaluation(engine: Engine, task: Task, dataset: Dataset[Any], config: Config, record: RunLog) -> None:
     """Evaluate two batches, and drop the result, because the first real evaluation may come hours later.
 
     Raises ConfigError; only warns if `metrics` fails or a metric is not a number, because it may need more samples.
@@ -88,9 +88,9 @@ class MeanLossCheck(Task):
     one sample, whose mean is its sum.
     """
 
-    def __init__(self, task: Task, placement: Placement, size: int) -> None:
+    def __init__(self, task: Task, placement: Strategy, size: int) -> None:
         """`size`: samples in a micro-batch."""
-        self.task, self.placement, self.size = task, placement, size
+        self.task, self.strategy, self.size = task, placement, size
         self._checked = False
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
@@ -113,7 +113,7 @@ class MeanLossCheck(Task):
             return
         except Exception:  # what cannot handle a batch of another size leaves it undecided
             mean = None
-        if mean is None and not self.placement.forward_is_collective:  # which must not fail on one rank alone
+        if mean is None and not self.strategy.forward_is_collective:  # which must not fail on one rank alone
             with suppress(Exception):
                 mean = self._mean_by_total(batch)
         if mean:
@@ -142,7 +142,7 @@ class MeanLossCheck(Task):
 
     def _mean_by_total(self, batch: Any) -> bool:
         """Compare the totals, without dropout: for a model that computes the loss itself."""
-        model = self.placement.evaluation_model
+        model = self.strategy.evaluation_model
         was_training = model.training
         model.eval()
         try:

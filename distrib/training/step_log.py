@@ -1,45 +1,45 @@
-"""What came of the steps, each read when the next is on its way: the ledger's lines, and the schedule's clock."""
+"""The results of the steps: the ledger's lines, and the schedule's position."""
 
 from typing import Any
 
 from distrib.config import TrainConfig
 from distrib.errors import TrainingError
-from distrib.monitor.run_log import Record
+from distrib.monitor.run_log import RunLog
 from distrib.plan import RunPlan
 from distrib.run_folder.earlier_starts import total_seconds
-from distrib.training.pending_step import Step, StepResult
+from distrib.training.pending_step import PendingStep, StepResult
 
 
-class Account:
-    """Of one run, the same on every rank. `made` a step, then `read` what came of it, at the latest before what
-    depends on it: an evaluation, a save, the end."""
+class StepLog:
+    """Logs each step one step late, the same on every rank. Call `submit` after a step, and `flush` before anything
+    that needs its result: an evaluation, a save, the end."""
 
-    def __init__(self, record: Record, plan: RunPlan, strategy: str, config: TrainConfig) -> None:
-        self.record, self.plan, self.strategy, self.config = record, plan, strategy, config
+    def __init__(self, run_log: RunLog, plan: RunPlan, strategy: str, config: TrainConfig) -> None:
+        self.run_log, self.plan, self.strategy, self.config = run_log, plan, strategy, config
         self.applied = 0  # updates, as far as is known
         self.skipped_in_a_row = 0  # steps up to the last one that was read
         self._applied_before = -1  # the last step of which that is known
-        self._unread: tuple[int, Step, dict[str, float]] | None = None
+        self._unread: tuple[int, PendingStep, dict[str, float]] | None = None
 
     @property
     def clock(self) -> int:
-        """The updates made, which is the schedule's position. The last step counts as one: its verdict is not known
-        yet. Where it is, as after a save, that makes no difference, or runs would differ by when they save."""
+        """The number of updates made, which is the schedule's position. The last step is assumed applied even if its
+        result is already known; otherwise the schedule would depend on when a run saves."""
         return (self._applied_before if self._unread is None else self.applied) + 1
 
-    def made(self, number: int, step: Step, seconds: dict[str, float]) -> None:
+    def submit(self, number: int, step: PendingStep, seconds: dict[str, float]) -> None:
         """`seconds`: where its time went, and what else a ledger's line says of it."""
         assert self._unread is None, "the step before is read first"
         self._unread = number, step, seconds
 
-    def read(self) -> bool:
-        """Note what came of the last step, where that is not done; was someone asked to stop?"""
+    def flush(self) -> bool:
+        """Log the last step's result, if that is not done yet. Return whether a rank was asked to stop."""
         if self._unread is None:
             return False
         (number, step, seconds), self._unread = self._unread, None
         result = step.read()
         self._applied_before, self.applied = self.applied, self.applied + result.applied
-        self.record.step(self._entry(number, result, seconds))
+        self.run_log.step(self._entry(number, result, seconds))
         self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
         if not result.applied:
             self._skipped(number, result)
@@ -48,7 +48,7 @@ class Account:
     def close(self) -> None:
         """However the run ends: a step that was made before it failed is noted, where nobody has to be waited for."""
         if self._unread is not None and self._unread[1].known:
-            self.read()
+            self.flush()
 
     def state(self) -> dict[str, int]:
         """What a checkpoint's manifest keeps of it."""
@@ -71,10 +71,10 @@ class Account:
             "name": name,
             "steps": self.plan.num_steps,
             "skipped": self.plan.num_steps - self.applied,
-            "metrics": self.record.metrics,
-            "samples_per_second": round(samples / max(self.record.train_seconds, 1e-9), 1),
-            "wall_seconds": round(total_seconds(self.record.run), 3),
-            "restarts": len(self.record.run.starts()) - 1,
+            "metrics": self.run_log.metrics,
+            "samples_per_second": round(samples / max(self.run_log.train_seconds, 1e-9), 1),
+            "wall_seconds": round(total_seconds(self.run_log.run), 3),
+            "restarts": len(self.run_log.run.starts()) - 1,
             "world_size": self.plan.world_size,
             "strategy": self.strategy,
         }
@@ -98,7 +98,7 @@ class Account:
 
     def _skipped(self, number: int, result: StepResult) -> None:
         """Log it. Raises TrainingError if the run cannot go on, with steps numbered from 1 as in all that is shown."""
-        self.record.event("skipped", step=number, verdict=result.verdict)
+        self.run_log.event("skipped", step=number, verdict=result.verdict)
         if self.config.on_nonfinite == "stop" and "nonfinite" in result.verdict:
             raise TrainingError(
                 f"step {number + 1} was {result.verdict}, and train.on_nonfinite is stop; skip would go on"

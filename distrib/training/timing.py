@@ -74,7 +74,7 @@ def sampled(engine: "Engine") -> dict[str, float]:
         values: dict[str, float] = {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     else:  # not run here: see docs/not-run-here.md
         values = {"peak_memory": torch.get_device_module(engine.device).max_memory_allocated()}
-    communication = engine.placement.communication_seconds()
+    communication = engine.strategy.communication_seconds()
     return values if communication is None else {**values, "communication_seconds": round(communication, 6)}
 
 

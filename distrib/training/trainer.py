@@ -12,7 +12,7 @@ from distrib.data.prints import Fingerprint
 from distrib.data.source import source
 from distrib.errors import ConfigError, Preempted
 from distrib.monitor.progress import ProgressDisplay, Verbosity, format_summary
-from distrib.monitor.run_log import Record
+from distrib.monitor.run_log import RunLog
 from distrib.monitor.trackers.trackers import in_sweep, require_trackers
 from distrib.plan import RunPlan
 from distrib.processes import slurm, tuning
@@ -25,7 +25,7 @@ from distrib.run_folder.environment import describe, describe_task
 from distrib.run_folder.folder import RunDir
 from distrib.run_folder.identity import moved_keys, notes
 from distrib.run_folder.ledger import GENESIS
-from distrib.run_folder.resume import Found, named, newest_whole, require_steps_left, whole
+from distrib.run_folder.resume import ResumePoint, latest_valid, requested, require_steps_left, verified
 from distrib.schedule import learning_rate_factor
 from distrib.strategies import compile, registry
 from distrib.strategies.base import trainable
@@ -35,9 +35,9 @@ from distrib.training.engine import Engine
 from distrib.training.loop import train_step
 from distrib.training.model_checks import check_module
 from distrib.training.optimizers import ignored_keys
-from distrib.training.pending_step import Step
+from distrib.training.pending_step import PendingStep
 from distrib.training.preemption import Preemption
-from distrib.training.step_log import Account
+from distrib.training.step_log import StepLog
 
 
 class Trainer:
@@ -66,7 +66,7 @@ class Trainer:
         self.task, self.config, self.resume = task, config, resume
         path = Path(run_dir) if run_dir is not None else Path("runs", *(in_sweep() or [config.name]))
         self.run = RunDir(path, moved_keys(moved))
-        self.checkpoint, self.origin = named(resume, self.run, fork, reset_optimizer)
+        self.checkpoint, self.origin = requested(resume, self.run, fork, reset_optimizer)
         self.world = World.detect()
         if self.world.is_rank_0:
             require_trackers(config.tracking)
@@ -94,10 +94,10 @@ class Trainer:
         if self.ignored_keys and not self.run.has_begun():  # a run that began before this was refused may go on
             raise ConfigError(self.ignored_keys)
         display = ProgressDisplay(config.name, self.plan.num_steps, self.plan.global_batch_size, verbosity)
-        self.record = Record(self.run, self.world, display)
+        self.run_log = RunLog(self.run, self.world, display)
         self.preemption = Preemption(self.world)
         self.first_step = 0  # of this process
-        self.account = Account(self.record, self.plan, self.strategy.name, config.train)
+        self.step_log = StepLog(self.run_log, self.plan, self.strategy.name, config.train)
 
     def fit(self) -> dict[str, Any]:
         """Train, evaluate, save; returns the summary, the same on every rank.
@@ -113,16 +113,16 @@ class Trainer:
         try:
             cross_rank_checks.require_shared(self.world, self.run.environment)
             if summary is None:
-                with self.record.failures():
+                with self.run_log.failures():
                     summary = self._train()
                 what = "finished"
             else:
                 what = f"had finished before; {what_to_do_now(self.run, self.config)}"
         finally:
             self.run.release()
-        self.world.part()
-        self.record.close("finished")  # rank 0 may wait for trackers, the others need not
-        self.record.say(format_summary(self.run.path, summary, what))
+        self.world.shutdown()
+        self.run_log.close("finished")  # rank 0 may wait for trackers, the others need not
+        self.run_log.say(format_summary(self.run.path, summary, what))
         return summary
 
     def _start(self, data: dict[str, Fingerprint | None]) -> dict[str, Any] | None:
@@ -130,34 +130,34 @@ class Trainer:
         environment = describe(self.world, self.strategy.name, self.plan.num_samples, self.task, work)
         environment.update(task=describe_task(self.task, self.module), data=data)
         summary = self.run.start(self.config, environment, self.resume, self.origin)
-        self.record.trouble(finished=summary is not None)
+        self.run_log.trouble(finished=summary is not None)
         return summary
 
     def _train(self) -> dict[str, Any]:
         if self.config.train.compile:
             compile.keep_in(self.run.compiled)
-            self.record.event("compiling", what=self.config.train.compile)
+            self.run_log.event("compiling", what=self.config.train.compile)
         engine = Engine(
             registry.place(self.strategy, self.config, self.world, self.module, self.blocks, self.make_optimizer),
             mixed_precision=self.config.train.mixed_precision,
             max_grad_norm=self.config.train.max_grad_norm,
             seed=self.config.seed,
-            warn=self.record.warn,
+            warn=self.run_log.warn,
         )
         if self.ignored_keys:
-            self.record.warn(self.ignored_keys)
+            self.run_log.warn(self.ignored_keys)
         for doubt in self.plan.doubts(self.config):
-            self.record.warn(doubt)
+            self.run_log.warn(doubt)
         chain = self._go_on(engine)
         self.module.train()
-        if engine.placement.learns_from_its_first_backward and 0 < self.first_step < self.plan.num_steps:
-            probe.rehearse(engine, self.task, next(self.source.windows(self.first_step)))
+        if engine.strategy.learns_from_its_first_backward and 0 < self.first_step < self.plan.num_steps:
+            probe.warm_up_ddp_buckets(engine, self.task, next(self.source.windows(self.first_step)))
         keep, keep_every = self.config.checkpoint.keep, self.config.checkpoint.keep_every
         saver = Saver(self.run.checkpoints, self.world, keep, keep_every, [self.run.steps, self.run.evals])
         with ExitStack() as stack:
             stack.enter_context(when_asked_to_stop(self.preemption.take_note))
-            stack.enter_context(self.record.open(chain, self.config.tracking, self.first_step))
-            stack.callback(self.account.close)
+            stack.enter_context(self.run_log.open(chain, self.config.tracking, self.first_step))
+            stack.callback(self.step_log.close)
             self._before_training(engine)
             engine.clock.start()
             for window in self._windows(engine):
@@ -165,14 +165,14 @@ class Trainer:
                 steps_done = window.step + 1
                 with tuning.no_collection():
                     step = self._step(engine, window)
-                stop = self.account.read()  # what came of the step before: the device is busy with this one
+                stop = self.step_log.flush()  # what came of the step before: the device is busy with this one
                 evaluate = self.eval_dataset is not None and self._is_due(self.config.eval.every_steps, steps_done)
                 save = self._is_due(self.config.checkpoint.every_steps, steps_done)
                 if evaluate or save or stop:
                     step.wait()  # as part of its own time
-                self.account.made(window.step, step, self._seconds(engine, window.step))
+                self.step_log.submit(window.step, step, self._seconds(engine, window.step))
                 if evaluate or save or stop:
-                    stop |= self.account.read()
+                    stop |= self.step_log.flush()
                 if save:  # before the evaluation, whose mistakes must not cost what was trained
                     self._save(engine, saver, steps_done)
                 if evaluate:
@@ -190,33 +190,33 @@ class Trainer:
         """Take over where this run was interrupted, if it was; returns the ledger's chain there. Collective."""
         reset_optimizer = False
         if self.checkpoint is not None and self.origin is None:
-            found: Found | None = whole(self.checkpoint, self.world, self.run)
+            found: ResumePoint | None = verified(self.checkpoint, self.world, self.run)
         else:
-            found = newest_whole(self.run, self.world)
+            found = latest_valid(self.run, self.world)
             if found is None and (origin := self.world.on_rank_0(self.run.origin)) is not None:
-                found = whole(Path(origin["path"]), self.world)
+                found = verified(Path(origin["path"]), self.world)
                 reset_optimizer = origin.get("reset_optimizer", False)
         if found is not None:
             engine.load(found.path, found.manifest, reset_optimizer)
             self.source.load(found.manifest["stream"])
             self.first_step = found.manifest["step"]
-            self.account.load(found.manifest)
+            self.step_log.load(found.manifest)
         self.world.on_rank_0(lambda: self._rewind(found))
         return GENESIS if found is None else str(found.manifest["chain"])
 
-    def _rewind(self, found: Found | None) -> None:
+    def _rewind(self, found: ResumePoint | None) -> None:
         """The run folder, to where we go on."""
         if found is not None and found.ours:
             lost = self.run.rewind(self.first_step, found.manifest, found.led)
         else:
             lost = self.run.rewind(self.first_step)
-        self.record.trouble()
+        self.run_log.trouble()
         if found is not None or lost:
             passed_over = [] if found is None else found.passed_over
-            self.record.event("resumed", step=self.first_step, passed_over=passed_over)
-            self.record.metrics = self.run.latest_metrics()
+            self.run_log.event("resumed", step=self.first_step, passed_over=passed_over)
+            self.run_log.metrics = self.run.latest_metrics()
         for reason in notes(self.run.read_environment()):
-            self.record.warn(reason)
+            self.run_log.warn(reason)
 
     def _before_training(self, engine: Engine) -> None:
         """Make an evaluation that a stop kept from being made after its step was saved, or else try one. Collective."""
@@ -227,9 +227,9 @@ class Trainer:
         if due and self.world.on_rank_0(lambda: repair.lacks_evaluation(self.run, step)):
             self._evaluate(engine, step)
         elif step < self.plan.num_steps:
-            probe.trial_evaluation(engine, self.task, self.eval_dataset, self.config, self.record)
+            probe.trial_evaluation(engine, self.task, self.eval_dataset, self.config, self.run_log)
 
-    def _step(self, engine: Engine, window: Window) -> Step:
+    def _step(self, engine: Engine, window: Window) -> PendingStep:
         rate = self._learning_rate(engine)
         if window.step == self.first_step:
             return probe.first_step(engine, self.task, window, rate, self.plan.micro_batch_size)
@@ -237,14 +237,14 @@ class Trainer:
 
     def _save(self, engine: Engine, saver: Saver, steps_done: int) -> None:
         manifest = {
-            **self.record.state(),
+            **self.run_log.state(),
             "world_size": self.world.world_size,
             "strategy": self.strategy.name,
             "stream": self.source.state(),
-            **self.account.state(),
+            **self.step_log.state(),
             **engine.state(),
         }
-        saver.save(steps_done, engine.placement.shards(), manifest)
+        saver.save(steps_done, engine.strategy.shards(), manifest)
 
     def _stop(self, engine: Engine, saver: Saver, steps_done: int, saved: bool) -> None:
         """Save, where that is not just done, put the job back into SLURM's queue, and end with exit code 75."""
@@ -253,25 +253,25 @@ class Trainer:
         saver.wait()
         self._report_saves(saver)
         requeue = self.preemption.requeue()
-        self.record.event("preempted", step=steps_done, requeue=requeue)
-        self.record.close("preempted")
+        self.run_log.event("preempted", step=steps_done, requeue=requeue)
+        self.run_log.close("preempted")
         stopped = f"{self.run.path}: asked to stop; saved after step {steps_done}"
         if requeue and self.world.is_rank_0:  # before a task ends, or srun would end the others
-            self.record.say(f"{stopped}, {slurm.requeue(str(self.world.job))}")
-        self.world.part()
+            self.run_log.say(f"{stopped}, {slurm.requeue(str(self.world.job))}")
+        self.world.shutdown()
         raise Preempted(stopped if requeue else f"{stopped}, start it again to go on")
 
     def _report_saves(self, saver: Saver) -> None:
         for saved in saver.completed():
-            self.record.event("checkpoint", **saved)
+            self.run_log.event("checkpoint", **saved)
             if (reason := self.preemption.too_long(saved["seconds"] + saved["stall"])) is not None:
-                self.record.warn(reason)
+                self.run_log.warn(reason)
 
     def _windows(self, engine: Engine) -> Iterator[Window]:
-        return self.source.windows(self.first_step, engine.ahead)
+        return self.source.windows(self.first_step, engine.prefetcher)
 
     def _learning_rate(self, engine: Engine) -> float:
-        optim, clock = self.config.optim, self.account.clock
+        optim, clock = self.config.optim, self.step_log.clock
         return engine.base_rate * learning_rate_factor(clock, optim.schedule, optim.warmup_steps, self.plan.num_steps)
 
     def _seconds(self, engine: Engine, step: int) -> dict[str, float]:
@@ -288,10 +288,10 @@ class Trainer:
         metrics = build.evaluate(engine, self.task, self.eval_dataset, self.config)
         seconds = time.perf_counter() - started
         self.preemption.longest_evaluation = max(self.preemption.longest_evaluation, seconds)
-        self.record.evaluation(steps_done, len(self.eval_dataset), metrics, seconds)  # type: ignore[arg-type]
+        self.run_log.evaluation(steps_done, len(self.eval_dataset), metrics, seconds)  # type: ignore[arg-type]
 
     def _finish(self) -> dict[str, Any]:
-        summary = self.account.summary(self.config.name, self.first_step)
-        self.record.draw_curves()
+        summary = self.step_log.summary(self.config.name, self.first_step)
+        self.run_log.draw_curves()
         self.run.finish(summary)
         return summary

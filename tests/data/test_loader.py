@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
-from distrib.data.loader import Ahead, train_windows
+from distrib.data.loader import DevicePrefetcher, train_windows
 from distrib.data.order import digest
 from distrib.data.sampler import DistributedSampler
 
@@ -104,10 +104,10 @@ def test_reading_ahead_changes_nothing() -> None:
         return [tensor + 100 for tensor in batch]
 
     found = {}
-    for ahead in (None, Ahead(torch.device("cpu"), copy)):
-        windows = list(train_windows(DistributedSampler(dataset, **options), ahead))
-        found[ahead] = [([batch[0].tolist() for batch in window], window.digest) for window in windows]
-        assert len(found[ahead]) == 7
+    for prefetcher in (None, DevicePrefetcher(torch.device("cpu"), copy)):
+        windows = list(train_windows(DistributedSampler(dataset, **options), prefetcher))
+        found[prefetcher] = [([batch[0].tolist() for batch in window], window.digest) for window in windows]
+        assert len(found[prefetcher]) == 7
     plain, copied = found.values()
     assert [digest for _, digest in copied] == [digest for _, digest in plain]
     assert [samples for samples, _ in copied] == [[[s + 100 for s in b] for b in window] for window, _ in plain]

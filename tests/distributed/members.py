@@ -39,7 +39,7 @@ def go_on_with_cases(folder: Path, world: World) -> None:
         config, copy = Config.from_dict(cases(world.world_size)[name]), folder / f"{name}-resumed"
         if world.is_rank_0:
             interrupted(folder / name, copy, after=EVERY)
-        world.wait_for_all()
+        world.barrier()
         Trainer(load_task(config.task), config, copy).fit()
 
 
@@ -81,7 +81,7 @@ def memory(world: World) -> dict[str, dict[str, int]]:
         for window in windows(dataset, config, world):
             train_step(trained, task, window, 0.001)
         del window
-        trained.placement.zero_grad()
+        trained.strategy.zero_grad()
         plan = plan_memory(task, registry.resolve(config, world), world.world_size, build.optimizer_maker(task, config))
         found[name] = {
             "planned_parameters": plan.parameters,
@@ -190,7 +190,7 @@ def main() -> None:
     if world.world_size in LATE_WORLDS:
         results["late"] = late(world)
     (folder / f"rank-{world.rank}.json").write_text(json.dumps(results))
-    world.wait_for_all()
+    world.barrier()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from distrib.config import TaskConfig
 from distrib.errors import ConfigError, RunDirError
 from distrib.monitor.compare import tables
 from distrib.monitor.compare.command import compare_runs
-from distrib.monitor.compare.comparison import Parting, compare, figures, part, relative_difference
+from distrib.monitor.compare.comparison import Divergence, compare, figures, part, relative_difference
 from distrib.monitor.compare.runs import Curve, Digests, Run, load_runs
 from distrib.task import load_task
 
@@ -75,7 +75,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def parting(runs: Path, name: str) -> Parting:
+def parting(runs: Path, name: str) -> Divergence:
     return part(*load_runs([runs / "base", runs / name]))
 
 
@@ -131,7 +131,7 @@ def test_what_cannot_be_the_cause_is_not_named(runs: Path) -> None:
     values[5] *= 1 + 1e-7
     nudged = dataclasses.replace(longer, curves=longer.curves | {"train/loss": Curve.of(range(1, STEPS + 1), values)})
     assert (part(base, nudged).cause, part(base, nudged).loss) == ("numerics", 5)
-    decayed = dataclasses.replace(nudged, function=nudged.function | {"optim.weight_decay": 0.1})
+    decayed = dataclasses.replace(nudged, identity=nudged.identity | {"optim.weight_decay": 0.1})
     assert part(base, decayed).because == "optim.weight_decay 0.0 → 0.1"
     values[5] *= 2  # nothing that is recorded differs, and this is no rounding
     changed = dataclasses.replace(longer, curves=longer.curves | {"train/loss": Curve.of(range(1, STEPS + 1), values)})

@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrib.monitor.run_tail import Follower, News
+from distrib.monitor.run_tail import News, RunTail
 from distrib.run_folder.folder import RunDir
 
 START = {"world_size": 1, "strategy": "single", "launcher": "plain"}
@@ -27,10 +27,10 @@ def test_the_order_of_a_run(doings: list[str], data: st.DataObject) -> None:
     """Lines may be seen in part; what was not seen yet comes later."""
     with TemporaryDirectory() as folder:
         run = RunDir(Path(folder))
-        follower, seen, written, steps = Follower(run), [], [], 0
+        follower, seen, written, steps = RunTail(run), [], [], 0
         for doing in doings:
             if doing == "look":
-                seen += [described(news) for news in follower.news()]
+                seen += [described(news) for news in follower.entries()]
                 continue
             if doing == "step":
                 path, at, line = run.steps, steps, step_line(steps)
@@ -45,9 +45,9 @@ def test_the_order_of_a_run(doings: list[str], data: st.DataObject) -> None:
                 with path.open("a") as file:
                     file.write(part)
                 if data.draw(st.booleans()):
-                    seen += [described(news) for news in follower.news()]
+                    seen += [described(news) for news in follower.entries()]
             written.append((doing, at))
-        seen += [described(news) for news in follower.news()]
+        seen += [described(news) for news in follower.entries()]
     # An event and an evaluation between the same two steps may be seen in either order.
     assert [one for one in seen if one[0] == "step"] == [one for one in written if one[0] == "step"]
     assert sorted(seen) == sorted(written)
@@ -68,8 +68,8 @@ def test_a_run_that_is_resumed(tmp_path: Path) -> None:
     for number in range(4):
         step(number)
     run.event("checkpoint", step=4)
-    follower = Follower(run)
-    assert [described(news) for news in follower.news()] == [
+    follower = RunTail(run)
+    assert [described(news) for news in follower.entries()] == [
         *(("started", -1), ("step", 0), ("step", 1), ("step", 2), ("step", 3), ("checkpoint", 4)),
     ]
     run.event("checkpoint", step=9)
@@ -78,7 +78,7 @@ def test_a_run_that_is_resumed(tmp_path: Path) -> None:
     run.event("started", **START)
     run.event("resumed", step=2, passed_over=[])
     step(2)
-    assert [described(news) for news in follower.news()] == [
+    assert [described(news) for news in follower.entries()] == [
         *(("checkpoint", 9), ("started", -1), ("resumed", 2), ("step", 0), ("step", 1), ("step", 2)),
     ]
 
@@ -89,11 +89,11 @@ def test_a_fork_that_fails_at_once(tmp_path: Path) -> None:
     run.event("started", **START)
     run.event("resumed", step=40, passed_over=[])
     run.event("failed", step=0, error="why")
-    assert [described(news) for news in Follower(run).news()] == [("started", -1), ("resumed", 40), ("failed", 0)]
+    assert [described(news) for news in RunTail(run).entries()] == [("started", -1), ("resumed", 40), ("failed", 0)]
 
 
 def test_more_steps_than_are_kept_in_memory(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.steps.write_text("".join(step_line(number) for number in range(25_001)))
     run.event("failed", step=25_001, error="why")
-    assert [described(news)[1] for news in Follower(run).news()] == [*range(25_001), 25_001]
+    assert [described(news)[1] for news in RunTail(run).entries()] == [*range(25_001), 25_001]

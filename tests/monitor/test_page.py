@@ -50,7 +50,7 @@ def made_up(name: str, steps: int, level: float, lr: float) -> Run:
         "eval/accuracy": Curve.of(list(evaluated), list(1 - 1 / evaluated)),
     }
     seconds = Curve.of(list(done), list(done * 0.25))
-    return Run(name, "finished", config.flat(), config.function(), {}, {}, 0, curves, seconds, Digests.of([], []))
+    return Run(name, "finished", config.flat(), config.identity(), {}, {}, 0, curves, seconds, Digests.of([], []))
 
 
 @pytest.fixture(scope="module")

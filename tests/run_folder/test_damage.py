@@ -28,7 +28,7 @@ from distrib.run_folder.folder import RunDir
 from distrib.run_folder.formats import EVALUATION, STEP
 from distrib.run_folder.ledger import last_line
 from distrib.run_folder.manifest import sealed as seal
-from distrib.run_folder.resume import newest_whole
+from distrib.run_folder.resume import latest_valid
 from distrib.run_folder.verify import verify_run
 from distrib.training.commands import export_run
 
@@ -353,7 +353,7 @@ def test_a_damaged_manifest_is_passed_over(whole: Path, interrupted: Path, tmp_p
     for number, (kind, damage) in enumerate({**DAMAGES, **others}.items()):
         run = copy(interrupted, tmp_path / str(number))
         damage(run / "checkpoints" / f"step-{AT:08d}" / "manifest.json", random.Random(kind))
-        found = newest_whole(RunDir(run), World())
+        found = latest_valid(RunDir(run), World())
         assert found is not None
         assert found.manifest["step"] == 3, kind
         (passed_over,) = found.passed_over

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from distrib import Config, Loss, Task, Trainer
 from distrib.errors import ConfigError
 from distrib.processes.world import World
-from distrib.strategies.base import Placement
+from distrib.strategies.base import Strategy
 from distrib.training.probe import MeanLossCheck
 
 CONFIG = {"data": {"global_batch_size": 8, "micro_batch_size": 4}, "train": {"steps": 2}}
@@ -237,7 +237,7 @@ def test_no_right_loss_is_refused(name: str, size: int, scale: float, dtype: tor
     generator = torch.Generator().manual_seed(seed)
     module = nn.Linear(3, 2)
     inputs, targets = torch.randn(size, 3, generator=generator), torch.arange(size) % 2
-    placement = Placement(World(), module)
+    placement = Strategy(World(), module)
     placement.evaluation_model = module
     check = MeanLossCheck(Right(), placement, size)
     output = (scale * module(inputs)).to(dtype)
@@ -248,7 +248,7 @@ def test_no_right_loss_is_refused(name: str, size: int, scale: float, dtype: tor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_mean_is_seen_at_any_size_and_precision(size: int, dtype: torch.dtype) -> None:
     module = nn.Linear(3, 2)
-    placement = Placement(World(), module)
+    placement = Strategy(World(), module)
     check = MeanLossCheck(type("Mean", (Classes,), {"loss": mean})(), placement, size)
     output = module(torch.randn(size, 3)).to(dtype)
     with pytest.raises(ConfigError, match="is a mean"):
@@ -271,7 +271,7 @@ def test_a_very_large_output_is_not_copied(elements: int) -> None:
         calls.append(len(output))
         return Loss(output[:, :3].sum(), len(output))
 
-    placement = Placement(World(), nn.Identity())
+    placement = Strategy(World(), nn.Identity())
     task = type("Large", (Classes,), {"loss": loss})()
     output = torch.zeros(1, dtype=torch.float16).expand(2, elements // 2).requires_grad_()
     MeanLossCheck(task, placement, 2).loss(output, (torch.zeros(2), torch.zeros(2)))

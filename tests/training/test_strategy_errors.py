@@ -11,12 +11,12 @@ from torch import nn
 from distrib import Config, Trainer, World
 from distrib.config import StrategyConfig
 from distrib.errors import ConfigError
-from distrib.strategies.ddp import Replicated
+from distrib.strategies.ddp import DDP
 from distrib.strategies.errors import recognised
 
 
-def placement(name: str, module: nn.Module) -> Replicated:
-    placement = Replicated(World(), module, None, StrategyConfig(name="ddp"))
+def placement(name: str, module: nn.Module) -> DDP:
+    placement = DDP(World(), module, None, StrategyConfig(name="ddp"))
     placement.name = name
     return placement
 

@@ -39,7 +39,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Parting:
+class Divergence:
     """How a run goes with the first one, over the steps that both have; steps count from 0, as in steps.jsonl."""
 
     steps: int  # that both have
@@ -71,7 +71,7 @@ class Comparison:
 
     runs: list[Run]
     differences: list[Difference]
-    partings: list[Parting]
+    partings: list[Divergence]
     figures: list[Figures]
 
 
@@ -96,12 +96,12 @@ def differences(runs: list[Run]) -> list[Difference]:
         for key in dict.fromkeys(key for fact in facts for key in fact):
             values = [_show(fact[key]) if key in fact else absent for fact in facts]
             if len(set(values) - {_NOT_RECORDED}) > 1 and key != "name" and not key.startswith("tracking."):
-                decides = section == "config" and any(key in run.function for run in runs)
+                decides = section == "config" and any(key in run.identity for run in runs)
                 found.append(Difference(section, key, values, decides))
     return found
 
 
-def part(first: Run, other: Run) -> Parting:
+def part(first: Run, other: Run) -> Divergence:
     """Where `other` parts from `first`, and why as far as the two folders tell."""
     both, at, there = _in_both(first.samples.steps, other.samples.steps)
     samples = _first(both - 1, first.samples.values[at] != other.samples.values[there])
@@ -127,7 +127,7 @@ def part(first: Run, other: Run) -> Parting:
         until = samples if by_order else seen
         assert until is not None, "samples or losses differ"
         cause, because = _cause(first, other, until, by_order, loss != beyond)
-    return Parting(len(steps), samples, len(both) > 0, loss, beyond, rounding, largest, evaluation, cause, because)
+    return Divergence(len(steps), samples, len(both) > 0, loss, beyond, rounding, largest, evaluation, cause, because)
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def relative_difference(ours: Values, theirs: Values) -> Values:
 
 def _cause(first: Run, other: Run, parted: int, by_order: bool, began_by_rounding: bool) -> tuple[str, str]:
     """Cause and reason of what is first seen in the step `parted`."""
-    config = _changes(first.function, other.function)
+    config = _changes(first.identity, other.identity)
     if _same_rate_until(first, other, parted):
         config = {key: change for key, change in config.items() if key not in _ACT_THROUGH_RATE}
     code, machine = (_changes(*_known(*facts)) for facts in ((first.code, other.code), (first.machine, other.machine)))

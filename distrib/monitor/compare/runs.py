@@ -60,7 +60,7 @@ class Run:
     name: str
     state: str
     config: dict[str, Any]
-    function: dict[str, Any]
+    identity: dict[str, Any]
     code: dict[str, str]
     machine: dict[str, str]
     restarts: int
@@ -119,7 +119,7 @@ def _from_run_folder(path: Path) -> Run:
         name=path.resolve().name,
         state=state,
         config=config.flat() | _beginning(environment),
-        function=config.function() | _beginning(environment),
+        identity=config.identity() | _beginning(environment),
         **_facts(environment),
         curves=curves,
         seconds=Curve.of(done, np.cumsum(columns["seconds"], dtype=np.float64)),
@@ -166,9 +166,9 @@ def _from_wandb(folders: list[Path]) -> Run:
     environment = {**ours, "starts": starts} if ours else {}
     flat = flatten(values)
     try:
-        function = Config.from_dict(values).function()
+        identity = Config.from_dict(values).identity()
     except ConfigError:  # another program's: any key may decide
-        function = flat
+        identity = flat
     before = 0 if ours is not None else 1  # others' `_step` counts from 0
     keys = dict.fromkeys(key for entry in history for key in entry if not key.startswith("_"))
     curves = {key: curve for key in keys if (curve := _curve(history, key, before)) is not None}
@@ -189,7 +189,7 @@ def _from_wandb(folders: list[Path]) -> Run:
         name=last.name or last.id,
         state=state,
         config=flat | _beginning(environment),
-        function=function | _beginning(environment),
+        identity=identity | _beginning(environment),
         **{**_facts(environment), "restarts": len(folders) - 1},
         curves=curves,
         seconds=seconds,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from distrib.config import Config, TrackingConfig
 from distrib.errors import DamagedFileError, RunDirError
 from distrib.monitor.metrics import Metrics
-from distrib.monitor.run_tail import Follower
+from distrib.monitor.run_tail import RunTail
 from distrib.monitor.trackers.trackers import (
     EXIT_CODES,
     Other,
@@ -126,10 +126,10 @@ class TrackingProcess:
 
 def track(run: RunDir, trackers: list[Tracker], metrics: Metrics) -> None:
     """Tell them what the run folder holds and gets, until the run's latest start ends."""
-    follower, machines, steps_done = Follower(run), Machines(run), 0
+    follower, machines, steps_done = RunTail(run), Machines(run), 0
     starts = sum(event["event"] == "started" for event in read_lines(run.events, EVENT, run.trouble))
     while True:
-        for kind, entry in follower.news():
+        for kind, entry in follower.entries():
             starts -= kind == "started"
             now = starts == 0
             steps_done, values = metrics.of(kind, entry)
