@@ -88,11 +88,12 @@ def train(
     if not quiet:
         show_sign_of_life(f"loading {config}")
     from distrib.config import Config
+
+    loaded = Config.load(config, [*(overrides or ()), *(moved or ())])  # before torch, which takes a second to import
     from distrib.monitor.progress import Verbosity
     from distrib.training import build
     from distrib.training.trainer import Trainer
 
-    loaded = Config.load(config, [*(overrides or ()), *(moved or ())])
     verbosity: Verbosity = "quiet" if quiet else "verbose" if verbose else "normal"
     Trainer(
         build.task(loaded),
@@ -168,17 +169,19 @@ def launch(
     """
     if context.obj is None or not context.obj["quiet"]:
         show_sign_of_life(f"starting {arguments[0] if context.obj is None else context.obj['config']}")
-    from distrib.launching import local
+    from distrib.config import Config
+
+    config = None if context.obj is None else Config.load(context.obj["config"], context.obj["overrides"] or ())
+    from distrib.launching import local  # imports torch, which takes a second
 
     processes = local.default_processes() if processes is None else processes
     options = local.Options(
         processes, port, nodes, node_rank, rendezvous, rendezvous_key, max_restarts, grace, join_timeout
     )
-    if context.obj is None:
+    if config is None:
         command = local.script_command(arguments, module)
     else:
-        overrides = context.obj["overrides"] or ()
-        command = local.train_command(arguments, context.obj["config"], overrides, processes * nodes)
+        command = local.train_command(arguments, config, processes * nodes)
     sys.exit(local.launch(command, options))
 
 

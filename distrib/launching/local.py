@@ -79,9 +79,9 @@ def default_processes() -> int:
     return max(1, torch.accelerator.device_count())
 
 
-def train_command(arguments: Sequence[str], config: Path, overrides: Sequence[str], world_size: int) -> list[str]:
-    """What each rank runs for a config. What is wrong with it is found here, once: ConfigError."""
-    window_size(Config.load(config, overrides), max(1, world_size))
+def train_command(arguments: Sequence[str], config: Config, world_size: int) -> list[str]:
+    """Return what each rank runs for a config. Raises ConfigError if so many processes cannot share its batches."""
+    window_size(config, max(1, world_size))
     return ["-m", "distrib", "train", *arguments]
 
 
