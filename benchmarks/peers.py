@@ -196,8 +196,8 @@ def verdicts(case: str, figures: dict[str, dict[str, dict[str, Any]]]) -> list[t
     ]
 
 
-def table(case: str, figures: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    """Of a case; where a target is missed, with what says why."""
+def table(case: str, figures: dict[str, dict[str, dict[str, Any]]], explain: bool) -> list[str]:
+    """Return the rows of a case; to `explain` is to add, if a target is missed, what says why."""
     workload, processes = case.split()
     rows = [
         f"\n## {workload}, {processes} process(es)\n",
@@ -213,9 +213,9 @@ def table(case: str, figures: dict[str, dict[str, dict[str, Any]]]) -> list[str]
         missed.append(value > target)
         rows.append(f"| {what} | {value:.3f} | {target:.2f} {'missed' if missed[-1] else 'met'} |")
     steps_missed, *others_missed = missed
-    if steps_missed:
+    if explain and steps_missed:
         rows += profile(case)
-    if any(others_missed):
+    if explain and any(others_missed):
         rows += ["", *imports.table()]
     return rows
 
@@ -253,8 +253,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="distrib against what a user would take instead")
     parser.add_argument("--only", choices=CASES, help="one case; writes nothing")
     parser.add_argument("--sessions", type=int, default=SESSIONS, help="how often all are started anew")
+    parser.add_argument("--small", action="store_true", help="lengths that only show that it works; use with --only")
     parser.add_argument("--profile", action="store_true", help="print where steps spend their time, and nothing else")
     arguments = parser.parse_args()
+    if arguments.small:
+        CASES.update(dict.fromkeys(CASES, Length(2, 4)))
     chosen = [arguments.only] if arguments.only else list(CASES)
     if arguments.profile:
         for case in chosen:
@@ -273,7 +276,7 @@ def main() -> None:
     rows: list[str] = []
     for case in chosen:
         cases[case] = summary([session(case) for _ in range(arguments.sessions)])
-        rows += table(case, cases[case])
+        rows += table(case, cases[case], explain=not arguments.small)
         if arguments.only:
             print("\n".join(rows))
         else:  # after each: it is a long time until all are done

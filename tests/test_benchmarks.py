@@ -9,7 +9,9 @@ CONTENDERS = ("plain DDP loop", "distrib", "accelerate", "transformers")
 
 def test_peers_compute_the_same_and_take_turns(run: Run) -> None:
     """Losses that differ end it."""
-    said = check(run("python", ROOT / "benchmarks" / "peers.py", "--only", "digits 2", "--sessions", 1, timeout=600))
+    said = check(
+        run("python", ROOT / "benchmarks" / "peers.py", "--only", "digits 2", "--sessions", 1, "--small", timeout=600)
+    )
     assert "## digits, 2 process(es)" in said
     for contender in CONTENDERS:
         assert f"| {contender} |" in said
