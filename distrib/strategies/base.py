@@ -1,7 +1,7 @@
-"""Where parameters, gradients and optimizer state lie, and how gradients of the ranks meet.
+"""Where parameters, gradients and optimizer state lie, and how the ranks' gradients are reduced.
 
-Whatever the placement, a step computes the same: the engine decides what is summed, by what it is divided and whether
-it is applied. `strategies.place` chooses among `Replicated`, `Reproducible`, `FullySharded` and the ZeRO stages.
+A step computes the same under every strategy. The engine decides what is summed, what it is divided by, and whether
+the update is applied. Above a strategy all gradients are sums. registry.py chooses the class.
 """
 
 import math
@@ -96,10 +96,11 @@ class Strategy:
         return all(state[p].get("momentum_buffer") is not None for p in self._parameters if p.grad is not None)
 
     def update(self, factor: Number, max_grad_norm: float | None) -> Number:
-        """Multiply the mean gradient over the ranks by `factor`, clip, update; returns the norm before clipping.
+        """Multiply the gradient by `factor`, clip it, update. Returns the norm before clipping.
 
-        Where the norm is not finite, on any rank, nothing is updated on any. Nobody waits for the device where `factor`
-        is a tensor on it, and so is the norm.
+        The gradient is the sum over the window and the ranks. A strategy whose library leaves the mean over the ranks
+        overrides this and multiplies `factor` by the number of ranks. If the norm is not finite on a rank, no rank
+        updates. If `factor` is a tensor on the device, so is the norm, and nothing waits for the device.
         """
         gradients = self._gradients()
         grad_norm: Any = self._norm(gradients)

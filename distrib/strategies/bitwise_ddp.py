@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distrib.processes.world import World
-from distrib.strategies.base import MakeOptimizer, Number, Strategy
+from distrib.strategies.base import MakeOptimizer, Strategy
 from distrib.strategies.step_sums import SIZE
 
 _BUCKET_BYTES = 4 << 20
@@ -140,10 +140,6 @@ class BitwiseDDP(Strategy):
                 bucket.sum_and_gather(self.world.world_size)
             for bucket in self._buckets:
                 bucket.wait()
-
-    def update(self, factor: Number, max_grad_norm: float | None) -> Number:
-        # The ranks' gradients are summed here, where the engine takes them for averaged.
-        return super().update(factor / self.world.world_size, max_grad_norm)
 
     def _arrived(self, bucket: Bucket) -> None:
         """In the last backward: send off the buckets that are full, in their order, which all ranks share."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distrib.config import StrategyConfig
 from distrib.processes.world import World
-from distrib.strategies.base import MakeOptimizer, Strategy
+from distrib.strategies.base import MakeOptimizer, Number, Strategy
 from distrib.strategies.step_sums import AllReducedSums, SumsInBuckets
 
 
@@ -81,6 +81,9 @@ class DDP(Strategy):
                 self._require_use()
                 self._watch_no_more()
             self._used.clear()
+
+    def update(self, factor: Number, max_grad_norm: float | None) -> Number:
+        return super().update(factor * self.world.world_size, max_grad_norm)  # DDP leaves the mean over the ranks
 
     def communication_seconds(self) -> float | None:
         if not isinstance(self.model, nn.parallel.DistributedDataParallel):

@@ -84,6 +84,7 @@ class ZeRO(Strategy):
         return self._sharded_optimizer is None and super().can_update_on_device
 
     def update(self, factor: Number, max_grad_norm: float | None) -> Number:
+        factor = factor * self.world.world_size  # DeepSpeed leaves the mean over the ranks
         if self._sharded_optimizer is None:
             return super().update(factor, max_grad_norm)
         assert isinstance(factor, float), "DeepSpeed waits for the device"

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from distrib.config import StrategyConfig
 from distrib.processes.world import World
 from distrib.run_folder.checkpoint import Shard
-from distrib.strategies.base import DTYPES, MakeOptimizer, Strategy, make_contiguous
+from distrib.strategies.base import DTYPES, MakeOptimizer, Number, Strategy, make_contiguous
 from distrib.strategies.step_sums import AllReducedSums
 
 
@@ -59,6 +59,9 @@ class FSDP2(Strategy):
     def backward(self, total: Tensor, sums: Tensor, last: bool) -> None:
         super().backward(total, sums, last)
         self._require_use()
+
+    def update(self, factor: Number, max_grad_norm: float | None) -> Number:
+        return super().update(factor * self.world.world_size, max_grad_norm)  # torch leaves the mean over the ranks
 
     def _shard(self, tensor: Tensor) -> Shard:
         if not isinstance(tensor, DTensor):

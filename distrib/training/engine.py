@@ -203,9 +203,7 @@ class Engine:
         value = None if scale is None else scale.value
         known = StepSums.unpack(sums)
         if known.count and math.isfinite(known.loss):
-            # The ranks' gradients are averaged, and scaled in fp16; what is wanted is their sum by the count.
-            factor = self.world.world_size / known.count / (value or 1.0)
-            grad_norm = self.strategy.update(factor, self.max_grad_norm)
+            grad_norm = self.strategy.update(1.0 / known.count / (value or 1.0), self.max_grad_norm)
             if scale is not None:
                 scale.update(overflowed=not math.isfinite(grad_norm))
         else:
@@ -216,7 +214,7 @@ class Engine:
     def _update_on_device(self, sums: Tensor, lr: float) -> PendingStep:
         """Leaves it to the device to decide: the same arithmetic, on numbers that are not there yet."""
         self.clock.lap("forward_backward")
-        grad_norm = self.strategy.update(StepSums.factor(sums) * self.world.world_size, self.max_grad_norm)
+        grad_norm = self.strategy.update(StepSums.factor(sums), self.max_grad_norm)
         self.buffers.finish(applied=grad_norm.isfinite())
         return PendingStep(sums.clone(), grad_norm, lr, None)
 
