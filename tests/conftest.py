@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import warm
 from hypothesis import settings
 from safetensors.numpy import load_file
 
@@ -85,6 +86,8 @@ def no_process_left() -> Iterator[str]:
 def starter(mark: str, folder: Path) -> Run:
     def start(*command: object, cwd: Path = folder, timeout: float = 120, **env: str) -> Any:
         first, *rest = (str(part) for part in command)
+        if first == "distrib" and warm.fits(env := environment(mark, **env)):
+            return warm.run(rest, cwd, env, timeout)
         program = [sys.executable, "-m", "distrib"] if first == "distrib" else [first]
         return subprocess.run(
             [*program, *rest], cwd=cwd, env=environment(mark, **env), capture_output=True, text=True, timeout=timeout
