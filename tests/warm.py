@@ -1,8 +1,8 @@
 """A process that has imported what `distrib` imports, and forks itself for each command that a test runs and waits for.
 
 A fresh process takes more than a second to import torch, which would be a fifth of the time of all tests. What a
-command starts itself, such as the ranks of `distrib launch`, are fresh processes as ever. So are commands with variables
-that are read while libraries are imported, and those that a test starts beside itself.
+command starts itself, such as the ranks of `distrib launch`, are fresh processes as ever. So are commands with
+variables that are read while libraries are imported, and those that a test starts beside itself.
 
 python tests/warm.py FD     answers at this socket, for as long as the other end is open
 """

@@ -61,12 +61,12 @@ def read_offline(folder: Path) -> OfflineRun:
     if file is None:
         raise RunDirError(f"{folder}: not an offline run of wandb, there is no run-*.wandb in it")
     from google.protobuf.message import DecodeError  # these take half a second
-    from wandb.proto.wandb_internal_pb2 import RunLog  # type: ignore[attr-defined]
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     run = OfflineRun()
     try:
         for _, data in _records(file.read_bytes()):
-            _take(run, RunLog.FromString(data))
+            _take(run, Record.FromString(data))
     except OSError as error:
         raise RunDirError(f"{file}: cannot be read: {error.strerror}") from None
     except (DecodeError, ValueError) as error:
