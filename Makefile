@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint clean
+.PHONY: train test test-fast lint clean
 
 # Two processes, or one on a machine with one GPU: a process needs a GPU of its own.
 train: .venv/.installed
@@ -11,6 +11,10 @@ train: .venv/.installed
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest
+
+# For the inner loop: without what starts processes.
+test-fast: .venv/.installed-dev
+	$(BIN)/python -m pytest -m 'not slow'
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check

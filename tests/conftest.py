@@ -46,6 +46,14 @@ settings.load_profile("distrib")
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what starts processes; what takes long for another reason marks itself."""
+    for item in items:
+        starts_processes = {"run", "mark", "world"} & set(getattr(item, "fixturenames", ()))
+        if starts_processes or item.path.parent.name in ("distributed", "launching", "trackers"):
+            item.add_marker("slow")
+
+
 def processes_of(mark: str) -> list[psutil.Process]:
     """All live processes that were started, directly or not, with this mark in their environment. What they were found
     to be is in their `info`: asked now, one may have ended."""

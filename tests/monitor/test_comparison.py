@@ -28,7 +28,7 @@ from distrib.monitor.compare.comparison import Divergence, compare, figures, par
 from distrib.monitor.compare.runs import Curve, Digests, Run, load_runs
 from distrib.task import load_task
 
-pytestmark = pytest.mark.xdist_group("comparison")  # one process makes what they share
+pytestmark = [pytest.mark.xdist_group("comparison"), pytest.mark.slow]  # one process makes what they share
 
 STEPS = 12
 START = {"world_size": 1, "strategy": "single", "launcher": "plain"}

@@ -21,7 +21,7 @@ from distrib.monitor.compare.comparison import Comparison, compare
 from distrib.monitor.compare.page import POINTS, draw_curves, thin, write_page
 from distrib.monitor.compare.runs import Curve, Digests, Run
 
-pytestmark = pytest.mark.xdist_group("browser")  # one process makes what they share
+pytestmark = [pytest.mark.xdist_group("browser"), pytest.mark.slow]  # one process makes what they share
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; to run these: apt-get install chromium")

@@ -17,7 +17,7 @@ from distrib.monitor.compare.comparison import compare
 from distrib.monitor.compare.runs import load_runs
 from distrib.monitor.trackers.wandb_files import offline_folders, read_offline
 
-pytestmark = pytest.mark.xdist_group("wandb")  # one process makes what they share
+pytestmark = [pytest.mark.xdist_group("wandb"), pytest.mark.slow]  # one process makes what they share
 
 # What distrib's tracker logs of a run folder, and a program of somebody else's.
 WRITE = """

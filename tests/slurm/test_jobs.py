@@ -14,7 +14,7 @@ from conftest import ROOT, check_same, events, lines, no_process_left, steps_don
 from distrib.processes.slurm import first_host
 from distrib.run_folder.folder import RunDir
 
-pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(400), pytest.mark.slow]
 
 STEPS = 500
 CONFIG = {

@@ -15,7 +15,7 @@ from tasks import Masked, Stacked
 from distrib import Config, Trainer
 from distrib.errors import ConfigError
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("compiling")]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("compiling"), pytest.mark.slow]
 
 STEPS, SAVED = 12, 5
 # Sums of a few dozen terms in another order, 12 steps of feedback: as between strategies, see test_parity.

@@ -70,6 +70,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_operation_of_a_run_may_fail(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The first time that each is done to each file, and the last that something is written."""
     done: list[str] = []
