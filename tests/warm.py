@@ -32,28 +32,37 @@ def fits(env: dict[str, str]) -> bool:
 
 def run(arguments: list[str], cwd: Path, env: dict[str, str], timeout: float) -> "subprocess.CompletedProcess[str]":
     """Run `distrib ARGUMENTS`, as subprocess.run does. Raises subprocess.TimeoutExpired."""
-    server, _ = _connect(env)
     command = [sys.executable, "-m", "distrib", *arguments]
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr, open(os.devnull) as stdin:
         request = json.dumps({"arguments": arguments, "cwd": str(cwd), "env": env}).encode()
         files = [stdin.fileno(), stdout.fileno(), stderr.fileno()]
-        socket.send_fds(server, [len(request).to_bytes(4, "big")], files)
-        server.sendall(request)
-        pid = int.from_bytes(_receive(server, 4), "big")
-        server.settimeout(timeout)
         try:
-            status = int.from_bytes(_receive(server, 4), "big")
+            status = _status(_connect(env)[0], request, files, timeout)
         except TimeoutError:
-            os.kill(pid, signal.SIGKILL)
-            server.settimeout(None)
-            _receive(server, 4)
             raise subprocess.TimeoutExpired(command, timeout) from None
-        server.settimeout(None)
         texts = []
         for file in (stdout, stderr):
             file.seek(0)
             texts.append(file.read().decode())
     return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(status), *texts)
+
+
+def _status(server: socket.socket, request: bytes, files: list[int], timeout: float) -> int:
+    """The exit status of what the server forks. If the wait for it ends otherwise, it is killed, and the server left."""
+    global _server
+    socket.send_fds(server, [len(request).to_bytes(4, "big")], files)
+    server.sendall(request)
+    pid = int.from_bytes(_receive(server, 4), "big")
+    try:
+        server.settimeout(timeout)
+        status = int.from_bytes(_receive(server, 4), "big")
+        server.settimeout(None)
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        server.close()
+        _server = None
+        raise
+    return status
 
 
 def _early(env: dict[str, str]) -> dict[str, str]:
