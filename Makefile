@@ -27,7 +27,7 @@ clean:
 # A stamp is newer than what it was made from, so that a changed pin installs again.
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[examples]'
 	touch $@
 
 .venv/.installed-dev: .venv/.installed

@@ -14,6 +14,7 @@ from distrib.data.documents import DocumentWriter
 from distrib.data.token_cache import fingerprint, get_or_build, held_out
 from distrib.data.tokens import find_text
 from distrib.errors import ConfigError
+from distrib.extras import require
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -92,6 +93,7 @@ def pack_rows(
     Without files for evaluation one row in 20 is held out, by its `columns`. What is kept is found again by the content
     of the files, the dtype and the `settings`, which say all that `encode` depends on. Raises ConfigError.
     """
+    require("huggingface", f"{train[0].key}: reading rows")
     contents = _contents(train, evaluation)
     name = json.dumps([_FORMAT, contents, evaluation is None, list(columns), dtype, settings], sort_keys=True)
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 from distrib.data.loader import DevicePrefetcher, Read, Window, data_loader, train_windows
 from distrib.data.sampler import DistributedSampler, MicroBatch
 from distrib.errors import CheckpointError, ConfigError
+from distrib.extras import require
 from distrib.plan import RunPlan
 from distrib.processes.lifetimes import shield_worker, stop_signals_held
 from distrib.processes.world import World
@@ -66,6 +67,11 @@ class Stream(Source):
     _loader: Any = None
     _state: dict[str, Any] | None = None
 
+    def __init__(self, dataset: Dataset[Any], plan: RunPlan, world: World, seed: int, loading: dict[str, Any]) -> None:
+        """As for Source. Raises ConfigError if torchdata is missing."""
+        require_stream_reader()
+        super().__init__(dataset, plan, world, seed, loading)
+
     def windows(self, start: int, prefetcher: DevicePrefetcher | None = None) -> Iterator[Window]:
         """Never with the prefetcher: the state of a stream is where it was read to."""
         reads = self._reads(start)
@@ -106,7 +112,7 @@ class Stream(Source):
 
     def _reads(self, start: int) -> Iterator[Read]:
         """Micro-batches without end: where the stream ends, it begins again."""
-        from torchdata.stateful_dataloader import StatefulDataLoader  # takes its time to import
+        from torchdata.stateful_dataloader import StatefulDataLoader
 
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's own affair
         size, per_rank = self.plan.micro_batch_size, self.plan.grad_accum_steps
@@ -147,6 +153,11 @@ def source(dataset: Dataset[Any], plan: RunPlan, world: World, seed: int, loadin
     """Of whichever kind the dataset is."""
     kind = Stream if isinstance(dataset, IterableDataset) else Source
     return kind(dataset, plan, world, seed, loading)
+
+
+def require_stream_reader() -> None:
+    """Raises ConfigError if the library that reads streams is missing."""
+    require("streams", "task.train_dataset: a stream (an IterableDataset)")
 
 
 def _num_workers(state: dict[str, Any]) -> int:

@@ -4,15 +4,19 @@ Just a Dataset and an nn.Module, for `distrib.tasks.supervised:Supervised` (see 
 """
 
 import torch
-from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+
+from distrib.extras import require
 
 
 class Diabetes(TensorDataset):
     """`split`: train, or eval for every fifth patient. Inputs and target are standardised by the training split."""
 
     def __init__(self, split: str) -> None:
+        require("examples", "task.train_dataset: this dataset")
+        from sklearn.datasets import load_diabetes
+
         inputs, target = (torch.tensor(part, dtype=torch.float32) for part in load_diabetes(return_X_y=True))
         held_out = torch.arange(len(target)) % 5 == 4
         inputs, target = ((part - part[~held_out].mean(0)) / part[~held_out].std(0) for part in (inputs, target))

@@ -1,12 +1,12 @@
 """The 8x8 handwritten digits that scikit-learn ships: 1,797 real images, no download."""
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from distrib.errors import ConfigError
+from distrib.extras import require
 from distrib.task import Loss, Task
 
 
@@ -18,6 +18,9 @@ class Digits(Task):
             raise ConfigError(f"task.network: {network!r}; give {' or '.join(NETWORKS)}")
         self.network = NETWORKS[network]
         self.hidden, self.dropout = hidden, dropout
+        require("examples", "task.target: this task")
+        from sklearn.datasets import load_digits
+
         images, labels = load_digits(return_X_y=True)
         self.images = torch.tensor(images / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
         self.labels = torch.tensor(labels)

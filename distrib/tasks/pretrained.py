@@ -19,26 +19,18 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from distrib.errors import ConfigError
-from distrib.targets import hidden_by
+from distrib.extras import require
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 _ROUNDING = 1e-3  # of what logits differ by, at most; where documents see one another they differ by 1e-2 or more
 
 
 def require_installed() -> None:
-    """Raises ConfigError where the extra is not installed, or a file of the user's hides it."""
-    for library in ("datasets", "transformers", "tokenizers"):
-        if hidden := hidden_by(library):
-            raise ConfigError(
-                f"task.target: needs the library {library}, but {hidden} is imported in its place; rename that"
-            )
-    try:
-        import datasets
-        import transformers
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"task.target: this task needs {error.name}, which is not installed; pip install 'distrib[huggingface]'"
-        ) from None
+    """Check that the extra is installed, and keep its libraries quiet. Raises ConfigError."""
+    require("huggingface", "task.target: this task")
+    import datasets
+    import transformers
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or it warns wherever a process that has used it forks
     # Each rank would draw bars of its own, and most of what is warned of is refused here, or none of the user's doing.
     datasets.disable_progress_bars()

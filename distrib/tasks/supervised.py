@@ -6,11 +6,11 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
-import torchmetrics
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from distrib.errors import ConfigError
+from distrib.extras import require
 from distrib.targets import build, call, find
 from distrib.task import Loss, Task
 
@@ -44,11 +44,7 @@ class Supervised(Task):
         self._loss = _by_name(nn, loss, nn.modules.loss._Loss, "task.loss", reduction="none")
         if len(inspect.signature(type(self._loss).forward).parameters) != 3:
             raise ConfigError(f"task.loss: {type(self._loss).__name__} takes more than (output, target); write a Task")
-        self._metrics = {
-            # Only rank 0 computes metrics, over the whole set: syncing would wait for ranks that never come.
-            key: _by_name(torchmetrics, value, torchmetrics.Metric, f"task.metrics.{key}", sync_on_compute=False)
-            for key, value in (metrics or {}).items()
-        }
+        self._metrics = _find_metrics(metrics) if metrics else {}
 
     def train_dataset(self) -> Dataset[Any]:
         return _built(self._train_dataset, Dataset, "task.train_dataset")
@@ -94,6 +90,17 @@ def _checked(spec: Any, kind: type[Any], key: str) -> dict[str, Any]:
         raise ConfigError(f"{key}: {spec!r}: write {{target: module:Class, …}} with the arguments of the class")
     find(spec["target"], key, kind, factories=True)
     return spec
+
+
+def _find_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    require("metrics", "task.metrics: a metric")
+    import torchmetrics
+
+    return {
+        # Only rank 0 computes metrics, over the whole set: syncing would wait for ranks that never come.
+        key: _by_name(torchmetrics, value, torchmetrics.Metric, f"task.metrics.{key}", sync_on_compute=False)
+        for key, value in metrics.items()
+    }
 
 
 def _built(spec: dict[str, Any], kind: type[T], key: str) -> T:

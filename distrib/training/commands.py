@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from distrib.config import Config, StrategyConfig
 from distrib.data.seeding import seeded
+from distrib.data.source import require_stream_reader
 from distrib.errors import CheckpointError, ConfigError, DistribError, RunDirError
 from distrib.monitor.explain import print_plan
 from distrib.monitor.progress import format_metrics
@@ -40,6 +41,8 @@ def explain_run(config: Config, processes: int) -> None:
     strategy = registry.resolve(config, World(world_size=processes, launcher="distrib"))
     build.prepare(task, config, World())
     _, num_samples = build.train_dataset(task, config.seed)
+    if num_samples is None:
+        require_stream_reader()
     build.eval_dataset(task, config.seed, config.eval.every_steps)
     plan = RunPlan.create(config, processes, num_samples)
     make, made = build.optimizer_maker(task, config), []

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distrib.errors import ConfigError, RunDirError
+from distrib.extras import require
 from distrib.monitor.compare import page, tables
 from distrib.monitor.compare.comparison import compare
 from distrib.monitor.compare.runs import load_runs
@@ -23,6 +24,7 @@ def compare_runs(paths: Sequence[Path], out: Path) -> None:
     """
     if out.suffix != ".html":
         raise ConfigError(f"--out {out}: the page is an .html file, for example {out.with_suffix('.html')}")
+    require("compare", "distrib compare")
     comparison = compare(load_runs(paths))
     picture = out.with_suffix(".png")
     try:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import Environment
 from matplotlib.figure import Figure
 
 from distrib.monitor.compare import tables
@@ -23,6 +22,7 @@ _DASHES = ("solid", "dashed", "dotted", "dashdot", (0, (8, 2)))  # with ten colo
 
 def write_page(comparison: Comparison, path: Path) -> None:
     """Curves and tables, with plotly's library in it; it may run these scripts and connect to nothing."""
+    from jinja2 import Environment
     from plotly.offline import get_plotlyjs
 
     here = Path(__file__)
