@@ -133,7 +133,7 @@ class TrackingConfig(_Section):
 
 
 class Config(_Section):
-    """A whole run. See DESIGN in docs/config.md for each key."""
+    """A whole run. docs/config.md explains each key."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=_LONGEST_NAME)] = "run"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

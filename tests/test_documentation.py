@@ -20,20 +20,29 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def test_every_command_of_the_readme_runs(mark: str, tmp_path: Path) -> None:
-    """In order, in one folder, beside the files that the README shows. `make` is what .ci/run calls."""
+    """`make` is what .ci/run calls."""
+    assert run_commands(ROOT / "README.md", mark, tmp_path) >= 5
+
+
+def test_every_command_of_extending_runs(mark: str, tmp_path: Path) -> None:
+    assert run_commands(ROOT / "docs/extending.md", mark, tmp_path) >= 3
+
+
+def run_commands(page: Path, mark: str, folder: Path) -> int:
+    """Run a page's `sh` blocks in order, in one folder, beside the files that it shows. Return how many there were."""
     for name in ("configs", "launch"):
-        (tmp_path / name).symlink_to(ROOT / name)
+        (folder / name).symlink_to(ROOT / name)
     commands = 0
-    for kind, title, text in BLOCK.findall((ROOT / "README.md").read_text()):
+    for kind, title, text in BLOCK.findall(page.read_text()):
         if title:
-            (tmp_path / title).write_text(text)
+            (folder / title).write_text(text)
         elif kind == "sh" and not text.startswith("# not run:"):
             commands += 1
             result = subprocess.run(
-                ["bash", "-euc", text], cwd=tmp_path, env=environment(mark), capture_output=True, text=True, timeout=120
+                ["bash", "-euc", text], cwd=folder, env=environment(mark), capture_output=True, text=True, timeout=120
             )
             assert result.returncode == 0, f"{text}\n{result.stdout}\n{result.stderr}"
-    assert commands >= 5
+    return commands
 
 
 def test_distrib_installs_into_an_environment_of_ones_own(mark: str, tmp_path: Path) -> None:
@@ -61,6 +70,38 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target, _ in LINK.findall(page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """Paths with a folder in `code`, such as `training/loop.py`: below the root, distrib/ or the page's own folder."""
+    if page.parent.name == "results":  # a measurement names the files of its time, and those of libraries
+        return
+    for name in re.findall(r"`((?:[\w-]+/)+[\w-]+\.(?:py|yaml|sbatch|html|js))`", _without_blocks(page)):
+        places = [folder / name for folder in (ROOT, ROOT / "distrib", page.parent)]
+        assert any(place.exists() for place in places), f"{page.relative_to(ROOT)} names {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_are_whole(page: Path) -> None:
+    """Each run of lines that begin with | has its header line: a blank line within a table would cut it in two."""
+    for table in re.findall(r"(?:^\|.*\n?)+", _without_blocks(page), re.MULTILINE):
+        rows = table.splitlines()
+        assert len(rows) > 2, f"{page.relative_to(ROOT)}: {rows[0]}"
+        assert re.fullmatch(r"[-:| ]+", rows[1]), f"{page.relative_to(ROOT)}: {rows[0]}"
+
+
+def test_the_map_of_the_code_is_complete() -> None:
+    """docs/architecture.md has one line for each file of distrib/ but the empty ones, and no others."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    lines = re.findall(r"^\| `([\w/]+\.\w+)` \| \S.* \|$", page, re.MULTILINE)
+    files = [path for path in (ROOT / "distrib").rglob("*") if path.suffix in (".py", ".html", ".js")]
+    expected = {path.relative_to(ROOT / "distrib").as_posix() for path in files if path.stat().st_size}
+    assert sorted(lines) == sorted(expected)
+
+
+def _without_blocks(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def test_every_config_key_is_explained() -> None:

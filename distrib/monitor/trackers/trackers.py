@@ -1,5 +1,4 @@
-"""wandb, and the trackers that accelerate knows, told by name. They are used in a process of their own, see
-tracking_process.py."""
+"""wandb, and the trackers that accelerate knows by name. They run in a process of their own, see process.py."""
 
 import json
 import os
