@@ -3,7 +3,6 @@ rest works. The libraries are really hidden, in processes of their own."""
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -136,29 +135,26 @@ def test_the_extras_install_what_they_name() -> None:
     assert {name for extra in LIBRARIES for name in extras[extra]} <= pinned
 
 
-@pytest.mark.parametrize("program", ["import distrib", "import distrib; dir(distrib); distrib.__version__"])
-def test_import_distrib_waits_for_no_library(mark: str, program: str) -> None:
-    assert _imported(mark, program) & {"torch", "accelerate", "numpy", "pydantic", "typer"} == set()
-
-
-def test_help_does_not_import_torch(mark: str) -> None:
-    program = (
-        "import sys; from distrib.cli import app; sys.argv[1:] = ['--help']\n"
-        "app(args=['--help'], standalone_mode=False)"
-    )
-    assert _imported(mark, program) & {"torch", "accelerate", "deepspeed", "numpy", "pydantic"} == set()
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-c", "import distrib"],
+        ["-c", "import distrib; dir(distrib); distrib.__version__"],
+        ["-m", "distrib", "--help"],
+        ["-m", "distrib", "train", "--help"],
+        ["-m", "distrib", "--version"],
+    ],
+    ids=lambda command: " ".join(command),
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(run: Run, command: list[str]) -> None:
+    result = run(sys.executable, "-X", "importtime", *command)
+    check(result)
+    modules = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()}
+    assert "distrib" in modules
+    assert modules & {"torch", "accelerate", "deepspeed", "numpy", "wandb", "matplotlib"} == set()
 
 
 def test_dir_shows_the_public_names() -> None:
     assert set(distrib.__all__) <= set(dir(distrib))
     for name in distrib.__all__:
         assert getattr(distrib, name).__name__ == name
-
-
-def _imported(mark: str, program: str) -> set[str]:
-    """The top names of all modules that a program leaves imported, by a line of its own at the end."""
-    shown = f"{program}\nimport sys; print('imported:', *{{name.partition('.')[0] for name in sys.modules}})"
-    result = subprocess.run(
-        [sys.executable, "-c", shown], env=environment(mark), capture_output=True, text=True, check=True
-    )
-    return set(result.stdout.splitlines()[-1].removeprefix("imported:").split())
