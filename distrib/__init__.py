@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distrib.config import Config as Config
     from distrib.errors import DistribError as DistribError
+    from distrib.monitor.observer import Observer as Observer
     from distrib.plan import RunPlan as RunPlan
     from distrib.processes.world import World as World
     from distrib.task import Loss as Loss
@@ -21,6 +22,7 @@ _HOME = {
     "Config": "distrib.config",
     "DistribError": "distrib.errors",
     "Loss": "distrib.task",
+    "Observer": "distrib.monitor.observer",
     "RunPlan": "distrib.plan",
     "Task": "distrib.task",
     "Trainer": "distrib.training.trainer",

@@ -132,6 +132,10 @@ class TrackingConfig(_Section):
     others: Annotated[tuple[str, ...], Field(strict=False)] = ()  # by accelerate's names: tensorboard, mlflow, …
 
 
+class ObserverConfig(TaskConfig):
+    """`target` is `module:Class`, a distrib.Observer; every other key is a keyword argument of that class."""
+
+
 class Config(_Section):
     """A whole run. docs/config.md explains each key."""
 
@@ -145,6 +149,7 @@ class Config(_Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    observers: Annotated[tuple[ObserverConfig, ...], Field(strict=False)] = ()  # they look on
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Config":

@@ -21,23 +21,28 @@ def build(target: str, arguments: dict[str, Any], key: str, kind: type[Any], fac
     """Make what `target` names with keyword arguments; `key`: where the config names it. As for `find`."""
     made = call(find(target, key, kind, factories), arguments, key)
     if not isinstance(made, kind):
-        raise ConfigError(f"{key}.target: {target} is not a {kind.__name__} but {type(made).__name__}")
+        raise ConfigError(f"{key}.target: {target} is not {_a(kind)} but {type(made).__name__}")
     return made
 
 
 def call(function: Callable[..., Any], arguments: dict[str, Any], key: str) -> Any:
     """`function(**arguments)`; arguments that it does not take are refused with those it does. Raises ConfigError."""
+    require_arguments(function, arguments, key)
+    return function(**arguments)
+
+
+def require_arguments(function: Callable[..., Any], arguments: dict[str, Any], key: str) -> None:
+    """Raises ConfigError for arguments that the function does not take."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # some built-ins have none
-        return function(**arguments)
+        return
     try:
         signature.bind(**arguments)
     except TypeError as error:
         valid = ", ".join(signature.parameters) or "no arguments"
         name = getattr(function, "__name__", repr(function))
         raise ConfigError(f"{key}: {name} does not take what is given: {error}; it takes: {valid}") from None
-    return function(**arguments)
 
 
 def find(target: str, key: str, kind: type[Any], factories: bool = False) -> Callable[..., Any]:
@@ -50,7 +55,7 @@ def find(target: str, key: str, kind: type[Any], factories: bool = False) -> Cal
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     if _is_pythons_own(module_name):
-        raise ConfigError(f"{key}.target: {target} is a part of Python itself, not a {kind.__name__}")
+        raise ConfigError(f"{key}.target: {target} is a part of Python itself, not {_a(kind)}")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
@@ -69,13 +74,13 @@ def find(target: str, key: str, kind: type[Any], factories: bool = False) -> Cal
     if isinstance(found, type):
         if issubclass(found, kind):
             return found
-        raise ConfigError(f"{key}.target: {target} is not a {kind.__name__} but a class {found.__name__}")
+        raise ConfigError(f"{key}.target: {target} is not {_a(kind)} but a class {found.__name__}")
     if not factories or not inspect.isfunction(found):
-        wanted = f"a {kind.__name__}" + (", nor a function that makes one" if factories else "")
+        wanted = _a(kind) + (", nor a function that makes one" if factories else "")
         raise ConfigError(f"{key}.target: {target} is not {wanted}, it is a {type(found).__name__}")
     if not _makes(found, kind):
         raise ConfigError(
-            f"{key}.target: {target} is not annotated to return a {kind.__name__}; call it in a function of your own, "
+            f"{key}.target: {target} is not annotated to return {_a(kind)}; call it in a function of your own, "
             "and name that"
         )
     return found
@@ -87,6 +92,10 @@ def hidden_by(library: str) -> str | None:
     origin = None if spec is None or not spec.has_location else spec.origin
     own = origin is not None and not _is_installed(origin) and os.path.realpath(origin).startswith(os.getcwd() + os.sep)
     return origin if own else None
+
+
+def _a(kind: type[Any]) -> str:
+    return f"{'an' if kind.__name__[0] in 'AEIO' else 'a'} {kind.__name__}"
 
 
 def _parts(target: str, key: str) -> tuple[str, str]:

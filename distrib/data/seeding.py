@@ -10,8 +10,20 @@ import torch
 from distrib.data.order import derive_seed
 
 # Each call into a task has a seed of its own, by its place here, so that none shifts another's draws. Add at the end.
-_CALLS = ("task", "prepare", "train_dataset", "eval_dataset", "model", "optimizer", "metrics")
+_CALLS = ("task", "prepare", "train_dataset", "eval_dataset", "model", "optimizer", "metrics", "observers")
 _MARK = 0x7A5C  # keeps these seeds apart from others that are derived from the config's seed
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Afterwards the generators are as before, those of devices excepted."""
+    python, legacy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)
 
 
 @contextmanager
@@ -21,13 +33,8 @@ def seeded(call: str, seed: int) -> Iterator[None]:
     torch's generators get `seed` itself before `model`: initial weights are then those of earlier versions.
     """
     derived = derive_seed(seed, _MARK, _CALLS.index(call), 0)
-    python, legacy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
+    with random_state_kept():
         random.seed(derived)
         np.random.seed(derived % 2**32)
         torch.manual_seed(seed if call == "model" else derived)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy)
+        yield

@@ -3,11 +3,11 @@
 Fed with what the run folder holds, by the process that trains or by one that looks on (`distrib watch`).
 """
 
+import math
 import time
 from collections import deque
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
 from rich.console import Console, Group
@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from distrib.monitor.observer import Observer
 from distrib.processes.output import keep_writable
 
 Verbosity: TypeAlias = Literal["quiet", "normal", "verbose"]
@@ -24,32 +25,37 @@ _CHARACTERS_OF_NAME = 24
 _STEPS_OF_RATE = 100  # the newest, over which the rate is taken
 
 
-class ProgressDisplay:
+class ProgressDisplay(Observer):
     """quiet: warnings alone; verbose: a line for each step, with where its time went."""
 
-    def __init__(self, name: str, num_steps: int, batch_size: int, verbosity: Verbosity = "normal") -> None:
-        """`batch_size`: samples of a step, on all ranks."""
+    def __init__(self, verbosity: Verbosity = "normal") -> None:
         keep_writable()  # in a script of the user's nobody has done so yet
         self.console = Console(highlight=False, soft_wrap=True)
-        self.num_steps, self.batch_size, self.verbosity = num_steps, batch_size, verbosity
+        self.verbosity = verbosity
+        self.num_steps, self.batch_size = 0, 0  # of the run; samples of a step, on all ranks
         self._seconds: deque[float] = deque(maxlen=_STEPS_OF_RATE)
         self._latest: dict[str, Any] | None = None  # step that is not shown
         self._state_shown: list[str] = []  # of the latest step
         self._status: dict[str, list[str]] = {}  # the last checkpoint, the last evaluation
         self._drawn = time.perf_counter()
         self._live: Live | None = None
-        if verbosity == "normal" and self.console.is_terminal:
+
+    def on_start(self, start: dict[str, Any]) -> None:
+        """Show a bar, if this is a terminal and there are steps to come."""
+        name, self.num_steps, self.batch_size = start["name"], start["num_steps"], start["global_batch_size"]
+        if self.verbosity == "normal" and self.console.is_terminal and start["step"] is not None:
             short = name if len(name) <= _CHARACTERS_OF_NAME else f"{name[: _CHARACTERS_OF_NAME - 1]}…"
             columns = (TextColumn(short, markup=False), BarColumn(), MofNCompleteColumn())
             self._bar = Progress(*columns, console=self.console)
-            self._task = self._bar.add_task(name, total=num_steps)
+            self._task = self._bar.add_task(name, total=self.num_steps)
             self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
+            self._live.start()
 
-    def step(self, entry: dict[str, Any]) -> None:
-        """Show a line of the ledger, if it is time to."""
-        done = entry["step"] + 1
-        self._seconds.append(entry["seconds"])
-        self._latest = entry
+    def on_step(self, step: dict[str, Any]) -> None:
+        """Show it, if it is time to."""
+        done = step["step"] + 1
+        self._seconds.append(step["seconds"])
+        self._latest = step
         now = time.perf_counter()
         between = _SECONDS_BETWEEN_LINES if self._live is None else _SECONDS_BETWEEN_DRAWS
         if self.verbosity == "verbose":
@@ -58,6 +64,41 @@ class ProgressDisplay:
             return
         self._drawn = now
         self.flush()
+
+    def on_evaluation(self, evaluation: dict[str, Any]) -> None:
+        """Show its metrics."""
+        metrics, done = format_metrics(evaluation["metrics"]), evaluation["step"]
+        self._status["evaluation"] = [f"evaluation step {done}:", *metrics.split("  ")]
+        self.say(f"step {done}/{self.num_steps}  {metrics}  ({evaluation['count']} samples)")
+
+    def on_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Show it below the bar."""
+        self._status["checkpoint"] = [f"checkpoint step {checkpoint['step']}"]
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Show an event, if a person may want to know of it."""
+        kind, step = event["event"], event.get("step", 0)
+        if kind == "warning":
+            self.warn(event["reason"])
+        elif kind == "resumed":
+            for problem in event["passed_over"]:
+                self.warn(f"passed over: {problem}")
+            self.say(f"going on after step {step}")
+        elif kind == "compiling":
+            self.say(f"compiling ({event['what']}) while the first step runs")
+        elif kind == "skipped":
+            self.say(f"step {step + 1} {event['verdict']}: the weights were left as they are")
+
+    def on_end(self, end: dict[str, Any]) -> None:
+        """Leave the bar as it is now."""
+        self.close()
+
+    def close(self) -> None:
+        """End what on_start began."""
+        if self._live is not None:
+            self.flush()
+            self._live.stop()
+            self._live = None
 
     def flush(self) -> None:
         """Show the latest step, if it is not shown."""
@@ -70,28 +111,6 @@ class ProgressDisplay:
             self._bar.update(self._task, completed=done)
         else:
             self.say("  ".join([f"step {done}/{self.num_steps}", *state]))
-
-    def evaluation(self, entry: dict[str, Any]) -> None:
-        """Show a line of evals.jsonl."""
-        metrics, done = format_metrics(entry["metrics"]), entry["step"]
-        self._status["evaluation"] = [f"evaluation step {done}:", *metrics.split("  ")]
-        self.say(f"step {done}/{self.num_steps}  {metrics}  ({entry['count']} samples)")
-
-    def event(self, entry: dict[str, Any]) -> None:
-        """Show an event, where a person may want to know of it."""
-        kind, step = entry["event"], entry.get("step", 0)
-        if kind == "warning":
-            self.warn(entry["reason"])
-        elif kind == "resumed":
-            for problem in entry["passed_over"]:
-                self.warn(f"passed over: {problem}")
-            self.say(f"going on after step {step}")
-        elif kind == "compiling":
-            self.say(f"compiling ({entry['what']}) while the first step runs")
-        elif kind == "skipped":
-            self.say(f"step {step + 1} {entry['verdict']}: the weights were left as they are")
-        elif kind == "checkpoint":
-            self._status["checkpoint"] = [f"checkpoint step {step}"]
 
     def say(self, line: str) -> None:
         """A line that stays, above the bar if there is one."""
@@ -121,16 +140,6 @@ class ProgressDisplay:
         lines = {"": fitting(self._state_shown, self.console.width), "dim": fitting(status, self.console.width)}
         return Group(self._bar, *(Text(line, style=style, no_wrap=True) for style, line in lines.items() if line))
 
-    def __enter__(self) -> "ProgressDisplay":
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._live is not None:
-            self.flush()
-            self._live.stop()
-
 
 def fitting(parts: list[str], width: int) -> str:
     """As many of the parts as one line holds, each whole: a number that is cut is another number."""
@@ -143,9 +152,9 @@ def fitting(parts: list[str], width: int) -> str:
     return line
 
 
-def format_metrics(metrics: dict[str, float]) -> str:
-    """`eval/accuracy 0.9861  eval/loss 0.0532`"""
-    return "  ".join(f"{key} {value:.4f}" for key, value in sorted(metrics.items()) if value is not None)
+def format_metrics(metrics: dict[str, Any]) -> str:
+    """`eval/accuracy 0.9861  eval/loss 0.0532`; None, as the run folder has for a number that is not finite, is nan."""
+    return "  ".join(f"{key} {math.nan if value is None else value:.4f}" for key, value in sorted(metrics.items()))
 
 
 def format_summary(path: Path, summary: dict[str, Any], what: str) -> str:

@@ -1,31 +1,48 @@
-"""What a run says of itself while it trains: to its folder, the terminal and the trackers. Rank 0 alone speaks."""
+"""What a run says of itself while it trains: to its folder, to observers, of which the display is one, and to trackers.
 
-from collections.abc import Iterator
+Rank 0 alone speaks."""
+
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from distrib.config import TrackingConfig
+from distrib.config import Config
 from distrib.errors import DistribError, Preempted, WriteError
-from distrib.monitor.progress import ProgressDisplay
+from distrib.monitor.notifier import Notifier
+from distrib.monitor.observer import METHODS, Observer
+from distrib.monitor.progress import ProgressDisplay, Verbosity
 from distrib.monitor.trackers.process import WARNING, TrackingProcess
+from distrib.plan import RunPlan
 from distrib.processes import output
 from distrib.processes.failures import lost_to_others
 from distrib.processes.lifetimes import ignore_sigterm
 from distrib.processes.world import World
 from distrib.run_folder.folder import RunDir
-from distrib.run_folder.ledger import Ledger
+from distrib.run_folder.ledger import Ledger, now
 
 
 class RunLog:
     """On the other ranks it says nothing, so that nobody has to ask who is speaking."""
 
-    def __init__(self, run: RunDir, world: World, display: ProgressDisplay) -> None:
-        self.run, self.world, self.display = run, world, display
+    def __init__(
+        self,
+        run: RunDir,
+        world: World,
+        config: Config,
+        plan: RunPlan,
+        observers: Sequence[Observer] = (),
+        verbosity: Verbosity = "normal",
+    ) -> None:
+        self.run, self.world, self.config, self.plan = run, world, config, plan
+        self.display = ProgressDisplay(verbosity)
         self.metrics: dict[str, float] = {}  # the latest of each
         self.train_seconds = 0.0
         self.steps_done = 0
         self._ledger: Ledger | None = None
         self._tracking: TrackingProcess | None = None
+        self._notifier = Notifier(self.display, observers)
+        self._before_start: list[tuple[str, dict[str, Any]]] | None = []  # lines of before the observers' start
+        self._end: dict[str, Any] | None = None  # the last event
 
     @property
     def chain(self) -> str:
@@ -37,13 +54,14 @@ class RunLog:
         return {"chain": self.chain, "run": self.run.to_save()} if self.world.is_rank_0 else {}
 
     @contextmanager
-    def open(self, chain: str, tracking: TrackingConfig, first_step: int) -> Iterator[None]:
+    def open(self, chain: str, first_step: int) -> Iterator[None]:
         """From the first step to the last, in a run folder that ends where we go on. Collective."""
-        self._tracking = TrackingProcess(self.run, tracking, self.world, first_step)
+        self._tracking = TrackingProcess(self.run, self.config.tracking, self.world, first_step)
         if not self.world.is_rank_0:
             yield
             return
-        with Ledger(self.run.steps, chain) as self._ledger, self.display:
+        with Ledger(self.run.steps, chain) as self._ledger:
+            self._start_observers(first_step)
             yield
 
     def step(self, entry: dict[str, Any]) -> None:
@@ -53,8 +71,8 @@ class RunLog:
         self.metrics["train/loss"] = entry["loss"]
         if self._ledger is not None:
             self._ledger.append(entry)
-            self.display.step(entry)
-            self._pass_on()
+            self._notify("step", {**entry, "chain": self._ledger.chain})
+            self._hear_tracking()
             while output.problems:
                 self.warn(f"{output.problems.pop(0)}; what is printed is lost, the run goes on")
 
@@ -62,12 +80,16 @@ class RunLog:
         """One line of evals.jsonl."""
         self.metrics.update(metrics)
         if self.world.is_rank_0:
-            self.display.evaluation(self.run.evaluation(step, count, metrics, seconds))
+            self._notify("evaluation", self.run.evaluation(step, count, metrics, seconds))
 
     def event(self, name: str, **details: Any) -> None:
         """One line of events.jsonl."""
         if self.world.is_rank_0:
-            self.display.event(self.run.event(name, **details))
+            self._notify(name, self.run.event(name, **details))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write summary.json and the run's last event. Raises WriteError."""
+        self._end = {**self.run.finish(summary), "summary": summary}
 
     def warn(self, reason: str) -> None:
         self.event("warning", reason=reason)
@@ -96,10 +118,15 @@ class RunLog:
             self.display.say(line)
 
     def close(self, ending: str) -> None:
-        """After the last event, whose name is `ending`: wait until the trackers know it."""
+        """After the last event, whose name is `ending`: call observers' on_end, and wait until the trackers know it."""
+        if self.world.is_rank_0 and self._end is not None:
+            if ending == "failed" and self._notifier.has_others:  # a launcher may end us now
+                ignore_sigterm()
+            self._start_observers(None)
+            self._notifier.notify(ending, self._end, self._warn_after_end)
         if self._tracking is not None:
             self._tracking.finish(ending)
-            self._pass_on(ended=True)
+            self._hear_tracking(ended=True)
 
     @contextmanager
     def failures(self) -> Iterator[None]:
@@ -109,12 +136,48 @@ class RunLog:
         except BaseException as error:
             if not isinstance(error, Preempted):
                 why = self._lost_to_others(error) or f"{type(error).__name__}: {error}"
+                failed = {"step": self.steps_done, "error": why}
+                self._end = {"event": "failed", "time": now(), **failed, "summary": None}
                 with suppress(WriteError):  # the folder may be why it failed
-                    self.event("failed", step=self.steps_done, error=why)
+                    self.event("failed", **failed)
                 self.close("failed")
             raise
 
-    def _pass_on(self, ended: bool = False) -> None:
+    def _start_observers(self, first_step: int | None) -> None:
+        """Call on_start, and pass on what was written before. Does nothing if that was done."""
+        if self._before_start is None:
+            return
+        waiting, self._before_start = self._before_start, None
+        start = {
+            **self.run.started,
+            "step": first_step,
+            "num_steps": self.plan.num_steps,
+            "global_batch_size": self.plan.global_batch_size,
+            "name": self.config.name,
+            "run_dir": str(self.run.path.absolute()),
+        }
+        problems: list[str] = []  # logged after what was written before
+        self._notifier.notify("started", start, problems.append)
+        for kind, line in waiting:
+            self._notify(kind, line)
+        for problem in problems:
+            self.warn(problem)
+
+    def _notify(self, kind: str, line: dict[str, Any]) -> None:
+        if METHODS.get(kind) == "on_end":
+            self._end = {**line, "summary": None}  # passed on by `close`
+        elif self._before_start is not None:
+            self._before_start.append((kind, line))
+        else:
+            self._notifier.notify(kind, line, self.warn)
+
+    def _warn_after_end(self, reason: str) -> None:
+        """No observer is called after its on_end, but for the display, which prints."""
+        with suppress(WriteError):
+            self.run.event("warning", reason=reason)
+        self.display.warn(reason)
+
+    def _hear_tracking(self, ended: bool = False) -> None:
         """What the tracking process has to say. Nothing is written into the run folder after its last event."""
         while self.world.is_rank_0 and self._tracking is not None and self._tracking.lines:
             line = self._tracking.lines.popleft()

@@ -3,11 +3,13 @@
 import math
 import os
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from distrib.config import Config
 from distrib.errors import DamagedFileError
+from distrib.monitor.observer import pass_on
 from distrib.monitor.progress import ProgressDisplay, format_summary
 from distrib.monitor.run_tail import RunTail
 from distrib.plan import RunPlan
@@ -17,6 +19,24 @@ from distrib.run_folder.ledger import last_line
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_TO_COME_BACK = 30.0  # of a run that was being trained a moment ago, and may just be started again
+
+
+class _Display(ProgressDisplay):
+    """Also shows what the processes that train print when they start and end; there may be several starts."""
+
+    def __init__(self, run: RunDir, config: Config) -> None:
+        super().__init__()
+        num_steps, batch_size = _length(run, config)
+        super().on_start({"step": 0, "name": config.name, "num_steps": num_steps, "global_batch_size": batch_size})
+
+    def on_start(self, start: dict[str, Any]) -> None:
+        self.say(f"started on {start['world_size']} process(es), {start['strategy']}, by {start['launcher']}")
+
+    def on_end(self, end: dict[str, Any]) -> None:
+        if end["event"] == "preempted":
+            self.say(f"asked to stop; saved after step {end['step']}")
+        elif end["event"] == "failed":
+            self.say(f"failed: {end['error']}")
 
 
 def watch_run(path: Path) -> None:
@@ -30,21 +50,21 @@ def watch_run(path: Path) -> None:
         print(f"{path} has not begun yet", flush=True)
     while not _is_there(run):
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-    display, follower = ProgressDisplay(config.name, *_length(run, config)), RunTail(run)
+    display, follower = _Display(run, config), RunTail(run)
     in_queue, held_at = False, -math.inf
-    with display:
+    with closing(display):
         while in_queue or time.monotonic() - held_at < _SECONDS_TO_COME_BACK or held_at < 0:
             if run.held():
                 held_at = time.monotonic()
             finished = os.path.lexists(run.summary)
             for kind, entry in follower.entries():
-                _show(display, kind, entry)
+                pass_on(display, kind, entry)
                 in_queue = kind == "preempted" and entry.get("requeue", False)
             if finished or (held_at < 0 and not in_queue):
                 break
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         for kind, entry in follower.rest():
-            _show(display, kind, entry)
+            pass_on(display, kind, entry)
         display.flush()
     summary = None
     try:
@@ -72,18 +92,3 @@ def _length(run: RunDir, config: Config) -> tuple[int, int]:
         return plan.num_steps, plan.global_batch_size
     last = last_line(run.steps, STEP)  # the number of samples is lost
     return config.train.steps or (last["step"] + 1 if last else 0), config.data.global_batch_size
-
-
-def _show(display: ProgressDisplay, kind: str, entry: dict[str, Any]) -> None:
-    if kind == "step":
-        display.step(entry)
-    elif kind == "evaluation":
-        display.evaluation(entry)
-    elif kind == "started":
-        display.say(f"started on {entry['world_size']} process(es), {entry['strategy']}, by {entry['launcher']}")
-    elif kind == "preempted":
-        display.say(f"asked to stop; saved after step {entry['step']}")
-    elif kind == "failed":
-        display.say(f"failed: {entry['error']}")
-    else:
-        display.event(entry)

@@ -36,6 +36,7 @@ class RunDir:
         self.summary = path / "summary.json"
         self.curves = path / "curves.png"
         self.trouble: list[str] = []  # what was found damaged, and what was done about it: a line each
+        self.started: dict[str, Any] = {}  # the event, of this start
         self._lock = Lock(path / LOCK)
         self._written: dict[str, str] = {}  # config and environment, by the names of their files
 
@@ -73,7 +74,7 @@ class RunDir:
                         path.unlink()
             raise
         start = environment["starts"][-1]
-        self.event("started", **{key: start[key] for key in ("world_size", "strategy", "launcher")})
+        self.started = self.event("started", **{key: start[key] for key in ("world_size", "strategy", "launcher")})
         return None
 
     def _with_starts_before(self, environment: dict[str, Any], origin: dict[str, Any] | None) -> dict[str, Any]:
@@ -288,10 +289,10 @@ class RunDir:
         entry = {"step": step, "count": count, "metrics": metrics, "seconds": round(seconds, 6)}
         return self._append(self.evals, entry)
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Write summary.json, which says that the run is whole. Raises WriteError."""
+    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Write summary.json, which says that the run is whole; returns the last event. Raises WriteError."""
         write_whole(self.summary, to_json(summary, indent=2) + "\n")
-        self.event("finished", step=summary["steps"])
+        return self.event("finished", step=summary["steps"])
 
     @staticmethod
     def _append(path: Path, entry: dict[str, Any]) -> dict[str, Any]:

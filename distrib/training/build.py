@@ -1,16 +1,19 @@
 """The parts of a run, made from its task and its config: what training, evaluating and explaining have in common."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, IterableDataset
 
+from distrib import targets
 from distrib.config import Compile, Config, StrategyConfig
 from distrib.data.fingerprint import fingerprint
 from distrib.data.prints import Fingerprint
 from distrib.data.seeding import seeded
 from distrib.errors import ConfigError
+from distrib.monitor.observer import Observer
 from distrib.processes import temporary
 from distrib.processes.world import World
 from distrib.strategies.base import MakeOptimizer
@@ -25,6 +28,23 @@ def task(config: Config) -> Task:
     """The config's task. Raises ConfigError."""
     with seeded("task", config.seed):
         return load_task(config.task)
+
+
+def observers(config: Config, given: Sequence[Observer] = ()) -> list[Observer]:
+    """Make the config's observers, to follow those `given` to Trainer. Raises ConfigError."""
+    for observer in given:
+        if not isinstance(observer, Observer):
+            raise ConfigError(f"observers: {observer!r} is not an Observer; derive its class from distrib.Observer")
+    with seeded("observers", config.seed):
+        named = enumerate(config.observers)
+        return [*given, *(targets.build(o.target, o.arguments, f"observers.{i}", Observer) for i, o in named)]
+
+
+def require_observers(config: Config) -> None:
+    """Raises ConfigError if one that the config names cannot be made; makes none."""
+    for number, observer in enumerate(config.observers):
+        key = f"observers.{number}"
+        targets.require_arguments(targets.find(observer.target, key, Observer), observer.arguments, key)
 
 
 def prepare(task: Task, config: Config, world: World) -> None:

@@ -38,6 +38,7 @@ from distrib.training.optimizers import describe_optimizer, ignored_keys
 def explain_run(config: Config, processes: int) -> None:
     """Print the plan for so many processes, and for ZeRO DeepSpeed's JSON. Raises ConfigError where a run would."""
     task = build.task(config)
+    build.require_observers(config)
     strategy = registry.resolve(config, World(world_size=processes, launcher="distrib"))
     build.prepare(task, config, World())
     _, num_samples = build.train_dataset(task, config.seed)

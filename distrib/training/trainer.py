@@ -11,7 +11,8 @@ from distrib.data.loader import Window
 from distrib.data.prints import Fingerprint
 from distrib.data.source import source
 from distrib.errors import ConfigError, Preempted
-from distrib.monitor.progress import ProgressDisplay, Verbosity, format_summary
+from distrib.monitor.observer import Observer
+from distrib.monitor.progress import Verbosity, format_summary
 from distrib.monitor.run_log import RunLog
 from distrib.monitor.trackers.trackers import in_sweep, require_trackers
 from distrib.plan import RunPlan
@@ -58,11 +59,13 @@ class Trainer:
         fork: bool = False,
         reset_optimizer: bool = False,
         moved: Sequence[str] = (),
+        observers: Sequence[Observer] = (),
         verbosity: Verbosity = "normal",
     ) -> None:
         """`resume`: auto, never or a checkpoint's path; `fork`: begin a new run from another run's checkpoint, with
         `reset_optimizer` without its optimizer state; `moved`: keys like task.data that may differ from the run's
-        earlier starts, if the data's fingerprint does not; `verbosity`: what rank 0 shows."""
+        earlier starts, if the data's fingerprint does not; `observers`: look on at rank 0, beside the config's;
+        `verbosity`: what rank 0 shows."""
         self.task, self.config, self.resume = task, config, resume
         path = Path(run_dir) if run_dir is not None else Path("runs", *(in_sweep() or [config.name]))
         self.run = RunDir(path, moved_keys(moved))
@@ -70,6 +73,7 @@ class Trainer:
         self.world = World.detect()
         if self.world.is_rank_0:
             require_trackers(config.tracking)
+        looking_on = build.observers(config, observers) if self.world.is_rank_0 else []
         self.strategy = registry.resolve(config, self.world)
         build.prepare(task, config, self.world)
         self.train_dataset, num_samples = build.train_dataset(task, config.seed)
@@ -93,8 +97,7 @@ class Trainer:
         self.ignored_keys = ignored_keys(config.optim, optimizer) if own else None
         if self.ignored_keys and not self.run.has_begun():  # a run that began before this was refused may go on
             raise ConfigError(self.ignored_keys)
-        display = ProgressDisplay(config.name, self.plan.num_steps, self.plan.global_batch_size, verbosity)
-        self.run_log = RunLog(self.run, self.world, display)
+        self.run_log = RunLog(self.run, self.world, config, self.plan, looking_on, verbosity)
         self.preemption = Preemption(self.world)
         self.first_step = 0  # of this process
         self.step_log = StepLog(self.run_log, self.plan, self.strategy.name, config.train)
@@ -156,7 +159,7 @@ class Trainer:
         saver = Saver(self.run.checkpoints, self.world, keep, keep_every, [self.run.steps, self.run.evals])
         with ExitStack() as stack:
             stack.enter_context(when_asked_to_stop(self.preemption.take_note))
-            stack.enter_context(self.run_log.open(chain, self.config.tracking, self.first_step))
+            stack.enter_context(self.run_log.open(chain, self.first_step))
             stack.callback(self.step_log.close)
             self._before_training(engine)
             engine.clock.start()
@@ -293,5 +296,5 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         summary = self.step_log.summary(self.config.name, self.first_step)
         self.run_log.draw_curves()
-        self.run.finish(summary)
+        self.run_log.finish(summary)
         return summary

@@ -1,0 +1,74 @@
+"""The door for what looks on at a run: a message at each evaluation, a line in a file, a call of a webhook."""
+
+from typing import Any
+
+METHODS = {  # by the kind of a line; of all other events `on_event`
+    "started": "on_start",
+    "step": "on_step",
+    "evaluation": "on_evaluation",
+    "checkpoint": "on_checkpoint",
+    "finished": "on_end",
+    "failed": "on_end",
+    "preempted": "on_end",
+}
+
+
+class Observer:
+    """Looks on at a run. Derive a class, override what you need, and name it in the config's `observers`.
+
+    Each line that the run writes into its folder goes to one of these methods, as a copy, after the line is written.
+    `on_start` comes first, `on_end` last. The fields are those of docs/run-folder.md; a number that is not finite is
+    None. Rank 0 alone makes and calls observers, in the process that trains: training waits for each call. If a method
+    raises an exception, the run logs a warning and calls the observer no more. The random numbers that a method draws
+    with Python's `random`, numpy or torch do not change the run.
+    """
+
+    def on_start(self, start: dict[str, Any]) -> None:
+        """The first step is next.
+
+        `start`: `event` (started), `time`, `world_size`, `strategy` and `launcher`, as in events.jsonl; also `step`
+        (steps that earlier starts made, 0 in a new run; None if this start fails before it is known), `num_steps`,
+        `global_batch_size`, `name`, and `run_dir` (the run folder's path).
+        """
+
+    def on_step(self, step: dict[str, Any]) -> None:
+        """A line of steps.jsonl. It is written when the next step is made, or before an evaluation, a save or the end.
+
+        `step`: `step` (from 0), `epoch`, `loss`, `lr`, `grad_norm`, `count`, `verdict`, `samples`, `seconds`,
+        `data_seconds`, `optimizer_seconds`, `world_size`, `strategy`, `chain`; now and then `peak_memory` and
+        `communication_seconds`, and `loss_scale` in fp16.
+        """
+
+    def on_evaluation(self, evaluation: dict[str, Any]) -> None:
+        """A line of evals.jsonl.
+
+        `evaluation`: `step` (steps done before it), `count` (samples), `metrics` (by name: `eval/loss` and the task's),
+        `seconds`.
+        """
+
+    def on_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint is complete: `run_dir`/checkpoints/step-NNNNNNNN.
+
+        `checkpoint`: `event` (checkpoint), `time`, `step` (steps done), `seconds`, `stall` (seconds that training
+        waited).
+        """
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Any other line of events.jsonl; those that are written before the first step follow `on_start`.
+
+        `event`: `event`, `time`, and for resumed `step` and `passed_over`, for compiling `what`, for warning `reason`,
+        for skipped `step` and `verdict`.
+        """
+
+    def on_end(self, end: dict[str, Any]) -> None:
+        """This start of the run has ended.
+
+        `end`: `event`, `time`, and for finished `step`, for preempted (asked to stop, and saved) `step` and `requeue`,
+        for failed `step` (steps done) and `error`; also `summary`, which is the content of summary.json if the run
+        finished, else None.
+        """
+
+
+def pass_on(observer: Observer, kind: str, line: dict[str, Any]) -> None:
+    """Call the method for a line of this kind: `step`, `evaluation`, or the event's name."""
+    getattr(observer, METHODS.get(kind, "on_event"))(line)
