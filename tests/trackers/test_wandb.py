@@ -198,7 +198,7 @@ def test_online_is_refused_where_it_cannot_be(run: Run, tmp_path: Path) -> None:
 
 
 class Server:
-    """tests/tracking/wandb_server.py, which can be killed and comes back with what it had."""
+    """tests/trackers/wandb_server.py, which can be killed and comes back with what it had."""
 
     def __init__(self, mark: str, folder: Path) -> None:
         self.mark, self.folder, self.port = mark, folder, free_port()
@@ -206,7 +206,7 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def begin(self) -> None:
-        program = str(ROOT / "tests" / "tracking" / "wandb_server.py")
+        program = str(ROOT / "tests" / "trackers" / "wandb_server.py")
         env = {**os.environ, "TEST_MARK": self.mark}
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
