@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distrib import Trainer
+from distrib import Config, Task, Trainer
 from distrib.data.loader import Window
 from distrib.training.engine import Engine
 
@@ -50,6 +50,10 @@ class AlternatingTrainer(Trainer):
     learned = math.log(10) / 10  # what the loss must fall below: a tenth of that of guessing one of ten digits
     profile: cProfile.Profile | None = None
 
+    def __init__(self, task: Task, config: Config, run_dir: Path) -> None:
+        super().__init__(task, config, run_dir)
+        self.twin = copy.deepcopy(self.module)  # before it is wrapped and sharded
+
     def other_loop(self, twin: nn.Module) -> Loop:
         raise NotImplementedError
 
@@ -66,10 +70,6 @@ class AlternatingTrainer(Trainer):
             self.losses["plain"].append(plain.loss.item())
             self.losses["distrib"].append(self.run_log.metrics.get("train/loss", 0.0))  # known to rank 0
         yield from windows  # one more step: what Trainer does after the last belongs to no block
-
-    def _train(self) -> dict[str, Any]:
-        self.twin = copy.deepcopy(self.module)  # before it is wrapped and sharded
-        return super()._train()
 
     @contextmanager
     def _timed(self, loop: str) -> Iterator[None]:

@@ -134,6 +134,7 @@ class RunLog:
         try:
             yield
         except BaseException as error:
+            self.display.close()  # what follows may take some seconds, or be ended by a launcher
             if not isinstance(error, Preempted):
                 why = self._lost_to_others(error) or f"{type(error).__name__}: {error}"
                 failed = {"step": self.steps_done, "error": why}

@@ -59,7 +59,8 @@ def watch_run(path: Path) -> None:
             finished = os.path.lexists(run.summary)
             for kind, entry in follower.entries():
                 pass_on(display, kind, entry)
-                in_queue = kind == "preempted" and entry.get("requeue", False)
+                if kind != "warning":  # one may follow the last event
+                    in_queue = kind == "preempted" and entry.get("requeue", False)
             if finished or (held_at < 0 and not in_queue):
                 break
             time.sleep(_SECONDS_BETWEEN_LOOKS)

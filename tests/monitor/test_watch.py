@@ -92,6 +92,7 @@ def test_a_run_that_waits_in_a_queue(mark: str, run: Run, tmp_path: Path, config
     check(run("distrib", "train", config, "train.steps=5"))
     (folder / "summary.json").unlink()
     RunDir(folder).event("preempted", step=5, requeue=True)
+    RunDir(folder).event("warning", reason="an observer failed at the end")
     watching = start(mark, tmp_path, "watch", folder)
     assert watching.stdout is not None
     while "asked to stop; saved after step 5" not in (line := watching.stdout.readline()):
