@@ -119,9 +119,9 @@ class RunLog:
 
     def close(self, ending: str) -> None:
         """After the last event, whose name is `ending`: call observers' on_end, and wait until the trackers know it."""
+        if ending == "failed" and (self._notifier.has_others or self._tracking is not None):
+            self._outlast_launcher()
         if self.world.is_rank_0 and self._end is not None:
-            if ending == "failed" and self._notifier.has_others:  # a launcher may end us now
-                ignore_sigterm()
             self._start_observers(None)
             self._notifier.notify(ending, self._end, self._warn_after_end)
         if self._tracking is not None:
@@ -189,10 +189,18 @@ class RunLog:
             else:
                 self.display.say(line)
 
+    def _outlast_launcher(self) -> None:
+        """A launcher ends all ranks when one has failed: ignore that until this one has said why.
+
+        A process without a launcher may go on, and what it starts would inherit this: there SIGTERM keeps its meaning.
+        """
+        if self.world.launcher != "plain":
+            ignore_sigterm()
+
     def _lost_to_others(self, error: BaseException) -> str | None:
         """Return which rank's end is why rank 0 failed; a collective's own words are addresses and numbers."""
         if not self.world.is_rank_0 or isinstance(error, DistribError) or not isinstance(error, Exception):
             return None
-        ignore_sigterm()  # a launcher ends us while we look
+        self._outlast_launcher()
         why, _ = lost_to_others(error)
         return why and f"rank 0 stopped{why}"

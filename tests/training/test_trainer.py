@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from conftest import tensors
+from conftest import events, tensors
 from tasks import Groups, Masked, NoEvaluation
 
 from distrib import Config, Task, Trainer
@@ -166,6 +167,20 @@ def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunDirError, match="cannot write the run folder: Not a directory"):
         fit(tmp_path / "file" / "run")
+
+
+def test_a_process_goes_on_after_a_run_that_failed(tmp_path: Path) -> None:
+    """Such as a notebook's: SIGTERM ends it as before, and what it starts."""
+
+    class Fails(Masked):
+        def metrics(self, rows: Any) -> dict[str, float]:
+            raise ZeroDivisionError
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path / "run", Fails(), eval={"every_steps": 1})
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert events(tmp_path / "run")[-1] == "failed"
 
 
 def test_activation_checkpointing_runs_blocks_again_in_the_backward(tmp_path: Path) -> None:

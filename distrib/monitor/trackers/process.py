@@ -35,7 +35,7 @@ from distrib.monitor.trackers.trackers import (
 )
 from distrib.monitor.trackers.wandb_files import read_offline
 from distrib.processes import temporary
-from distrib.processes.lifetimes import ignore_sigterm, shield, stop_signals_held
+from distrib.processes.lifetimes import shield, stop_signals_held
 from distrib.processes.output import keep_writable
 from distrib.run_folder.files import read_bytes, read_lines
 from distrib.run_folder.folder import RunDir
@@ -95,8 +95,6 @@ class TrackingProcess:
         """After the event that ends the run: wait until it has told all, a bounded time."""
         if self._process is None:
             return
-        if ending == "failed":  # a launcher may end us now, but this is soon over
-            ignore_sigterm()
         try:
             self._process.wait(_SECONDS_TO_UPLOAD[ending] + _SECONDS_MORE if self._first else _SECONDS_MORE)
         except subprocess.TimeoutExpired:
