@@ -17,7 +17,7 @@ from distrib.processes.temporary import check_length
 
 MAKES_SOCKET = """
 import multiprocessing.util, signal, socket
-from distrib import temporary
+from distrib.processes import temporary
 temporary.put_worker_sockets_there()
 socket.socket(socket.AF_UNIX).bind(multiprocessing.util.get_temp_dir() + "/listener-12345678")
 print(temporary.folder(), flush=True)

@@ -28,7 +28,7 @@ def test_cores_are_shared() -> None:
 # A step's tensors, made and freed four times: the pages that the kernel had to give for each.
 STEPS = """
 import resource, torch
-from distrib.tuning import keep_freed_memory
+from distrib.processes.tuning import keep_freed_memory
 keep_freed_memory()
 def pages(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for step in range(4):
@@ -54,14 +54,14 @@ def test_what_a_step_frees_is_kept_for_the_next_unless_the_user_has_set_it(asked
 POLICIES = """
 import os
 from pathlib import Path
-from distrib.world import World
+from distrib.processes.world import World
 world = World.detect()
 world.connect()
 threads = [thread for thread in Path("/proc/self/task").iterdir() if "gloo" in (thread / "comm").read_text()]
-policies = world.from_all({os.sched_getscheduler(int(thread.name)) for thread in threads})
+policies = world.all_gather_object({os.sched_getscheduler(int(thread.name)) for thread in threads})
 if world.is_rank_0:
     print("policies:", policies)
-world.part()
+world.shutdown()
 """
 
 

@@ -96,6 +96,7 @@ def _receive(connection: socket.socket, size: int) -> bytes:
 
 
 def _serve(connection: socket.socket) -> None:
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as processes.exit sets it before torch is imported
     import distrib.cli
     import distrib.launching.local
     import distrib.monitor.compare.command

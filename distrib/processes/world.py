@@ -269,7 +269,7 @@ def _version(name: str) -> str | None:
 
 
 def _leave() -> None:
-    """At the end of the process, after `wait_for_all`: gloo's threads must not outlive the interpreter.
+    """At the end of the process, after `barrier`: gloo's threads must not outlive the interpreter.
 
     Not at the end of a run: a script may train several, and a group cannot be made anew over the same store.
     """

@@ -29,10 +29,10 @@ Number = TypeVar("Number", float, Tensor)  # known here, or on the device alone
 
 
 class SumsOfWindow(Protocol):
-    """Where a window's totals are summed, see totals.py."""
+    """Adds up the window's loss and count, see step_sums.py."""
 
     def result(self) -> Tensor:
-        """The sum of all shares over window and ranks, after the last backward."""
+        """Return the sums over window and ranks, shape (SIZE,), after the last backward."""
 
 
 class Strategy:
@@ -79,8 +79,8 @@ class Strategy:
             parameter.grad = None
 
     def backward(self, total: Tensor, sums: Tensor, last: bool) -> None:
-        """Add the gradient of `total`, and this micro-batch's `shares` of the window's totals."""
-        assert isinstance(self.sums, AllReducedSums), "WithTotals rides"
+        """Add the gradient of `total`, and this micro-batch's sums."""
+        assert isinstance(self.sums, AllReducedSums), "SumsInBuckets overrides this"
         self.sums.add(sums, last)
         total.backward()  # type: ignore[no-untyped-call]
 

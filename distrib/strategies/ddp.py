@@ -28,9 +28,9 @@ class DDP(Strategy):
             self.sums = AllReducedSums(world)
             self.model = module
         else:
-            with_totals = SumsInBuckets(module).to(world.device)
-            self.sums = with_totals
-            self.model = with_totals
+            with_sums = SumsInBuckets(module).to(world.device)
+            self.sums = with_sums
+            self.model = with_sums
         self._accelerator = Accelerator(
             cpu=world.use_cpu,
             dynamo_backend="no",  # or accelerate reads ACCELERATE_DYNAMO_BACKEND; compiling is train.compile's

@@ -203,7 +203,7 @@ def _import_deepspeed(world: World) -> Any:
     from deepspeed.runtime import torch_autocast
 
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # of a run before in this process, or its dtypes would be ours
-    deepspeed.DeepSpeedEngine._broadcast_model = lambda _: None  # it takes no scalars; begin_with_rank_0s has done it
+    deepspeed.DeepSpeedEngine._broadcast_model = lambda _: None  # it takes no scalars; broadcast_state has done it
     if world.use_cpu:
         vars(deepspeed.ops)["__compatible_ops__"] = {}
     return deepspeed

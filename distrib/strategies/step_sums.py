@@ -1,4 +1,4 @@
-"""A window's totals travel in the gradient's own buckets.
+"""A window's loss and count travel in the gradient's own buckets.
 
 How many items a window counts is known only when the last micro-batch of the last rank has been seen, and the
 gradient cannot be normalised before. A collective of its own for a few numbers costs a fifth of a small step (see
@@ -33,7 +33,7 @@ class StepSums:
 
     @staticmethod
     def pack(loss: Loss, digest: int, stop: bool = False) -> Tensor:
-        """One micro-batch's shares, shape (SIZE,), to be summed over the window."""
+        """Return what one micro-batch adds to the window's sums, shape (SIZE,)."""
         count = loss.count
         weighted = count.is_floating_point() if isinstance(count, Tensor) else isinstance(count, float)
         high, low = (0, 0) if isinstance(count, Tensor) else divmod(count, 2**_LIMB)
@@ -50,7 +50,7 @@ class StepSums:
 
     @staticmethod
     def factor(sums: Tensor) -> Tensor:
-        """1 / count, on the device where the sum of all shares lies; not finite where there is nothing to update with:
+        """1 / count, on the device where the sums lie; not finite where there is nothing to update with:
         no items, or a loss that is not finite."""
         loss, high, low, *_ = sums.unbind()
         factor: Tensor = 1.0 / (high * 2**_LIMB + low) + 0.0 * loss
@@ -58,7 +58,7 @@ class StepSums:
 
     @classmethod
     def unpack(cls, sums: list[float]) -> "StepSums":
-        """From the sum of all shares; rounds what is known to be whole: a count to which no float was added."""
+        """Read the window's sums; rounds what is known to be whole: a count to which no float was added."""
         loss, high, low, weighted, stop, *limbs = sums
         digest = sum(round(limb) << (_LIMB * number) for number, limb in enumerate(limbs))
         count = round(high) * 2**_LIMB + (low if weighted > 0 else round(low))
@@ -66,7 +66,7 @@ class StepSums:
 
 
 class AllReducedSums:
-    """Sums shares over the window, and over the ranks while the last backward runs."""
+    """Adds up over the window, and over the ranks while the last backward runs."""
 
     def __init__(self, world: World) -> None:
         self._world_size = world.world_size
@@ -89,7 +89,7 @@ class AllReducedSums:
 
 
 class SumsInBuckets(nn.Module):
-    """The user's module, and the parameter whose gradient is the totals."""
+    """The user's module, and the parameter whose gradient is the sums."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class SumsInBuckets(nn.Module):
         return self.module(*args, **kwargs)
 
     def add_to_backward(self, total: Tensor, sums: Tensor) -> Tensor:
-        """`total` as it is; its backward also gives the parameter, which is 0, the gradient `shares`."""
+        """`total` as it is; its backward also gives the parameter, which is 0, the gradient `sums`."""
         return total + self.sums.dot(sums)
 
     def result(self) -> Tensor:

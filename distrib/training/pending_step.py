@@ -35,7 +35,7 @@ class PendingStep:
     device."""
 
     def __init__(self, sums: Tensor | list[float], grad_norm: Tensor | float, lr: float, scale: float | None) -> None:
-        """`shares` as `Totals.pack` has them, summed over the window and the ranks; tensors where only the device knows
+        """`sums` as `StepSums.pack` has them, over the window and the ranks; tensors where only the device knows
         them yet."""
         self._lr, self._scale = lr, scale
         self._sums, self._grad_norm = sums, grad_norm

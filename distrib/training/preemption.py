@@ -7,7 +7,7 @@ from distrib.processes.world import World
 
 
 class Preemption:
-    """A rank's note of it. The ranks agree on stopping by the totals of their next step."""
+    """A rank's note of it. The ranks agree on stopping by the sums of their next step."""
 
     def __init__(self, world: World) -> None:
         self.world = world

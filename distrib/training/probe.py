@@ -40,7 +40,7 @@ def first_step(engine: Engine, task: Task, window: Window, lr: float, micro_batc
 
 
 def warm_up_ddp_buckets(engine: Engine, task: Task, window: Window) -> None:
-    """As Engine.rehearse, where it is the first call of the task's methods. Raises ConfigError."""
+    """As Engine.warm_up_ddp_buckets, where it is the first call of the task's methods. Raises ConfigError."""
     with trial():
         engine.warm_up_ddp_buckets(task, window)
 

@@ -94,7 +94,7 @@ def test_a_command_that_shows_something(tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys
-from distrib.output import keep_writable
+from distrib.processes.output import keep_writable
 
 keep_writable()
 keep_writable()
