@@ -36,7 +36,7 @@ class Uncompiled:
 
     def run_block(self, block: int) -> None:
         for window in islice(self.windows, STEPS):
-            self.loss = torch.tensor(train_step(self.engine, self.task, window, self.engine.base_rate).loss)
+            self.loss = torch.tensor(train_step(self.engine, self.task, window, self.engine.base_rate).read().loss)
 
 
 class CompilingTrainer(AlternatingTrainer):
