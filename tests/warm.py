@@ -21,9 +21,7 @@ from typing import Any, NoReturn
 
 # Read when libraries, or Python itself, are loaded.
 _EARLY = ("OMP_", "MKL_", "MALLOC_", "GLIBC_", "LD_", "LC_", "LANG", "PYTHON", "TORCH", "NVIDIA_", "KMP_")
-_server: tuple[int, socket.socket, dict[str, str]] | None = (
-    None  # of this process: its own, the socket, early variables
-)
+_server: tuple[int, socket.socket, dict[str, str]] | None = None  # whose it is, its socket, its early variables
 
 
 def fits(env: dict[str, str]) -> bool:

@@ -43,7 +43,7 @@ class Source:
         return train_windows(sampler, prefetcher, **self.loading)
 
     def some_batch(self) -> Any:
-        """A micro-batch of the first samples, to see what one looks like."""
+        """A micro-batch of the first samples, to see what one looks like; None if it cannot be read twice."""
         first = np.arange(self.plan.micro_batch_size, dtype=np.uint64)
         # If the run has workers, one of them reads: they must not share a file that the dataset opens in this process.
         workers = min(1, self.loading["num_workers"])
@@ -80,7 +80,7 @@ class Stream(Source):
             yield Window(step, self.world.rank * length, length, reads)
 
     def some_batch(self) -> Any:
-        raise ConfigError("a stream gives each of its samples once")
+        return None
 
     def state(self) -> list[Any] | None:
         mine = self._loader.state_dict()

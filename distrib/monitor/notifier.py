@@ -1,6 +1,5 @@
 """Calls the observers of a run, and keeps the run safe from them."""
 
-import math
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from distrib.data.seeding import random_state_kept
 from distrib.errors import TrainingError
 from distrib.monitor.observer import METHODS, Observer, pass_on
+from distrib.run_folder.ledger import finite
 from distrib.tracebacks import first_line, place
 
 
@@ -35,7 +35,7 @@ class Notifier:
                 if getattr(type(observer), method) is getattr(Observer, method):
                     continue  # it does nothing
                 try:
-                    self._call(observer, kind, _copied(line))
+                    self._call(observer, kind, finite(line))
                 except (Exception, SystemExit) as error:
                     self._observers = [other for other in self._observers if other is not observer]
                     name = f"{type(observer).__module__}:{type(observer).__qualname__}"
@@ -56,15 +56,6 @@ class Notifier:
             return
         with random_state_kept():
             pass_on(observer, kind, line)
-
-
-def _copied(value: Any) -> Any:
-    """Return what a reader of the line gets."""
-    if isinstance(value, dict):
-        return {key: _copied(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_copied(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _line(error: BaseException) -> str:

@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 import tempfile
-from multiprocessing import util
 from pathlib import Path
 
 from distrib.errors import ConfigError
@@ -35,6 +34,8 @@ def folder() -> Path:
     or, if it is killed, by the next process that calls this."""
     global _own
     if _own is None:
+        from multiprocessing import util  # not by every command
+
         _remove_those_of_the_dead()
         _own = os.getpid(), _make()
         util.Finalize(None, remove, exitpriority=_AFTER_SOCKETS)
@@ -43,6 +44,8 @@ def folder() -> Path:
 
 def put_worker_sockets_there() -> None:
     """Have multiprocessing make the sockets of this process and of its workers in `folder`."""
+    from multiprocessing import util
+
     before, tempfile.tempdir = tempfile.tempdir, str(folder())
     try:
         util.get_temp_dir()  # makes one at the first call

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-import psutil
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20  # to which glibc by itself goes up, by what is freed
 
 
 def threads(processes: int) -> int:
     """For each of so many processes on this machine: its share of the physical cores that we may run on."""
+    import psutil  # not by every command: `distrib --help` needs this file too
+
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min(allowed, psutil.cpu_count(logical=False) or allowed)
     return max(1, cores // processes)

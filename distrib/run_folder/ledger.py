@@ -190,8 +190,8 @@ def link(chain: str, text: str) -> str:
 def to_json(entry: dict[str, Any], indent: int | None = None) -> str:
     """JSON, on one line unless indented. Floats that are not finite become null: JSON has no word for them."""
     if indent is None:
-        return _ONE_LINE(_finite(entry))
-    return json.dumps(_finite(entry), indent=indent, allow_nan=False)
+        return _ONE_LINE(finite(entry))
+    return json.dumps(finite(entry), indent=indent, allow_nan=False)
 
 
 def now() -> str:
@@ -199,7 +199,10 @@ def now() -> str:
     return datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="milliseconds")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A copy of nested dictionaries and lists, with None for each float that is not finite."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from distrib.data.source import Source, Stream
+from distrib.data.source import Source
 from distrib.task import Task
 from distrib.tracebacks import first_line
 
@@ -97,9 +97,9 @@ def flops_per_step(task: Task, module: nn.Module, source: Source, warn: Callable
 
     Counted in a forward on torch's meta device, where nothing is computed; one that looks at values cannot go there.
     """
-    if isinstance(source, Stream):  # it gives each of its samples once
+    if (batch := source.some_batch()) is None:
         return None
-    batch = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), source.some_batch())
+    batch = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), batch)
     try:
         with FlopCounterMode(display=False) as counter:
             task.forward(_on_meta(module), batch)
