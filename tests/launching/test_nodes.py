@@ -149,9 +149,12 @@ def launcher_of(process: "subprocess.Popen[str]") -> psutil.Process:
 
 
 def listeners(mark: str) -> set[tuple[str, int]]:
-    """Addresses and ports at which our processes listen."""
-    found = [one for process in processes_of(mark) for one in process.net_connections("inet")]
-    return {(one.laddr.ip, one.laddr.port) for one in found if one.status == psutil.CONN_LISTEN}
+    """Addresses and ports at which our processes listen. A process that ends meanwhile (wandb starts such) has none."""
+    found = set()
+    for process in processes_of(mark):
+        with suppress(psutil.NoSuchProcess):
+            found |= {one.laddr for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN}
+    return {(address.ip, address.port) for address in found}
 
 
 @pytest.fixture(scope="module")
