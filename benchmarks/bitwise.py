@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from distrib import Config, Loss, Task
-from distrib.config import StrategyConfig
 from distrib.strategies import registry
 from distrib.training.engine import Engine
 from distrib.training.loop import train_step
@@ -52,8 +51,9 @@ class Ddp:
         fast = trainer.config.model_copy(
             update={"train": trainer.config.train.model_copy(update={"determinism": "fast"})}
         )
-        placement = registry.place(StrategyConfig(name="ddp"), fast, trainer.world, twin, [], trainer.make_optimizer)
-        self.engine, self.task = Engine(placement), trainer.task
+        strategy = registry.create(fast, trainer.world)
+        strategy.wrap(twin, [], trainer.make_optimizer)
+        self.engine, self.task = Engine(strategy), trainer.task
         self.windows = trainer.source.windows(0)
 
     def run_block(self, block: int) -> None:

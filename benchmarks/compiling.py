@@ -28,10 +28,9 @@ class Uncompiled:
     def __init__(self, trainer: "CompilingTrainer", twin: nn.Module) -> None:
         config = trainer.config
         uncompiled = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
-        placement = registry.place(
-            trainer.strategy, uncompiled, trainer.world, twin, [], make_optimizer=trainer.make_optimizer
-        )
-        self.engine, self.task = Engine(placement, max_grad_norm=config.train.max_grad_norm), trainer.task
+        strategy = registry.create(uncompiled, trainer.world)
+        strategy.wrap(twin, [], trainer.make_optimizer)
+        self.engine, self.task = Engine(strategy, max_grad_norm=config.train.max_grad_norm), trainer.task
         self.windows = trainer.source.windows(0)
 
     def run_block(self, block: int) -> None:

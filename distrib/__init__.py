@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from distrib.monitor.observer import Observer as Observer
     from distrib.plan import RunPlan as RunPlan
     from distrib.processes.world import World as World
+    from distrib.run_folder.checkpoint import Shard as Shard
+    from distrib.strategies.base import Strategy as Strategy
     from distrib.task import Loss as Loss
     from distrib.task import Task as Task
     from distrib.training.trainer import Trainer as Trainer
@@ -24,6 +26,8 @@ _HOME = {
     "Loss": "distrib.task",
     "Observer": "distrib.monitor.observer",
     "RunPlan": "distrib.plan",
+    "Shard": "distrib.run_folder.checkpoint",
+    "Strategy": "distrib.strategies.base",
     "Task": "distrib.task",
     "Trainer": "distrib.training.trainer",
     "World": "distrib.processes.world",

@@ -3,22 +3,20 @@
 Precedence: defaults < file < `key=value`. An unknown key is refused with the nearest valid one.
 """
 
-import difflib
 import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from distrib import config_yaml
+from distrib import config_yaml, strategy_options
+from distrib.config_section import Section, did_you_mean, explain
 from distrib.config_yaml import one_line, shown
 from distrib.errors import ConfigError
 
 MixedPrecision: TypeAlias = Literal["no", "bf16", "fp16"]
-StrategyName: TypeAlias = Literal["auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]
-Offload: TypeAlias = Literal["none", "optimizer", "all"]
 Schedule: TypeAlias = Literal["constant", "linear", "cosine"]
 Compile: TypeAlias = Literal[False, "blocks", "model"]
 _LONGEST_NAME = 200  # of a run
@@ -30,11 +28,7 @@ PositiveFloat = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, ser_json_inf_nan="constants")
-
-
-class TaskConfig(_Section):
+class TaskConfig(Section):
     """`target` is `module:Class`; every other key is a keyword argument of that class."""
 
     model_config = ConfigDict(extra="allow")
@@ -46,7 +40,7 @@ class TaskConfig(_Section):
         return dict(self.model_extra or {})
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """A step reads `global_batch_size` samples, in micro-batches of `micro_batch_size`."""
 
     global_batch_size: PositiveInt = 64
@@ -55,7 +49,7 @@ class DataConfig(_Section):
     prefetch_factor: Annotated[int, Field(gt=0, le=65536)] = 2  # micro-batches each worker reads ahead
 
 
-class OptimConfig(_Section):
+class OptimConfig(Section):
     """`name` is a torch.optim class; the keys that class does not take may not be given."""
 
     name: str = "adamw"
@@ -63,12 +57,12 @@ class OptimConfig(_Section):
     weight_decay: NonNegativeFloat = 0.0
     betas: Annotated[tuple[Rate, Rate], Field(strict=False)] = (0.9, 0.999)
     momentum: NonNegativeFloat = 0.0
-    options: dict[str, Any] = {}  # further keyword arguments of the class
+    options: dict[str, Any] = Field(default_factory=dict)  # further keyword arguments of the class
     schedule: Schedule = "constant"
     warmup_steps: NonNegativeInt = 0
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """Length of the run: `epochs` or `steps`, one of the two."""
 
     epochs: PositiveInt | None = None
@@ -88,36 +82,53 @@ class TrainConfig(_Section):
         return self
 
 
-class StrategyConfig(_Section):
+_ONCE_IN_ALL: dict[str, Any] = {
+    **{"offload": "none", "find_unused_parameters": False, "static_graph": False},
+    **{"reshard_after_forward": True, "deepspeed": {}},
+}
+
+
+class StrategyConfig(Section):
     """Where parameters, gradients and optimizer state lie. Changes memory and speed, not what is computed.
 
-    `auto` takes what the launcher says, else ddp (single where there is one process).
+    `auto` takes what the launcher says, else ddp (single where there is one process). `name` may also be that of an
+    installed package's strategy, or `module:Class`. Further keys are options of the strategy (`Strategy.Options`).
     """
 
-    name: StrategyName = "auto"
-    offload: Offload = "none"  # what lies in CPU memory: nothing, the optimizer state, or the parameters too
+    model_config = ConfigDict(extra="allow")
+
+    name: str = "auto"
     activation_checkpointing: bool = False  # of the task's blocks: compute again what the backward needs
     communication_dtype: Literal["fp32", "bf16"] = "fp32"  # in which gradients travel; bf16 rounds them
     timeout: Annotated[int, Field(gt=0, le=10**8)] = 1800  # seconds that ranks wait for one another in a collective
-    find_unused_parameters: bool = False  # ddp
-    static_graph: bool = False  # ddp
-    reshard_after_forward: bool = True  # fsdp2
-    deepspeed: dict[str, Any] | str = {}  # zero0 to zero3: further options of DeepSpeed's, or a JSON file with them
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_defaults(cls, values: Any) -> Any:
+        """Drop what a run folder of before November 28, 2026 has: every option of every strategy, at its default."""
+        if not isinstance(values, dict) or not _ONCE_IN_ALL.keys() <= values.keys():
+            return values
+        return {key: value for key, value in values.items() if key not in _ONCE_IN_ALL or value != _ONCE_IN_ALL[key]}
+
+    def options(self) -> Section:
+        """The options of the strategy `name`; none for auto. Raises ConfigError if there is no such strategy, or if a
+        key does not fit."""
+        return strategy_options.options(self.name, self.model_extra or {}, StrategyConfig.model_fields)
 
 
-class EvalConfig(_Section):
+class EvalConfig(Section):
     """Evaluation happens at the end, and every `every_steps` steps where that is not 0."""
 
     every_steps: NonNegativeInt = 0
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     every_steps: NonNegativeInt = 1000  # 0: at the end only
     keep: PositiveInt = 3  # the newest
     keep_every: NonNegativeInt = 0  # and those at its multiples, for ever; 0: none
 
 
-class TrackingConfig(_Section):
+class TrackingConfig(Section):
     """What is told to wandb, and to the other trackers that accelerate knows."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online where credentials are configured
@@ -136,7 +147,7 @@ class ObserverConfig(TaskConfig):
     """`target` is `module:Class`, a distrib.Observer; every other key is a keyword argument of that class."""
 
 
-class Config(_Section):
+class Config(Section):
     """A whole run. docs/config.md explains each key."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=_LONGEST_NAME)] = "run"
@@ -155,7 +166,14 @@ class Config(_Section):
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Config":
         """Read a YAML file and apply `key=value` overrides. Raises ConfigError."""
         path = Path(path)
-        return cls.parse(config_yaml.read(path), path, overrides)
+        config = cls.parse(config_yaml.read(path), path, overrides)
+        try:
+            strategy_options.require_known(config.strategy.name)
+            if config.strategy.model_extra:  # this imports torch
+                config.strategy.options()
+        except ConfigError as error:
+            raise ConfigError(one_line(f"{path}: {error}")) from None
+        return config
 
     @classmethod
     def parse(cls, text: str, path: Path, overrides: Sequence[str] = ()) -> "Config":
@@ -177,7 +195,7 @@ class Config(_Section):
         try:
             return cls.model_validate(config_yaml.plain(values))
         except ValidationError as error:
-            raise ConfigError(one_line(f"{source}: {_explain(error)}")) from None
+            raise ConfigError(one_line(f"{source}: {explain(error, cls, strategy_options.known_keys)}")) from None
         except ConfigError as error:
             raise ConfigError(one_line(f"{source}: {error}")) from None
 
@@ -229,61 +247,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(
                 f"{shown(override)}: {section} is a value, not a section, so {key} cannot be set in it"
-                + _did_you_mean((section,), inner)
+                + did_you_mean((section,), inner, Config)
             )
         values = inner
     values[last] = config_yaml.parse(text, override)
-
-
-def _explain(error: ValidationError) -> str:
-    """One line for the first of pydantic's errors: key, value, what is allowed."""
-    first, *others = error.errors()
-    key = ".".join(str(part) for part in first["loc"])
-    more = f" (and {len(others)} more)" if others else ""
-    if first["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_nearest(first['loc'])}{more}"
-    if key == "train" and first["type"] == "missing":
-        return "train: missing; give the length of the run, train.epochs or train.steps"
-    if first["type"] == "model_type":
-        given = first["input"]
-        return f"{key}: {shown(given)} is a value, and {key} is a section{_did_you_mean(first['loc'], given)}{more}"
-    if first["type"] == "missing":
-        return f"{key}: missing, and has no default{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    given = "" if first["type"] == "value_error" else f"{shown(first['input'])}: "
-    return f"{key}: {given}{message}{more}"
-
-
-def _did_you_mean(location: tuple[int | str, ...], value: object) -> str:
-    """The key of a section that somebody means who gives the section a value, for example strategy=ddp."""
-    section = Config.model_fields[str(location[0])].annotation if location[0] in Config.model_fields else None
-    fields = getattr(section, "model_fields", TaskConfig.model_fields if location[0] == "task" else {})
-    meant = [key for key in ("name", "target", "epochs", "steps", "every_steps", "wandb") if key in fields]
-    return f", did you mean {' or '.join(f'{location[0]}.{key}={value}' for key in meant)}?" if meant else ""
-
-
-def _nearest(location: tuple[int | str, ...]) -> str:
-    """`, did you mean data.num_workers?` or the keys that are allowed there."""
-    section: type[BaseModel] = Config
-    for part in location[:-1]:
-        annotation = section.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return ""
-        section = annotation
-    prefix = "".join(f"{part}." for part in location[:-1])
-    everywhere = {
-        f"{name}.{inner}": inner
-        for name, field in Config.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        for inner in field.annotation.model_fields
-    }
-    wrong = str(location[-1])
-    if close := difflib.get_close_matches(wrong, section.model_fields, n=1):
-        return f", did you mean {prefix}{close[0]}?"
-    if elsewhere := [key for key, inner in everywhere.items() if inner == wrong]:
-        return f", did you mean {elsewhere[0]}?"
-    return f"; allowed here: {', '.join(section.model_fields)}"
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -20,23 +20,40 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class RunPlan:
-    """The arithmetic of a run."""
+class BatchPlan:
+    """How the samples of a step fall to micro-batches and ranks."""
 
     world_size: int
     global_batch_size: int
     micro_batch_size: int
     num_micro_batches: int  # a step, over all ranks
     grad_accum_steps: int  # micro-batches a step, on one rank
+
+    @staticmethod
+    def of(config: Config, world_size: int) -> "BatchPlan":
+        """Raises ConfigError if they don't divide."""
+        grad_accum_steps, data = window_size(config, world_size), config.data
+        num_micro_batches = grad_accum_steps * world_size
+        return BatchPlan(world_size, data.global_batch_size, data.micro_batch_size, num_micro_batches, grad_accum_steps)
+
+
+@dataclass(frozen=True)
+class RunPlan(BatchPlan):
+    """The arithmetic of a run."""
+
     num_samples: int | None  # in the training set; None: it is a stream
     num_steps: int
     warmup_steps: int
-    memory: Memory | None = None  # counted where somebody wants to know, see training/memory.py
+    memory: Memory | None = None  # counted where somebody wants to know, see Strategy.memory
 
     @classmethod
     def create(cls, config: Config, world_size: int, num_samples: int | None) -> "RunPlan":
         """Raises ConfigError where the numbers do not fit together."""
-        grad_accum_steps = window_size(config, world_size)
+        return cls.complete(config, BatchPlan.of(config, world_size), num_samples)
+
+    @classmethod
+    def complete(cls, config: Config, batches: BatchPlan, num_samples: int | None) -> "RunPlan":
+        """Raises ConfigError where the length of the run and the number of samples do not fit together."""
         data, train = config.data, config.train
         if num_samples is None and train.steps is None:
             raise ConfigError("train.epochs: the training set is a stream, which has no length; give train.steps")
@@ -56,14 +73,7 @@ class RunPlan:
                 f"train: {num_steps} steps of {data.global_batch_size} samples are more than 2**63 samples; give fewer"
             )
         return cls(
-            world_size=world_size,
-            global_batch_size=data.global_batch_size,
-            micro_batch_size=data.micro_batch_size,
-            num_micro_batches=grad_accum_steps * world_size,
-            grad_accum_steps=grad_accum_steps,
-            num_samples=num_samples,
-            num_steps=num_steps,
-            warmup_steps=config.optim.warmup_steps,
+            **vars(batches), num_samples=num_samples, num_steps=num_steps, warmup_steps=config.optim.warmup_steps
         )
 
     def doubts(self, config: Config) -> list[str]:

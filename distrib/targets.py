@@ -19,7 +19,7 @@ from distrib.tracebacks import first_line, place
 
 def build(target: str, arguments: dict[str, Any], key: str, kind: type[Any], factories: bool = False) -> Any:
     """Make what `target` names with keyword arguments; `key`: where the config names it. As for `find`."""
-    made = call(find(target, key, kind, factories), arguments, key)
+    made = call(find(target, f"{key}.target", kind, factories), arguments, key)
     if not isinstance(made, kind):
         raise ConfigError(f"{key}.target: {target} is not {_a(kind)} but {type(made).__name__}")
     return made
@@ -55,33 +55,30 @@ def find(target: str, key: str, kind: type[Any], factories: bool = False) -> Cal
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     if _is_pythons_own(module_name):
-        raise ConfigError(f"{key}.target: {target} is a part of Python itself, not {_a(kind)}")
+        raise ConfigError(f"{key}: {target} is a part of Python itself, not {_a(kind)}")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise ConfigError(
-                f"{key}.target: there is no module {error.name!r}, neither in {os.getcwd()} nor installed"
+                f"{key}: there is no module {error.name!r}, neither in {os.getcwd()} nor installed"
             ) from None
-        raise ConfigError(
-            f"{key}.target: {module_name} cannot be imported: {first_line(error)}{place(error)}"
-        ) from error
+        raise ConfigError(f"{key}: {module_name} cannot be imported: {first_line(error)}{place(error)}") from error
     found = getattr(module, name, None)
     if found is None:
         close = difflib.get_close_matches(name, dir(module), n=1)
         hint = f", did you mean {module_name}:{close[0]}?" if close else ""
-        raise ConfigError(f"{key}.target: module {module_name!r} has no {name!r}{hint}")
+        raise ConfigError(f"{key}: module {module_name!r} has no {name!r}{hint}")
     if isinstance(found, type):
         if issubclass(found, kind):
             return found
-        raise ConfigError(f"{key}.target: {target} is not {_a(kind)} but a class {found.__name__}")
+        raise ConfigError(f"{key}: {target} is not {_a(kind)} but a class {found.__name__}")
     if not factories or not inspect.isfunction(found):
         wanted = _a(kind) + (", nor a function that makes one" if factories else "")
-        raise ConfigError(f"{key}.target: {target} is not {wanted}, it is a {type(found).__name__}")
+        raise ConfigError(f"{key}: {target} is not {wanted}, it is a {type(found).__name__}")
     if not _makes(found, kind):
         raise ConfigError(
-            f"{key}.target: {target} is not annotated to return {_a(kind)}; call it in a function of your own, "
-            "and name that"
+            f"{key}: {target} is not annotated to return {_a(kind)}; call it in a function of your own, and name that"
         )
     return found
 
@@ -107,7 +104,7 @@ def _parts(target: str, key: str) -> tuple[str, str]:
     meant = ".".join(part for part in path.removesuffix(".py").replace(os.sep, ".").split(".") if part)
     known = name.isidentifier() and _is_dotted(meant)
     example = f"write {meant}:{name}" if known else "for example my_file:MyTask"
-    raise ConfigError(f"{key}.target: {target!r} is not of the form module:Class; {example}")
+    raise ConfigError(f"{key}: {target!r} is not of the form module:Class; {example}")
 
 
 def _is_dotted(module: str) -> bool:

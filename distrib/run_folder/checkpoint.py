@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from distrib.errors import CheckpointError, MismatchError
+from distrib.errors import CheckpointError, ConfigError, MismatchError
 from distrib.run_folder.manifest import MANIFEST, read_manifest, sealed, step_of, steps_of
 
 _SMALL = 1 << 14  # elements: what one rank writes alone
@@ -31,12 +31,17 @@ _SMALL = 1 << 14  # elements: what one rank writes alone
 
 @dataclass(frozen=True)
 class Shard:
-    """What this rank holds of a logical tensor of `shape`: the elements from `offset` on, in C order."""
+    """What this rank holds of a logical tensor of `shape`: the elements from `offset` on, in C order.
+
+    `copies` ranks hold the same elements, and this rank's is number `copy` of them.
+    """
 
     tensor: Tensor
     shape: tuple[int, ...]
     offset: int = 0
-    replicated: bool = False  # whole, and the same on every rank
+    copy: int = 0
+    copies: int = 1
+    replicated: bool = False  # every rank holds a copy of the whole tensor
 
 
 @dataclass(frozen=True)
@@ -52,26 +57,47 @@ class Part:
         return f"shard-{self.rank:05d}.safetensors"
 
 
+def named_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The module's parameters and persistent buffers, each by its first name; and the further names of tied ones, with
+    the first name of each. Raises ConfigError for what is no tensor."""
+    named: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(
+                f"task.model: {name} in its state_dict is a {type(value).__name__}, no tensor, and would not be saved; "
+                "keep it in a buffer, or leave it out of get_extra_state"
+            )
+        if id(value) in first:
+            tied[name] = first[id(value)]
+        else:
+            named[name] = value
+            first[id(value)] = name
+    return named, tied
+
+
 def replicated(tensor: Tensor) -> Shard:
     """Of a tensor that is whole on every rank."""
     return Shard(tensor, tuple(tensor.shape), replicated=True)
 
 
 def part_of(shards: dict[str, Shard], rank: int, world_size: int) -> Part:
-    """What `rank` writes. Replicated tensors are cut evenly, the small ones dealt out by name."""
+    """What `rank` writes. The ranks that hold copies of the same elements cut them evenly, or deal the small ones out
+    by name."""
     part = Part(rank, {}, {})
     for name, shard in shards.items():
         flat, offset = shard.tensor.detach().reshape(-1), shard.offset
-        if shard.replicated:
-            size = flat.numel()
-            if size < _SMALL:
-                if zlib.crc32(name.encode()) % world_size != rank:
-                    continue
-            else:
-                offset, end = size * rank // world_size, size * (rank + 1) // world_size
-                flat = flat[offset:end]
-        elif not flat.numel() and 0 not in shard.shape:
+        copy, copies = (rank, world_size) if shard.replicated else (shard.copy, shard.copies)
+        size = flat.numel()
+        if not size and 0 not in shard.shape:
             continue
+        if size < _SMALL:
+            if zlib.crc32(name.encode()) % copies != copy:
+                continue
+        else:
+            first, end = size * copy // copies, size * (copy + 1) // copies
+            offset, flat = offset + first, flat[first:end]
         part.tensors[name] = flat
         part.places[name] = (shard.shape, offset)
     return part

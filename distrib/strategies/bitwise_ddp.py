@@ -1,17 +1,19 @@
 """single and ddp with `train.determinism: bitwise`: the same bits from any number of processes.
 
 Floating-point sums depend on their order. Here the gradients of a step's micro-batches are summed in one fixed binary
-tree, wherever they were computed: within a rank as a binary counter adds (a partial sum a level), across ranks each
-rank sums a part of all gradients in the tree's order. The idea of computing as a fixed number of virtual workers would
-is EasyScale's (SC'23).
+tree, whichever rank computed them. Within a rank a binary counter adds them (one partial sum a level). Across ranks
+each rank sums a part of all gradients in the tree's order. EasyScale (SC'23) has the idea: compute as a fixed number of
+virtual workers would.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distrib.processes.world import World
-from distrib.strategies.base import MakeOptimizer, Strategy
+from distrib.errors import ConfigError
+from distrib.strategies.base import Strategy
+from distrib.strategies.ddp import DDP, require_one_process_for_single
+from distrib.strategies.memory import MakeOptimizer
 from distrib.strategies.step_sums import SIZE
 
 _BUCKET_BYTES = 4 << 20
@@ -90,13 +92,35 @@ class _Sums:
 class BitwiseDDP(Strategy):
     """Everything whole on every rank. A bucket's ranks exchange their sums while the last backward still runs."""
 
-    def __init__(self, world: World, module: nn.Module, make_optimizer: MakeOptimizer | None) -> None:
-        super().__init__(world, module)
+    Options = DDP.Options  # those that must be left as they are
+    takes_sparse_gradients = True
+
+    def check(self) -> None:
+        require_one_process_for_single(self)
+        values = {"communication_dtype": (self.config.strategy.communication_dtype, "fp32")}
+        fields = DDP.Options.model_fields
+        values |= {key: (value, fields[key].default) for key, value in self.options}
+        for key, (value, default) in values.items():
+            if value != default:
+                raise ConfigError(
+                    f"strategy.{key}: {str(value).lower()} is not for train.determinism: bitwise, which reduces "
+                    "gradients itself; leave it out"
+                )
+        micro_batches, data = self.batches.num_micro_batches, self.config.data
+        if micro_batches & (micro_batches - 1):
+            raise ConfigError(
+                f"train.determinism: bitwise sums in a binary tree, and a step has {micro_batches} micro-batches "
+                f"({data.global_batch_size} / {data.micro_batch_size}); make it a power of two"
+            )
+
+    def wrap(self, module: nn.Module, blocks: list[nn.Module], make_optimizer: MakeOptimizer | None) -> None:
+        super().wrap(module, blocks, make_optimizer)
+        world = self.world
         if world.use_cpu:
-            torch.set_num_threads(1)  # how many there are decides in what order a kernel sums
+            torch.set_num_threads(1)  # the number of threads decides in what order a kernel sums
         else:
             torch.use_deterministic_algorithms(True)
-        self.model = self.evaluation_model = module.to(world.device)
+        module.to(world.device)
         self.use_optimizer(make_optimizer)
         self._buckets: list[Bucket] = []
         self._last = False
@@ -105,7 +129,7 @@ class BitwiseDDP(Strategy):
             return
         if world.world_size > 1:
             self.broadcast_state()
-        self._watch_use()
+        self.watch.begin(module)
         groups = _in_buckets([p for p in reversed(list(module.parameters())) if p.requires_grad])
         if groups[-1][0].dtype not in (torch.float32, torch.float64):
             groups.append([])  # one in float32, in which the totals are exact
@@ -130,7 +154,7 @@ class BitwiseDDP(Strategy):
             bucket.missing = len(bucket.parameters)
         self._buckets[-1].extra.copy_(sums)
         total.backward()  # type: ignore[no-untyped-call]
-        self._require_use()
+        self.watch.require_all()
         if not last:
             for bucket in self._buckets:
                 bucket.count()

@@ -8,29 +8,47 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor, nn
 
-from distrib.config import StrategyConfig
-from distrib.processes.world import World
-from distrib.strategies.base import MakeOptimizer, Number, Strategy
-from distrib.strategies.step_sums import AllReducedSums, SumsInBuckets
+from distrib.errors import ConfigError
+from distrib.strategies.base import Number, Strategy
+from distrib.strategies.memory import MakeOptimizer
+from distrib.strategies.step_sums import SumsInBuckets
+
+_UNREDUCED = "Expected to have finished reduction in the prior iteration"
 
 
 class DDP(Strategy):
-    """DDP where there are several processes. Gradients meet on the last micro-batch, while its backward runs."""
+    """DDP if there are several processes. Gradients meet on the last micro-batch, while its backward runs."""
 
-    def __init__(
-        self, world: World, module: nn.Module, make_optimizer: MakeOptimizer | None, config: StrategyConfig
-    ) -> None:
-        super().__init__(world, module)
+    class Options(Strategy.Options):
+        find_unused_parameters: bool = False  # for models that leave parameters out in some steps
+        static_graph: bool = False  # the model uses the same parameters in each step: DDP may plan for that
+
+    @classmethod
+    def bitwise(cls) -> type[Strategy]:
+        from distrib.strategies.bitwise_ddp import BitwiseDDP
+
+        return BitwiseDDP
+
+    def check(self) -> None:
+        require_one_process_for_single(self)
+
+    def explain_error(self, error: Exception) -> str | None:
+        if _UNREDUCED not in str(error):
+            return None
+        return (
+            "task: in a step some parameters got no gradient, for which ddp waits; use them in every step, freeze "
+            "them, or set strategy.find_unused_parameters: true"
+        )
+
+    def wrap(self, module: nn.Module, blocks: list[nn.Module], make_optimizer: MakeOptimizer | None) -> None:
+        super().wrap(module, blocks, make_optimizer)
+        world, options = self.world, self.options
         self.evaluation_model = module.to(world.device)
-        compressed = config.communication_dtype == "bf16" and world.world_size > 1
-        # Alone there is no way to go, and the carrier would be rounded where compressed, or taken for unused.
-        if world.world_size == 1 or compressed or config.find_unused_parameters:
-            self.sums = AllReducedSums(world)
-            self.model = module
-        else:
-            with_sums = SumsInBuckets(module).to(world.device)
-            self.sums = with_sums
-            self.model = with_sums
+        compressed = self.config.strategy.communication_dtype == "bf16" and world.world_size > 1
+        # Without SumsInBuckets if there is one process, if bf16 would round the sums, and if DDP would take the
+        # parameter that carries them for unused.
+        if world.world_size > 1 and not compressed and not options.find_unused_parameters:
+            self.sums = self.model = SumsInBuckets(module).to(world.device)
         self._accelerator = Accelerator(
             cpu=world.use_cpu,
             dynamo_backend="no",  # or accelerate reads ACCELERATE_DYNAMO_BACKEND; compiling is train.compile's
@@ -39,24 +57,25 @@ class DDP(Strategy):
             kwargs_handlers=[
                 DistributedDataParallelKwargs(
                     gradient_as_bucket_view=True,
-                    find_unused_parameters=config.find_unused_parameters,
-                    static_graph=config.static_graph,
+                    find_unused_parameters=options.find_unused_parameters,
+                    static_graph=options.static_graph,
                 )
             ],
         )
         self.use_optimizer(make_optimizer)
+        self._is_first_step = world.world_size > 1
         if world.world_size > 1 and make_optimizer is not None:
             self.model = self._accelerator.prepare_model(self.model)
             # See buffers.py. torch 2.13 warns of it as an argument.
             self.model.broadcast_buffers = False  # type: ignore[assignment]
             self.learns_from_its_first_backward = True
-            if not (config.find_unused_parameters or config.static_graph):
-                self._watch_use()
+            if not (options.find_unused_parameters or options.static_graph):
+                self.watch.begin(module)
             if compressed:
                 self.model.register_comm_hook(None, _mean_in_bf16)  # type: ignore[operator]
         # DDP learns a static graph from its first backward, which may not go without a reduction. One more does no
         # harm: the mean over ranks of what is the same on all of them is what it was.
-        self._graph_is_unknown = config.static_graph
+        self._graph_is_unknown = options.static_graph
         self._all_parameters = list(self.model.parameters())  # Module.zero_grad walks through all modules every time
 
     def accumulate(self, last: bool) -> AbstractContextManager[object]:
@@ -76,11 +95,12 @@ class DDP(Strategy):
             self.sums.add_to_backward(total, sums).backward()  # type: ignore[no-untyped-call]
         else:
             super().backward(total, sums, last)
-        if self._watched:
+        if self._is_first_step:  # in later ones DDP itself refuses parameters without a gradient
             if last:
-                self._require_use()
-                self._watch_no_more()
-            self._used.clear()
+                self.watch.require_all()
+                self.watch.end()
+                self._is_first_step = False
+            self.watch.next_micro_batch()
 
     def update(self, factor: Number, max_grad_norm: float | None) -> Number:
         return super().update(factor * self.world.world_size, max_grad_norm)  # DDP leaves the mean over the ranks
@@ -92,6 +112,15 @@ class DDP(Strategy):
         if "backward_comm_time" not in measured:  # DDP looks at its first steps, and each 100th, after they are over
             return None
         return max(0.0, measured["backward_comm_time"] - measured["backward_compute_comm_overlap_time"]) / 1e9
+
+
+def require_one_process_for_single(strategy: Strategy) -> None:
+    """Raise ConfigError if the strategy is single and there are several processes."""
+    if strategy.name == "single" and strategy.world.world_size > 1:
+        raise ConfigError(
+            f"strategy.name: single, but {strategy.world.launcher} started {strategy.world.world_size} processes; use "
+            "ddp or auto, or start one process"
+        )
 
 
 def _mean_in_bf16(

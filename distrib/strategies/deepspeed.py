@@ -1,56 +1,106 @@
 """zero0 to zero3: DeepSpeed's ZeRO stages. DeepSpeed shards and updates; what a step means stays the engine's."""
 
 import functools
+import json
 import logging
 import math
 import os
+import re
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 
+from distrib.config import Config
+from distrib.errors import ConfigError
+from distrib.plan import Memory
 from distrib.processes import variables
 from distrib.processes.world import World
 from distrib.run_folder.checkpoint import Shard, replicated
-from distrib.strategies.base import MakeOptimizer, Number, Strategy, make_contiguous, trainable
+from distrib.strategies import deepspeed_model
+from distrib.strategies.base import Number, Strategy
+from distrib.strategies.deepspeed_config import compile_config, offload_of, persistence_threshold
+from distrib.strategies.fsdp2 import not_gathered
+from distrib.strategies.memory import MakeOptimizer
+from distrib.strategies.parameters import make_contiguous, trainable
 from distrib.strategies.step_sums import AllReducedSums
+
+_OPTIMIZERS_FOR_WHOLE_MATRICES = ("adafactor", "muon")  # torch.optim's; of a flat shard they make another function
+_EMPTY_SHAPE = re.compile(r"\(0\)|\[0\]|multiplied \(.*\b0x\d")  # of a parameter that zero3 has not gathered
+_OWN_BACKWARD = re.compile(r"Loss scaling is required|Direct calls to tensor.backward\(\)")  # DeepSpeed's words
+
+
+class _Options(Strategy.Options):
+    deepspeed: dict[str, Any] | str = Field(
+        default_factory=dict
+    )  # further options of DeepSpeed's, or a JSON file with them
 
 
 class ZeRO(Strategy):
-    """A DeepSpeedEngine, made from `deepspeed_config.compile_config`'s JSON.
+    """A DeepSpeedEngine, made from `deepspeed_config.compile_config`'s JSON. Each stage is a class below.
 
     At stages 1 to 3 the normalisation by the window's count goes in as DeepSpeed's loss scale, by which it divides
     where it clips; at stage 0 DeepSpeed leaves whole gradients in `p.grad`, and the update is that of ddp.
     """
 
-    def __init__(
-        self,
-        world: World,
-        module: nn.Module,
-        make_optimizer: MakeOptimizer | None,
-        config: dict[str, Any],
-        whole: list[nn.Module],
-    ) -> None:
-        """`whole`: modules whose parameters stage 3 is to gather at once, so that no hook of its is inside."""
-        super().__init__(world, module)
-        self.stage: int = config["zero_optimization"]["stage"]
-        self.forward_is_collective = self.stage == 3
-        self.sums = AllReducedSums(world)
+    stage: int
+
+    def __init__(self, config: Config, world: World) -> None:
+        super().__init__(config, world)
+        self.offload = getattr(self.options, "offload", "none")
+        if self.offload == "none":
+            self.offload = offload_of(self.options.deepspeed, self.name)
+
+    def check(self) -> None:
+        if self.stage and self.config.optim.name.lower() in _OPTIMIZERS_FOR_WHOLE_MATRICES:
+            raise ConfigError(
+                f"optim.name: {self.config.optim.name} cannot update the shards of {self.name}; take another, or ddp"
+            )
+        self._json()
+
+    def _json(self) -> dict[str, Any]:
+        return compile_config(self.config, self.stage, self.offload, self.options.deepspeed, self.batches)
+
+    def describe(self) -> str:
+        return f"DeepSpeed's JSON:\n{json.dumps(self._json(), indent=2)}"
+
+    def check_model(self, module: nn.Module, blocks: list[nn.Module]) -> None:
+        deepspeed_model.check(module, self.stage, self.name)
+
+    def memory(self, module: nn.Module, make_optimizer: MakeOptimizer) -> Memory:
+        if not self.stage:
+            return super().memory(module, make_optimizer)
+        whole = persistence_threshold(self.options.deepspeed)
+        return deepspeed_model.memory(module, self.stage, self.world.world_size, whole, make_optimizer)
+
+    def explain_error(self, error: Exception) -> str | None:
+        if _OWN_BACKWARD.search(str(error)) or _is_deepspeeds(error):
+            return (
+                f"task: takes a gradient of the model's output in forward or loss, which {self.name} takes for the "
+                "backward; take it in the model's forward, or take strategy.name ddp"
+            )
+        return not_gathered(self.name, error) if self.stage == 3 and _EMPTY_SHAPE.search(str(error)) else None
+
+    def wrap(self, module: nn.Module, blocks: list[nn.Module], make_optimizer: MakeOptimizer | None) -> None:
+        super().wrap(module, blocks, make_optimizer)
         if make_optimizer is None and self.stage < 3:  # nothing is sharded that a forward needs
-            self.model = self.evaluation_model = module.to(world.device)
+            module.to(self.world.device)
             self._sharded_optimizer: Any = None
             return
-        world.require_group()
+        self.world.require_group()
         make_contiguous(module)
         self.broadcast_state()
         self.use_optimizer(make_optimizer)
-        deepspeed = _import_deepspeed(world)
-        for part in whole if self.stage == 3 else ():
+        deepspeed = _import_deepspeed(self.world)
+        # A compiled module is gathered as a whole at stage 3, so that no hook is inside.
+        for part in self.compiled if self.stage == 3 else ():
             deepspeed.utils.set_z3_leaf_module(part, True)
-        engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
+        engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=self._json())
         self.model = engine
         self.evaluation_model = engine if self.stage == 3 else module
         self._engine: Any = engine
@@ -58,7 +108,7 @@ class ZeRO(Strategy):
         engine.torch_autocast_z0_gradscaler = None
         self._sharded_optimizer = engine.optimizer if self.stage and make_optimizer is not None else None
         self._discarding = False
-        self._watch_use()
+        self.watch.begin(module)
         if self.optimizer is not None and self.stage:
             engine.optimizer.torch_autocast_gradscaler = None
             self.optimizer.step = self._unless_discarding(self.optimizer.step)  # type: ignore[method-assign]
@@ -77,7 +127,7 @@ class ZeRO(Strategy):
         if self._sharded_optimizer is not None:
             self._sharded_optimizer.override_loss_scale(1.0)
         self._engine.backward(total, scale_wrt_gas=False)
-        self._require_use()
+        self.watch.require_all()
 
     @property
     def can_update_on_device(self) -> bool:
@@ -114,14 +164,14 @@ class ZeRO(Strategy):
                 if (mapping := vars(parameter)["_hp_mapping"]) is not None:
                     mapping.update_hp()
 
-    def _shard(self, tensor: Tensor) -> Shard:
+    def shard_of(self, tensor: Tensor) -> Shard:
         if not hasattr(tensor, "ds_tensor"):
-            return super()._shard(tensor)
+            return super().shard_of(tensor)
         return self._cut_at_stage_3(tensor, tensor.ds_tensor.data)
 
-    def _states(self) -> Iterator[tuple[str, dict[str, Any], Callable[[Tensor], Shard | None]]]:
+    def optimizer_states(self) -> Iterator[tuple[str, dict[str, Any], Callable[[Tensor], Shard | None]]]:
         if self._sharded_optimizer is None or self.optimizer is None:
-            yield from super()._states()
+            yield from super().optimizer_states()
             return
         names = {id(parameter): name for name, parameter in trainable(self.module)}
         for number, group in enumerate(self._groups()):
@@ -131,14 +181,14 @@ class ZeRO(Strategy):
                     cut = functools.partial(self._cut, parameter, flat)
                     yield names[id(parameter)], self.optimizer.state[flat], cut
 
-    def _make_states(self) -> None:
+    def make_optimizer_state(self) -> None:
         if self._sharded_optimizer is None:
-            super()._make_states()
+            super().make_optimizer_state()
         elif self.stage < 3:
-            self._step_over_zeros(self._flat())
+            self.step_over_zeros(self._flat())
         else:
             self._sharded_optimizer._set_fp32_optimizer_param_groups()
-            self._step_over_zeros(self._flat())
+            self.step_over_zeros(self._flat())
             self._sharded_optimizer._clear_fp32_optimizer_param_groups()
 
     def _groups(self) -> list[list[nn.Parameter]]:
@@ -187,6 +237,46 @@ class ZeRO(Strategy):
             return None if self._discarding else step(*args, **kwargs)
 
         return step_or_not
+
+
+class ZeRO0(ZeRO):
+    """Everything whole on every rank."""
+
+    Options = _Options
+    stage = 0
+
+
+class ZeRO1(ZeRO):
+    """Optimizer state is sharded."""
+
+    class Options(_Options):
+        offload: Literal["none", "optimizer"] = "none"  # what lies in CPU memory
+
+    stage = 1
+
+
+class ZeRO2(ZeRO):
+    """Optimizer state and gradients are sharded."""
+
+    Options = ZeRO1.Options
+    stage = 2
+
+
+class ZeRO3(ZeRO):
+    """Optimizer state, gradients and parameters are sharded."""
+
+    class Options(_Options):
+        offload: Literal["none", "optimizer", "all"] = "none"  # what lies in CPU memory; all: parameters too
+
+    evaluates_as = "zero3"
+    forward_is_collective = True
+    stage = 3
+
+
+def _is_deepspeeds(error: Exception) -> bool:
+    """An IndexError inside a hook of DeepSpeed's: zero2 has no bucket for a gradient before the backward."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, IndexError) and "deepspeed" in frames[-1].filename
 
 
 def _import_deepspeed(world: World) -> Any:

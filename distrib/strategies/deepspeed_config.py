@@ -5,27 +5,30 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distrib.config import Config, StrategyConfig
+from distrib.config import Config
 from distrib.errors import ConfigError
-from distrib.plan import window_size
+from distrib.plan import BatchPlan
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 _PERSISTENCE = "stage3_param_persistence_threshold"
 _OTHERS_DECIDE = {"optimizer": "optim", "scheduler": "optim.schedule", "data_types": "train.mixed_precision"}
 
 
-def compile_config(config: Config, strategy: StrategyConfig, world_size: int) -> dict[str, Any]:
-    """The JSON for zero0 to zero3. Bucket sizes and the like are DeepSpeed's own defaults unless given.
+def compile_config(
+    config: Config, stage: int, offload: str, options: dict[str, Any] | str, batches: BatchPlan
+) -> dict[str, Any]:
+    """The JSON for a stage of ZeRO. Bucket sizes and the like are DeepSpeed's own defaults unless given.
 
-    Raises ConfigError where `strategy.deepspeed` contradicts another key, with both values named.
+    `options`: the config's key strategy.deepspeed. Raises ConfigError if it contradicts another key, with both values
+    named.
     """
-    given, problems = copy.deepcopy(_read(strategy.deepspeed)), []
+    given, problems = copy.deepcopy(_read(options)), []
     for key, decided_by in _OTHERS_DECIDE.items():
         if key in given:
             problems.append(f"{key} is decided by {decided_by}; leave it out")
             del given[key]
     problems += _check_precision(given, config.train.mixed_precision)
-    result, keys = _ours(config, strategy, world_size)
+    result, keys = _ours(config, stage, offload, batches)
     _merge(result, given, keys, problems)
     if problems:
         raise ConfigError(f"strategy.deepspeed: {'; '.join(problems)}")
@@ -72,9 +75,9 @@ def offload_of(options: dict[str, Any] | str, strategy: str) -> str:
     return "optimizer" if devices["offload_optimizer"] == "cpu" and strategy != "zero0" else "none"
 
 
-def persistence_threshold(strategy: StrategyConfig) -> int:
+def persistence_threshold(options: dict[str, Any] | str) -> int:
     """Up to how many elements a parameter stays whole on every rank at stage 3. Raises ConfigError."""
-    given = _zero(strategy.deepspeed).get(_PERSISTENCE, "auto")
+    given = _zero(options).get(_PERSISTENCE, "auto")
     return 100_000 if given == "auto" else int(given)
 
 
@@ -99,34 +102,34 @@ def _zero(options: dict[str, Any] | str) -> dict[str, Any]:
     return section
 
 
-def _ours(config: Config, strategy: StrategyConfig, world_size: int) -> tuple[dict[str, Any], dict[str, str]]:
+def _ours(config: Config, stage: int, offload: str, batches: BatchPlan) -> tuple[dict[str, Any], dict[str, str]]:
     """What we decide, and for each option (dotted) the key of our config that decided it."""
-    data, train, stage = config.data, config.train, int(strategy.name[-1])
-    if stage and (strategy.communication_dtype, train.mixed_precision) == ("bf16", "fp16"):
+    data, train, dtype = config.data, config.train, config.strategy.communication_dtype
+    if stage and (dtype, train.mixed_precision) == ("bf16", "fp16"):
         raise ConfigError(
-            f"strategy.communication_dtype: bf16, but with train.mixed_precision fp16 {strategy.name} would send "
+            f"strategy.communication_dtype: bf16, but with train.mixed_precision fp16 zero{stage} would send "
             "gradients in fp16; give fp32, or train in bf16"
         )
     autocast: dict[str, Any] = {"enabled": train.mixed_precision != "no"}
     if autocast["enabled"]:
         autocast["dtype"] = _DTYPES[train.mixed_precision]
-        if strategy.communication_dtype == "fp32":
+        if dtype == "fp32":
             autocast["lower_precision_safe_modules"] = []  # else theirs travel in the lower precision
     zero: dict[str, Any] = {"stage": stage}
     if stage:
-        zero["offload_optimizer"] = {"device": "none" if strategy.offload == "none" else "cpu"}
+        zero["offload_optimizer"] = {"device": "none" if offload == "none" else "cpu"}
     if stage == 3:
         zero["memory_efficient_linear"] = False  # it would round otherwise in bf16, and replace torch's for good
-        zero["offload_param"] = {"device": "cpu" if strategy.offload == "all" else "none"}
+        zero["offload_param"] = {"device": "cpu" if offload == "all" else "none"}
     ours = {
         "train_batch_size": data.global_batch_size,
         "train_micro_batch_size_per_gpu": data.micro_batch_size,
-        "gradient_accumulation_steps": window_size(config, world_size),
+        "gradient_accumulation_steps": batches.grad_accum_steps,
         "gradient_clipping": train.max_grad_norm or 0.0,
         "torch_autocast": autocast,
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},
-        "communication_data_type": strategy.communication_dtype,
+        "communication_data_type": dtype,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -1,81 +1,149 @@
 """fsdp2: torch's fully_shard. Parameters, gradients and optimizer state are cut along their first dimension."""
 
 import math
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from distrib.config import StrategyConfig
-from distrib.processes.world import World
+from distrib.errors import ConfigError
+from distrib.plan import Memory
 from distrib.run_folder.checkpoint import Shard
-from distrib.strategies.base import DTYPES, MakeOptimizer, Number, Strategy, make_contiguous
-from distrib.strategies.step_sums import AllReducedSums
+from distrib.strategies.base import DTYPES, Number, Strategy
+from distrib.strategies.memory import MakeOptimizer, empty_like, optimizer_state, size_in_bytes
+from distrib.strategies.parameters import dtype_name, make_contiguous, refusal, trainable
+
+_NOT_GATHERED = ("mixed torch.Tensor and DTensor", "out of bounds for storage of size 0")
+# torch.optim's classes that look at whole matrices, or do what a DTensor does not know.
+_OPTIMIZERS_FOR_WHOLE_MATRICES = ("adafactor", "muon", "rprop")
 
 
 class FSDP2(Strategy):
     """Each block is gathered for its forward and backward. Gradients are reduced after each micro-batch, so that they
     are never held whole."""
 
+    class Options(Strategy.Options):
+        offload: Literal["none", "all"] = "none"  # all: parameters and optimizer state lie in CPU memory
+        reshard_after_forward: bool = True  # false: a block stays gathered until its backward
+
+    evaluates_as = "fsdp2"
     forward_is_collective = True
 
-    def __init__(
-        self,
-        world: World,
-        module: nn.Module,
-        make_optimizer: MakeOptimizer | None,
-        config: StrategyConfig,
-        blocks: list[nn.Module],
-        mixed_precision: str,
-    ) -> None:
-        super().__init__(world, module)
-        world.require_group()
+    @property
+    def shard_size(self) -> int:
+        """The number of ranks that hold one copy of the model."""
+        return self.world.world_size
+
+    @property
+    def copies(self) -> int:
+        """The number of copies of the model."""
+        return self.world.world_size // self.shard_size
+
+    def mesh(self) -> DeviceMesh:
+        """Return how fully_shard arranges the ranks. Rank r holds shard r % shard_size of copy r // shard_size.
+        Collective."""
+        return init_device_mesh(self.world.device.type, (self.world.world_size,))
+
+    def check(self) -> None:
+        if self.config.optim.name.lower() in _OPTIMIZERS_FOR_WHOLE_MATRICES:
+            raise ConfigError(
+                f"optim.name: {self.config.optim.name} cannot update the shards of {self.name}; take another, or ddp"
+            )
+
+    def check_model(self, module: nn.Module, blocks: list[nn.Module]) -> None:
+        for name, parameter in module.named_parameters():
+            if not parameter.ndim:
+                others = ("ddp", "zero0", "zero1", "zero2")
+                raise refusal(name, f"is a scalar, which {self.name} cannot cut", "give it the shape [1]", others)
+            if not parameter.numel() and parameter.requires_grad:
+                what = f"has no elements, which {self.name} cannot cut"
+                raise refusal(name, what, "make it a buffer", ("ddp", "zero0"))
+        # What is gathered at once must have one dtype.
+        owner = {id(parameter): block for block in blocks for parameter in block.parameters()}
+        first: dict[int, tuple[str, nn.Parameter]] = {}
+        for name, parameter in trainable(module):
+            other, like = first.setdefault(id(owner.get(id(parameter), module)), (name, parameter))
+            if parameter.dtype != like.dtype:
+                raise refusal(
+                    name,
+                    f"is {dtype_name(parameter.dtype)} and {other} {dtype_name(like.dtype)}, and {self.name} gathers "
+                    "both at once",
+                    "give them one dtype, or separate Task.blocks",
+                    ("ddp",),
+                )
+
+    def memory(self, module: nn.Module, make_optimizer: MakeOptimizer) -> Memory:
+        """Each parameter is cut along its first dimension, and padded to equal shards."""
+        rows = {name: math.ceil(p.shape[0] / self.shard_size) for name, p in module.named_parameters()}
+        shards = [(name, empty_like(p, rows[name], *p.shape[1:])) for name, p in trainable(module)]
+        return Memory(
+            parameters=sum(size_in_bytes([p[:1]]) * rows[name] for name, p in module.named_parameters()),
+            gradients=size_in_bytes(shard for _, shard in shards),
+            optimizer_state=optimizer_state(make_optimizer, shards),
+        )
+
+    def explain_error(self, error: Exception) -> str | None:
+        if not any(part in str(error) for part in _NOT_GATHERED):
+            return None
+        return not_gathered(self.name, error)
+
+    def wrap(self, module: nn.Module, blocks: list[nn.Module], make_optimizer: MakeOptimizer | None) -> None:
+        super().wrap(module, blocks, make_optimizer)
+        self.world.require_group()
         make_contiguous(module)
         self.broadcast_state()
-        compressed = config.communication_dtype == "bf16"
+        compressed = self.config.strategy.communication_dtype == "bf16"
         options: dict[str, Any] = {
-            "mesh": init_device_mesh(world.device.type, (world.world_size,)),
+            "mesh": self.mesh(),
             # Autocast decides the precision of each operation, as under every strategy; parameters lie in fp32.
             "mp_policy": MixedPrecisionPolicy(
-                param_dtype=DTYPES.get(mixed_precision) if compressed else None,
+                param_dtype=DTYPES.get(self.config.train.mixed_precision) if compressed else None,
                 reduce_dtype=torch.bfloat16 if compressed else None,
             ),
-            "offload_policy": CPUOffloadPolicy(pin_memory=not world.use_cpu)
-            if config.offload == "all"
+            "offload_policy": CPUOffloadPolicy(pin_memory=not self.world.use_cpu)
+            if self.options.offload == "all"
             else OffloadPolicy(),
         }
         for block in blocks:
-            fully_shard(block, reshard_after_forward=config.reshard_after_forward, **options)
+            fully_shard(block, reshard_after_forward=self.options.reshard_after_forward, **options)
         fully_shard(module, **options)  # for what is in no block, resharding after forward would not pay
-        self.model = self.evaluation_model = module
-        self.sums = AllReducedSums(world)
         self.use_optimizer(make_optimizer)  # over the shards
-        self._watch_use()
+        self.watch.begin(module)
 
     def backward(self, total: Tensor, sums: Tensor, last: bool) -> None:
         super().backward(total, sums, last)
-        self._require_use()
+        self.watch.require_all()
 
     def update(self, factor: Number, max_grad_norm: float | None) -> Number:
         return super().update(factor * self.world.world_size, max_grad_norm)  # torch leaves the mean over the ranks
 
-    def _shard(self, tensor: Tensor) -> Shard:
+    def shard_of(self, tensor: Tensor) -> Shard:
         if not isinstance(tensor, DTensor):
-            return super()._shard(tensor)
+            return super().shard_of(tensor)
         rows, *others = tensor.shape
-        first = min(rows, self.world.rank * math.ceil(rows / self.world.world_size))
+        copy, shard = divmod(self.world.rank, self.shard_size)
+        first = min(rows, shard * math.ceil(rows / self.shard_size))
         local = cast(DTensor, tensor.detach()).to_local()
-        return Shard(local, tuple(tensor.shape), offset=first * math.prod(others))
+        return Shard(local, tuple(tensor.shape), first * math.prod(others), copy, self.copies)
 
-    def _gradients(self) -> list[Tensor]:
-        return [g.to_local() if isinstance(g, DTensor) else g for g in super()._gradients()]
+    def gradients(self) -> list[Tensor]:
+        return [g.to_local() if isinstance(g, DTensor) else g for g in super().gradients()]
 
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
-        square = super()._norm(gradients).double() ** 2
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        square = super().norm(gradients).double() ** 2
         if self.world.world_size > 1:
             dist.all_reduce(square, group=self.world.control if square.device.type == "cpu" else None)
-        return square.sqrt()
+        return (square / self.copies).sqrt()
+
+
+def not_gathered(strategy: str, error: Exception) -> str:
+    """The line for an error that shows that the task uses a parameter of which this rank holds a shard."""
+    return (
+        f"task: uses parameters that {strategy} has not gathered ({str(error).splitlines()[0]}); it gathers a module's "
+        "when forward is called, so call methods, read parameters and take gradients of gradients in the model's "
+        "forward, or take strategy.name ddp"
+    )

@@ -88,7 +88,7 @@ def _checked(spec: Any, kind: type[Any], key: str) -> dict[str, Any]:
     """The form `{target: module:Class, …}`, its target importable: found out before anything is built."""
     if not isinstance(spec, dict) or not isinstance(spec.get("target"), str):
         raise ConfigError(f"{key}: {spec!r}: write {{target: module:Class, …}} with the arguments of the class")
-    find(spec["target"], key, kind, factories=True)
+    find(spec["target"], f"{key}.target", kind, factories=True)
     return spec
 
 

@@ -1,23 +1,28 @@
 """The parts of a run, made from its task and its config: what training, evaluating and explaining have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, IterableDataset
 
 from distrib import targets
-from distrib.config import Compile, Config, StrategyConfig
+from distrib.config import Config
 from distrib.data.fingerprint import fingerprint
 from distrib.data.prints import Fingerprint
 from distrib.data.seeding import seeded
-from distrib.errors import ConfigError
+from distrib.errors import ConfigError, DistribError
 from distrib.monitor.observer import Observer
+from distrib.plan import Memory
 from distrib.processes import temporary
 from distrib.processes.world import World
-from distrib.strategies.base import MakeOptimizer
+from distrib.strategies import registry
+from distrib.strategies.base import Strategy
+from distrib.strategies.memory import MakeOptimizer
 from distrib.task import Task, load_task
+from distrib.tracebacks import first_line
 from distrib.training import cross_rank_checks, evaluation
 from distrib.training.engine import Engine
 from distrib.training.optimizers import build_optimizer
@@ -44,7 +49,7 @@ def require_observers(config: Config) -> None:
     """Raises ConfigError if one that the config names cannot be made; makes none."""
     for number, observer in enumerate(config.observers):
         key = f"observers.{number}"
-        targets.require_arguments(targets.find(observer.target, key, Observer), observer.arguments, key)
+        targets.require_arguments(targets.find(observer.target, f"{key}.target", Observer), observer.arguments, key)
 
 
 def prepare(task: Task, config: Config, world: World) -> None:
@@ -61,16 +66,21 @@ def model(task: Task, seed: int) -> nn.Module:
         return check_model(task.model())
 
 
-def blocks(task: Task, module: nn.Module, strategy: StrategyConfig, compile: Compile = False) -> list[nn.Module]:
-    """The task's blocks. Raises ConfigError where something is to be done to each and there are none."""
-    found = check_blocks(task.blocks(module))
-    needed = {"strategy.activation_checkpointing": strategy.activation_checkpointing, "train.compile": compile}
+def blocks(task: Task, module: nn.Module, strategy: Strategy) -> list[nn.Module]:
+    """The task's blocks. Raises ConfigError if something is to be done to each and there are none, and LaunchError if
+    accelerate launch names others."""
+    found, config = check_blocks(task.blocks(module)), strategy.config
+    needed = {
+        "strategy.activation_checkpointing": config.strategy.activation_checkpointing,
+        "train.compile": config.train.compile,
+    }
     for key, value in needed.items():
         if value in (True, "blocks") and not found:
             raise ConfigError(
                 f"{key}: {type(module).__name__} has no repeated blocks that distrib finds; name them in "
                 "Task.blocks(model)"
             )
+    registry.check_wrapped(strategy.world, found)
     return found
 
 
@@ -109,6 +119,24 @@ def optimizer_maker(task: Task, config: Config) -> MakeOptimizer:
             return check_optimizer(task.optimizer(params)) or build_optimizer(config.optim, params, task.decays)
 
     return make
+
+
+def memory(
+    task: Task, strategy: Strategy, make_optimizer: MakeOptimizer, warn: Callable[[str], None] = lambda _: None
+) -> Memory:
+    """The bytes that a rank holds of the task's model; counted on torch's meta device, where nothing is allocated.
+
+    A model or optimizer that looks at values cannot be built there. It is built on the CPU, which `warn` is told first.
+    """
+    try:
+        with torch.device("meta"):
+            module = task.model()
+        return strategy.memory(module, make_optimizer)
+    except DistribError:
+        raise
+    except Exception as error:
+        warn(f"the model is built in memory, as it cannot be built on torch's meta device: {first_line(error)}")
+        return strategy.memory(task.model(), make_optimizer)
 
 
 def loading(config: Config, world: World) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What can be done with a config or a run besides training it."""
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, TextIO
 from torch import nn
 from torch.optim import Optimizer
 
-from distrib.config import Config, StrategyConfig
+from distrib.config import Config
 from distrib.data.seeding import seeded
 from distrib.data.source import require_stream_reader
 from distrib.errors import CheckpointError, ConfigError, DistribError, RunDirError
@@ -25,8 +24,6 @@ from distrib.run_folder.identity import data_changes
 from distrib.run_folder.ledger import to_json
 from distrib.run_folder.resume import ResumePoint, latest_valid
 from distrib.strategies import registry
-from distrib.strategies.deepspeed_config import compile_config
-from distrib.strategies.memory import plan_memory
 from distrib.targets import find
 from distrib.task import Task
 from distrib.tracebacks import is_ours
@@ -36,16 +33,17 @@ from distrib.training.optimizers import describe_optimizer, ignored_keys
 
 
 def explain_run(config: Config, processes: int) -> None:
-    """Print the plan for so many processes, and for ZeRO DeepSpeed's JSON. Raises ConfigError where a run would."""
+    """Print the plan for so many processes, and what the strategy adds to it. Raises ConfigError where a run would."""
     task = build.task(config)
     build.require_observers(config)
     strategy = registry.resolve(config, World(world_size=processes, launcher="distrib"))
+    config = strategy.config
     build.prepare(task, config, World())
     _, num_samples = build.train_dataset(task, config.seed)
     if num_samples is None:
         require_stream_reader()
     build.eval_dataset(task, config.seed, config.eval.every_steps)
-    plan = RunPlan.create(config, processes, num_samples)
+    plan = RunPlan.complete(config, strategy.batches, num_samples)
     make, made = build.optimizer_maker(task, config), []
 
     def make_optimizer(params: list[tuple[str, nn.Parameter]]) -> Optimizer:
@@ -56,14 +54,13 @@ def explain_run(config: Config, processes: int) -> None:
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
     with seeded("model", config.seed):
-        memory = plan_memory(task, strategy, processes, make_optimizer, warn)
+        memory = build.memory(task, strategy, make_optimizer, warn)
     if type(task).optimizer is not Task.optimizer and (ignored := ignored_keys(config.optim, made[-1])):
         raise ConfigError(ignored)
     optimizer = describe_optimizer(made[-1])
     print_plan(config, strategy.name, replace(plan, memory=memory), optimizer, made[-1].param_groups[0]["lr"])
-    if strategy.name.startswith("zero"):
-        print("DeepSpeed's JSON:")
-        print(json.dumps(compile_config(config, strategy, processes), indent=2))
+    if further := strategy.describe():
+        print(further)
 
 
 def evaluate_run(run_dir: str | Path, as_json: bool = False) -> dict[str, float]:
@@ -85,12 +82,11 @@ def _evaluate(run: RunDir, shown: Path, as_json: bool) -> dict[str, float]:
     dataset = build.eval_dataset(task, config.seed)
     if dataset is None:
         raise ConfigError(f"task.target: {config.task.target} has no eval_dataset, so there is nothing to evaluate on")
-    config = _for_evaluation(config, world)
-    strategy = registry.resolve(config, world)
+    strategy = registry.for_evaluation(config, world)
     module = build.model(task, config.seed)
     world.connect()
-    placement = registry.place(strategy, config, world, module, task.blocks(module))
-    engine = Engine(placement, mixed_precision=config.train.mixed_precision, seed=config.seed)
+    strategy.wrap(module, task.blocks(module), None)
+    engine = Engine(strategy, mixed_precision=config.train.mixed_precision, seed=config.seed)
     found = _newest(run, world, sys.stderr if as_json else sys.stdout)
     engine.load(found.path, found.manifest)
     metrics = build.evaluate(engine, task, dataset, config)
@@ -100,13 +96,6 @@ def _evaluate(run: RunDir, shown: Path, as_json: bool) -> dict[str, float]:
         print(to_json(entry) if as_json else f"{shown}: {format_metrics(metrics)}  ({samples} samples)", flush=True)
     world.barrier()
     return metrics
-
-
-def _for_evaluation(config: Config, world: World) -> Config:
-    """Any number of processes may evaluate; only zero3 and fsdp2 cut what a forward needs."""
-    strategy = config.strategy if config.strategy.name in ("zero3", "fsdp2") else StrategyConfig()
-    data = config.data.model_copy(update={"global_batch_size": config.data.micro_batch_size * world.world_size})
-    return config.model_copy(update={"data": data, "strategy": strategy})
 
 
 def verify_run(run_dir: str | Path) -> None:
@@ -164,7 +153,7 @@ def _exporter(config: Config) -> Task:
     """The run's task, built only where it has an export of its own: the data that it looks for need not be here."""
     if config.task is None:
         return Task()
-    found: Any = find(config.task.target, "task", Task)
+    found: Any = find(config.task.target, "task.target", Task)
     return Task() if found.export is Task.export else build.task(config)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from distrib.data.loader import DevicePrefetcher, Window
 from distrib.data.order import derive_seed
-from distrib.strategies.base import DTYPES, Strategy, named_state
+from distrib.run_folder.checkpoint import named_state
+from distrib.strategies.base import DTYPES, Strategy
 from distrib.strategies.errors import recognised
 from distrib.strategies.step_sums import StepSums
 from distrib.task import Loss, Task
@@ -51,11 +52,11 @@ class LossScale:
 
 class Engine:
     """What all strategies share: precision, random numbers, normalisation, the verdict. Where things lie, and how
-    gradients meet, is the `placement`'s."""
+    gradients meet, is the `strategy`'s."""
 
     def __init__(
         self,
-        placement: Strategy,
+        strategy: Strategy,
         *,
         mixed_precision: str = "no",
         max_grad_norm: float | None = None,
@@ -63,16 +64,16 @@ class Engine:
         warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`warn`: tells the user once of what forward does with buffers."""
-        self.strategy = placement
-        self.world = placement.world
-        self.module = placement.module  # the user's own
-        self.model = placement.model
+        self.strategy = strategy
+        self.world = strategy.world
+        self.module = strategy.module  # the user's own
+        self.model = strategy.model
         self.device = self.world.device
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.mixed_precision = mixed_precision
         self.dtype = DTYPES.get(mixed_precision)
-        groups = placement.optimizer.param_groups if placement.optimizer is not None else []
+        groups = strategy.optimizer.param_groups if strategy.optimizer is not None else []
         # The rate that the ledger shows: the first group's, or of the first group that has one. All others keep their
         # ratio to it, so that each is its own rate times the schedule's factor.
         self.base_rate = next((float(group["lr"]) for group in groups if group["lr"]), 0.0)

@@ -88,9 +88,9 @@ class MeanLossCheck(Task):
     one sample, whose mean is its sum.
     """
 
-    def __init__(self, task: Task, placement: Strategy, size: int) -> None:
+    def __init__(self, task: Task, strategy: Strategy, size: int) -> None:
         """`size`: samples in a micro-batch."""
-        self.task, self.strategy, self.size = task, placement, size
+        self.task, self.strategy, self.size = task, strategy, size
         self._checked = False
 
     def forward(self, model: nn.Module, batch: Any) -> Any:

@@ -29,7 +29,7 @@ from distrib.run_folder.ledger import GENESIS
 from distrib.run_folder.resume import ResumePoint, latest_valid, requested, require_steps_left, verified
 from distrib.schedule import learning_rate_factor
 from distrib.strategies import compile, registry
-from distrib.strategies.base import trainable
+from distrib.strategies.parameters import trainable
 from distrib.task import Task
 from distrib.training import build, cross_rank_checks, probe, timing
 from distrib.training.engine import Engine
@@ -66,7 +66,8 @@ class Trainer:
         `reset_optimizer` without its optimizer state; `moved`: keys like task.data that may differ from the run's
         earlier starts, if the data's fingerprint does not; `observers`: look on at rank 0, beside the config's;
         `verbosity`: what rank 0 shows."""
-        self.task, self.config, self.resume = task, config, resume
+        self.task, self.resume = task, resume
+        self.written = config  # for the run folder; training reads `self.config`, in which the strategy is resolved
         path = Path(run_dir) if run_dir is not None else Path("runs", *(in_sweep() or [config.name]))
         self.run = RunDir(path, moved_keys(moved))
         self.checkpoint, self.origin = requested(resume, self.run, fork, reset_optimizer)
@@ -75,24 +76,21 @@ class Trainer:
             require_trackers(config.tracking)
         looking_on = build.observers(config, observers) if self.world.is_rank_0 else []
         self.strategy = registry.resolve(config, self.world)
+        self.config = config = self.strategy.config
         build.prepare(task, config, self.world)
         self.train_dataset, num_samples = build.train_dataset(task, config.seed)
         self.eval_dataset = build.eval_dataset(task, config.seed, config.eval.every_steps)
-        self.plan = RunPlan.create(config, self.world.world_size, num_samples)
+        self.plan = RunPlan.complete(config, self.strategy.batches, num_samples)
         require_steps_left(self.origin, self.plan.num_steps)
         loading = build.loading(config, self.world)
         self.source = source(self.train_dataset, self.plan, self.world, config.seed, loading)
         self.module = build.model(task, config.seed)
-        self.blocks = build.blocks(task, self.module, self.strategy, config.train.compile)
-        check_module(self.module, config, self.strategy, self.blocks, self.world.world_size)
-        registry.check_wrapped(self.world, self.blocks)
+        self.blocks = build.blocks(task, self.module, self.strategy)
+        check_module(self.module, self.strategy, self.blocks)
         if config.train.compile:
             compile.require_tools(config.train.compile, self.world)
-        params = trainable(self.module)
-        if not params:
-            raise ConfigError(f"task.model: {type(self.module).__name__} has no parameter to train")
         self.make_optimizer = build.optimizer_maker(task, config)
-        optimizer = self.make_optimizer(params)  # to refuse what it refuses now; another, over the shards, trains
+        optimizer = self.make_optimizer(trainable(self.module))  # refuses what it refuses now; another one trains
         own = type(task).optimizer is not Task.optimizer
         self.ignored_keys = ignored_keys(config.optim, optimizer) if own else None
         if self.ignored_keys and not self.run.has_begun():  # a run that began before this was refused may go on
@@ -120,7 +118,7 @@ class Trainer:
                     summary = self._train()
                 what = "finished"
             else:
-                what = f"had finished before; {what_to_do_now(self.run, self.config)}"
+                what = f"had finished before; {what_to_do_now(self.run, self.written)}"
         finally:
             self.run.release()
         self.world.shutdown()
@@ -132,7 +130,7 @@ class Trainer:
         work = timing.work(self.task, self.module, self.source, self.config.train.mixed_precision, self.run.report)
         environment = describe(self.world, self.strategy.name, self.plan.num_samples, self.task, work)
         environment.update(task=describe_task(self.task, self.module), data=data)
-        summary = self.run.start(self.config, environment, self.resume, self.origin)
+        summary = self.run.start(self.written, environment, self.resume, self.origin)
         self.run_log.trouble(finished=summary is not None)
         return summary
 
@@ -140,8 +138,9 @@ class Trainer:
         if self.config.train.compile:
             compile.keep_in(self.run.compiled)
             self.run_log.event("compiling", what=self.config.train.compile)
+        self.strategy.wrap(self.module, self.blocks, self.make_optimizer)
         engine = Engine(
-            registry.place(self.strategy, self.config, self.world, self.module, self.blocks, self.make_optimizer),
+            self.strategy,
             mixed_precision=self.config.train.mixed_precision,
             max_grad_norm=self.config.train.max_grad_norm,
             seed=self.config.seed,

@@ -9,6 +9,7 @@ WORLDS = (1, 2, 3, 4)
 SHARDED_WORLDS = (1, 2, 4)
 LATE_WORLDS = (1, 2)
 SHARDED = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
+HSDP = {"name": "hsdp", "shard_size": 2}  # on four processes
 MASKED = {"target": "tasks:Masked"}
 
 # test_parity
@@ -60,6 +61,7 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         found.update(_buffer_cases(world))
     if world == 4:
         found.update({f"{name}-no": _config(FEW, strategy={"name": name}) for name in ("ddp", *SHARDED)})
+        found.update(_hsdp_cases())
     for config in found.values():
         if config.get("strategy", {}).get("name") == "zero3":
             # By default each engine keeps a bucket of 2 GB for good, and a process with 24 GB of them cannot fork.
@@ -77,7 +79,12 @@ def resumed(world: int) -> list[str]:
             *("ddp-static", "stream-0", "stream-2", "buffers-ddp", "buffers-zero1", "buffers-fsdp2"),
             *("bitwise-formats", "zero2-formats", "fsdp2-formats"),
         ]
-    return [f"{name}-no" for name in ("ddp", *SHARDED)] if world == 4 else []
+    return [*(f"{name}-no" for name in ("ddp", *SHARDED)), "hsdp-no", "hsdp-fp16"] if world == 4 else []
+
+
+def moved(world: int) -> list[tuple[str, str]]:
+    """The runs that are interrupted and gone on with under another strategy."""
+    return [pair for name in ("ddp", *SHARDED) for pair in ((name, "hsdp"), ("hsdp", name))] if world == 4 else []
 
 
 def _parity_cases(world: int) -> dict[str, dict[str, Any]]:
@@ -126,6 +133,23 @@ def _strategy_cases() -> dict[str, dict[str, Any]]:
         strategy = {"name": name, "communication_dtype": "bf16"}
         found[f"{name}-compressed"] = _config(FEW, strategy=strategy)
     found["fsdp2-compressed-bf16"] = _config(FEW, strategy=strategy, mixed_precision="bf16")
+    return found
+
+
+def _hsdp_cases() -> dict[str, dict[str, Any]]:
+    found = {f"hsdp-{precision}": _config(FEW, strategy=HSDP, mixed_precision=precision) for precision in PRECISIONS}
+    found.update({f"ddp-{precision}": _config(FEW, mixed_precision=precision) for precision in ("bf16", "fp16")})
+    for optimizer in OPTIMIZERS:
+        for window in SHARDED_WINDOWS[optimizer]:
+            parity = {**parity_config(optimizer, 4 * window * MICRO), "strategy": HSDP}
+            found[f"hsdp-{optimizer}-{window}"] = parity
+    found["hsdp-offload"] = _config(FEW, strategy={**HSDP, "offload": "all"})
+    found["hsdp-kept"] = _config(FEW, strategy={**HSDP, "reshard_after_forward": False})
+    found["hsdp-compressed"] = _config(FEW, strategy={**HSDP, "communication_dtype": "bf16"})
+    for size in (1, 4):  # copies only, and no copies
+        found[f"hsdp-by-{size}"] = _config(FEW, strategy={"name": "hsdp", "shard_size": size})
+    for name, strategy in {"ddp": {"name": "ddp"}, "hsdp": HSDP}.items():
+        found[f"{name}-nan"] = _mishap("nan", strategy)
     return found
 
 

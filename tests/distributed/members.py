@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import EVERY, LATE_WORLDS, SHARDED_WORLDS, cases, resumed
+from cases import EVERY, HSDP, LATE_WORLDS, SHARDED_WORLDS, cases, moved, resumed
 from conftest import interrupted
 from tasks import HOW, Large, Numbered, Uneven
 from torch import Tensor
@@ -20,7 +20,6 @@ from distrib import Config, Task, Trainer, World
 from distrib.data.loader import Window, train_windows
 from distrib.data.sampler import DistributedSampler
 from distrib.strategies import registry
-from distrib.strategies.memory import plan_memory
 from distrib.task import load_task
 from distrib.training import build
 from distrib.training.engine import Engine
@@ -43,12 +42,21 @@ def go_on_with_cases(folder: Path, world: World) -> None:
         Trainer(load_task(config.task), config, copy).fit()
 
 
+def go_on_under_another_strategy(folder: Path, world: World) -> None:
+    for before, after in moved(world.world_size):
+        config, copy = Config.from_dict(cases(world.world_size)[f"{after}-no"]), folder / f"{before}-to-{after}"
+        if world.is_rank_0:
+            interrupted(folder / f"{before}-no", copy, after=EVERY)
+        world.barrier()
+        Trainer(load_task(config.task), config, copy).fit()
+
+
 def engine(task: Task, config: Config, world: World, *, training: bool, max_grad_norm: float | None = None) -> Engine:
     strategy = registry.resolve(config, world)
     module = build.model(task, 0)
     make_optimizer = build.optimizer_maker(task, config) if training else None
-    placement = registry.place(strategy, config, world, module, task.blocks(module), make_optimizer)
-    return Engine(placement, max_grad_norm=max_grad_norm)
+    strategy.wrap(module, task.blocks(module), make_optimizer)
+    return Engine(strategy, max_grad_norm=max_grad_norm)
 
 
 def evaluations(world: World) -> dict[str, dict[str, str]]:
@@ -69,8 +77,8 @@ def evaluations(world: World) -> dict[str, dict[str, str]]:
 def memory(world: World) -> dict[str, dict[str, int]]:
     """Bytes planned, and bytes that this rank holds between two steps."""
     found = {}
-    for name in ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"):
-        strategy: dict[str, Any] = {"name": name}
+    for name in ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2", *(["hsdp"] if world.world_size == 4 else [])):
+        strategy: dict[str, Any] = HSDP if name == "hsdp" else {"name": name}
         if name in ("zero1", "zero2", "zero3"):  # or 2 GB of DeepSpeed's default bucket would outweigh the rest
             strategy["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 100_000}}
         config = Config.from_dict({"train": {"steps": 2}, "strategy": strategy, "data": _data(world)})
@@ -82,7 +90,7 @@ def memory(world: World) -> dict[str, dict[str, int]]:
             train_step(trained, task, window, 0.001)
         del window
         trained.strategy.zero_grad()
-        plan = plan_memory(task, registry.resolve(config, world), world.world_size, build.optimizer_maker(task, config))
+        plan = build.memory(task, registry.resolve(config, world), build.optimizer_maker(task, config))
         found[name] = {
             "planned_parameters": plan.parameters,
             "planned_gradients": plan.gradients,
@@ -184,6 +192,7 @@ def main() -> None:
     world.connect()
     train_cases(folder, world)
     go_on_with_cases(folder, world)
+    go_on_under_another_strategy(folder, world)
     results = {"evaluations": evaluations(world)}
     if world.world_size in SHARDED_WORLDS[1:]:
         results["memory"] = memory(world)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from distrib import Config, Loss, Task, Trainer
 from distrib.errors import ConfigError
 from distrib.processes.world import World
+from distrib.strategies import registry
 from distrib.strategies.base import Strategy
 from distrib.training.probe import MeanLossCheck
 
@@ -43,6 +44,14 @@ class Classes(Task):
 
     def metrics(self, rows: Any) -> Any:
         return {"right": rows["right"].sum()}
+
+
+def unwrapped(module: nn.Module) -> Strategy:
+    """The strategy of one process, which holds the module as it is."""
+    config = Config.from_dict({"train": {"steps": 1}, "strategy": {"name": "single"}})
+    strategy = registry.create(config, World())
+    strategy.module = strategy.model = strategy.evaluation_model = module
+    return strategy
 
 
 def fit(folder: Path, changed: dict[str, Callable[..., Any]], **config: Any) -> None:
@@ -237,9 +246,8 @@ def test_no_right_loss_is_refused(name: str, size: int, scale: float, dtype: tor
     generator = torch.Generator().manual_seed(seed)
     module = nn.Linear(3, 2)
     inputs, targets = torch.randn(size, 3, generator=generator), torch.arange(size) % 2
-    placement = Strategy(World(), module)
-    placement.evaluation_model = module
-    check = MeanLossCheck(Right(), placement, size)
+    strategy = unwrapped(module)
+    check = MeanLossCheck(Right(), strategy, size)
     output = (scale * module(inputs)).to(dtype)
     check.loss(output, (inputs, targets))
 
@@ -248,8 +256,8 @@ def test_no_right_loss_is_refused(name: str, size: int, scale: float, dtype: tor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_mean_is_seen_at_any_size_and_precision(size: int, dtype: torch.dtype) -> None:
     module = nn.Linear(3, 2)
-    placement = Strategy(World(), module)
-    check = MeanLossCheck(type("Mean", (Classes,), {"loss": mean})(), placement, size)
+    strategy = unwrapped(module)
+    check = MeanLossCheck(type("Mean", (Classes,), {"loss": mean})(), strategy, size)
     output = module(torch.randn(size, 3)).to(dtype)
     with pytest.raises(ConfigError, match="is a mean"):
         check.loss(output, (torch.randn(size, 3), torch.arange(size) % 2))
@@ -271,10 +279,10 @@ def test_a_very_large_output_is_not_copied(elements: int) -> None:
         calls.append(len(output))
         return Loss(output[:, :3].sum(), len(output))
 
-    placement = Strategy(World(), nn.Identity())
+    strategy = unwrapped(nn.Identity())
     task = type("Large", (Classes,), {"loss": loss})()
     output = torch.zeros(1, dtype=torch.float16).expand(2, elements // 2).requires_grad_()
-    MeanLossCheck(task, placement, 2).loss(output, (torch.zeros(2), torch.zeros(2)))
+    MeanLossCheck(task, strategy, 2).loss(output, (torch.zeros(2), torch.zeros(2)))
     assert calls == ([2] if elements > 10_000_000 else [2, 2, 4])
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from distrib import Config
-from distrib.config import StrategyConfig
+from distrib import Config, World
 from distrib.errors import ConfigError
+from distrib.strategies import registry
 from distrib.training.model_checks import check_module
 
-SHARDED = ("zero1", "zero2", "zero3", "fsdp2")
+SHARDED = ("zero1", "zero2", "zero3", "fsdp2", "hsdp")
 ALL = ("single", "ddp", "zero0", *SHARDED)
 
 
@@ -30,10 +30,14 @@ def with_embedding() -> nn.Module:
 
 def refused_by(module: nn.Module, blocks: list[nn.Module] | None = None) -> dict[str, str]:
     """The strategies that refuse it, and what each says."""
-    config, found = Config.from_dict({"train": {"steps": 1}}), {}
+    found = {}
     for name in ALL:
+        values = {"train": {"steps": 1}, "strategy": {"name": name}}
+        if name == "hsdp":
+            values["strategy"]["shard_size"] = 2
+        config = Config.from_dict(values)
         try:
-            check_module(module, config, StrategyConfig(name=name), blocks or [], 2)  # type: ignore[arg-type]
+            check_module(module, registry.create(config, World(world_size=2)), blocks or [])
         except ConfigError as error:
             found[name] = str(error)
             assert "\n" not in found[name]
@@ -44,8 +48,8 @@ def refused_by(module: nn.Module, blocks: list[nn.Module] | None = None) -> dict
     ("make", "by", "said"),
     [
         (lambda: model(), (), ""),
-        (lambda: model("scale", torch.tensor(1.0)), ("zero3", "fsdp2"), "scale is a scalar"),
-        (lambda: model("scale", torch.tensor(1.0), trained=False), ("zero3", "fsdp2"), "give it the shape [1]"),
+        (lambda: model("scale", torch.tensor(1.0)), ("zero3", "fsdp2", "hsdp"), "scale is a scalar"),
+        (lambda: model("scale", torch.tensor(1.0), trained=False), ("zero3", "fsdp2", "hsdp"), "give it the shape [1]"),
         (lambda: model("w", torch.zeros(2, 3).t()), (), ""),
         (lambda: model("w", torch.zeros(1).expand(3)), ALL, "w shares memory between its elements"),
         (lambda: model("w", torch.zeros(6)[::2]), ALL, "or has gaps"),

@@ -9,16 +9,18 @@ from tasks import Masked
 from torch import nn
 
 from distrib import Config, Trainer, World
-from distrib.config import StrategyConfig
 from distrib.errors import ConfigError
-from distrib.strategies.ddp import DDP
+from distrib.strategies import registry
+from distrib.strategies.base import Strategy
 from distrib.strategies.errors import recognised
 
 
-def placement(name: str, module: nn.Module) -> DDP:
-    placement = DDP(World(), module, None, StrategyConfig(name="ddp"))
-    placement.name = name
-    return placement
+def strategy(name: str, module: nn.Module) -> Strategy:
+    """Which is not wrapped: for that some need a second process."""
+    config = Config.from_dict({"train": {"steps": 1}, "strategy": {"name": name}})
+    strategy = registry.create(config, World())
+    strategy.module = strategy.model = module
+    return strategy
 
 
 class Wrapper(nn.Module):
@@ -27,7 +29,7 @@ class Wrapper(nn.Module):
 
 def test_what_a_wrapper_hides() -> None:
     module = nn.Linear(2, 2)
-    wrapped = placement("ddp", module)
+    wrapped = strategy("ddp", module)
     wrapped.model = Wrapper()
     said = r"task: reads model.in_features, but ddp reduces .* in the model's forward"
     with pytest.raises(ConfigError, match=said), recognised(wrapped):
@@ -51,7 +53,7 @@ def test_what_a_wrapper_hides() -> None:
 def test_what_libraries_say(name: str, text: str, said: str | None) -> None:
     with (
         pytest.raises(ConfigError if said else RuntimeError, match=said or "The size"),
-        recognised(placement(name, nn.Linear(2, 2))),
+        recognised(strategy(name, nn.Linear(2, 2))),
     ):
         raise RuntimeError(text)
 

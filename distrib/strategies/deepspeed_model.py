@@ -1,0 +1,65 @@
+"""What ZeRO makes of a model, known before it is wrapped: whether a stage can train it, and the bytes of a rank."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from distrib.errors import ConfigError
+from distrib.plan import Memory
+from distrib.strategies.memory import MakeOptimizer, empty_like, optimizer_state, size_in_bytes
+from distrib.strategies.parameters import dtype_name, refusal, trainable
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # DeepSpeed's
+
+
+def check(module: nn.Module, stage: int, strategy: str) -> None:
+    """Raise ConfigError if the stage cannot train the module. `strategy`: its name."""
+    trained = (torch.float32,) if stage else _DTYPES
+    for name, parameter in module.named_parameters():
+        if not parameter.ndim and stage == 3:
+            others = ("ddp", "zero0", "zero1", "zero2")
+            raise refusal(name, f"is a scalar, which {strategy} cannot cut", "give it the shape [1]", others)
+        if not parameter.numel() and (stage == 3 or (stage and parameter.requires_grad)):
+            what = f"has no elements, which {strategy} cannot cut"
+            raise refusal(name, what, "make it a buffer", ("ddp", "zero0"))
+        if (stage == 3 and parameter.dtype not in _DTYPES) or (
+            parameter.requires_grad and parameter.dtype not in trained
+        ):
+            raise _dtype_refusal(name, parameter, stage, strategy)
+
+
+def memory(module: nn.Module, stage: int, world_size: int, whole: int, make_optimizer: MakeOptimizer) -> Memory:
+    """The bytes of the fullest rank at stage 1, 2 or 3.
+
+    All is cut as one flat tensor, whose shard in fp32 is what the optimizer updates. `whole`: up to how many elements
+    stage 3 leaves a parameter whole, beside its shard.
+    """
+    trained = trainable(module)
+    flat = [(name, empty_like(p, math.ceil(p.numel() / world_size))) for name, p in trained]
+    shard = sum(p.numel() for _, p in flat) * torch.float32.itemsize
+    parameters = size_in_bytes(module.parameters())
+    if stage == 3:
+        parameters = sum(
+            (math.ceil(p.numel() / world_size) + (p.numel() if p.numel() <= whole else 0)) * p.element_size()
+            for p in module.parameters()
+        )
+    gradients = size_in_bytes(p for _, p in trained) if stage == 1 else shard
+    return Memory(parameters, gradients, shard + optimizer_state(make_optimizer, flat))
+
+
+def _dtype_refusal(name: str, parameter: Tensor, stage: int, strategy: str) -> ConfigError:
+    what = f"is {dtype_name(parameter.dtype)}"
+    if not parameter.requires_grad:
+        return refusal(name, f"{what}, which {strategy} cannot cut", "make it a buffer", ("ddp", "fsdp2"))
+    if parameter.is_complex():
+        todo = "store it as torch.view_as_real does"
+        return refusal(name, f"{what}, which {strategy} cannot update", todo, ("ddp",))
+    if not stage:
+        return refusal(name, f"{what}, which zero0 cannot reduce", "make it float32", ("ddp", "fsdp2"))
+    todo = "make it float32"
+    if parameter.dtype in _DTYPES:
+        precision = "bf16" if parameter.dtype == torch.bfloat16 else "fp16"
+        todo = f"leave the weights in float32 and set train.mixed_precision: {precision}"
+    what = f"{what}, and {strategy} would update a float32 copy that is not saved"
+    return refusal(name, what, todo, ("ddp", "fsdp2"))

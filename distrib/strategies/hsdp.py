@@ -1,0 +1,35 @@
+"""hsdp: fsdp2 within groups of ranks, and a copy of the model in each group."""
+
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from distrib.config import PositiveInt
+from distrib.errors import ConfigError
+from distrib.strategies.fsdp2 import FSDP2
+
+
+class HSDP(FSDP2):
+    """The ranks of a group are neighbours, usually those of one machine. Parameters are gathered within the group, and
+    gradients are summed across the groups, so that only gradient shards travel between machines.
+
+    Zhao et al., PyTorch FSDP (VLDB 2023), section 3.2.2, call it hybrid sharding.
+    """
+
+    class Options(FSDP2.Options):
+        shard_size: PositiveInt  # ranks in a group; usually the GPUs of a machine
+
+    @property
+    def shard_size(self) -> int:
+        return int(self.options.shard_size)
+
+    def mesh(self) -> DeviceMesh:
+        shape = (self.copies, self.shard_size)
+        return init_device_mesh(self.world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+    def check(self) -> None:
+        super().check()
+        if self.world.world_size % self.shard_size:
+            fitting = [size for size in range(1, self.world.world_size + 1) if self.world.world_size % size == 0]
+            raise ConfigError(
+                f"strategy.shard_size: {self.shard_size} does not divide {self.world.world_size} processes; take "
+                f"{', '.join(str(size) for size in fitting)}"
+            )
