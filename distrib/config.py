@@ -83,8 +83,11 @@ class TrainConfig(Section):
 
 
 _ONCE_IN_ALL: dict[str, Any] = {
-    **{"offload": "none", "find_unused_parameters": False, "static_graph": False},
-    **{"reshard_after_forward": True, "deepspeed": {}},
+    "offload": "none",
+    "find_unused_parameters": False,
+    "static_graph": False,
+    "reshard_after_forward": True,
+    "deepspeed": {},
 }
 
 
