@@ -1,8 +1,8 @@
-"""`python -m distrib` is `distrib`."""
+"""Makes `python -m distrib` the same as the command `distrib`."""
 
 from distrib.processes.lifetimes import die_with_launcher
 
-die_with_launcher()  # before anything that takes its time to import
+die_with_launcher()  # before the slow imports
 
 from distrib.cli import main  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""The command line's arguments and options that several commands share."""
+"""Command-line arguments and options that several commands share."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,5 +16,5 @@ Overrides = Annotated[
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/digits.")]
 Moved = Annotated[
     list[str] | None,
-    typer.Option(metavar="task.KEY=PATH", help="Go on although the data now lie elsewhere, if they are the same."),
+    typer.Option(metavar="task.KEY=PATH", help="Resume with data at a new path, if they are the same data."),
 ]

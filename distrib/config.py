@@ -1,6 +1,6 @@
-"""What the user writes: one YAML file, strict and typed. Every error names its key.
+"""The config: one YAML file, strictly typed. Every error names its key.
 
-Precedence: defaults < file < `key=value`. An unknown key is refused with the nearest valid one.
+Precedence: defaults < file < `key=value`. An error about an unknown key suggests the nearest valid one.
 """
 
 import re
@@ -19,8 +19,8 @@ from distrib.errors import ConfigError
 MixedPrecision: TypeAlias = Literal["no", "bf16", "fp16"]
 Schedule: TypeAlias = Literal["constant", "linear", "cosine"]
 Compile: TypeAlias = Literal[False, "blocks", "model"]
-_LONGEST_NAME = 200  # of a run
-_EXACT = 2**53  # up to here every reader of JSON has whole numbers exactly
+_LONGEST_NAME = 200  # characters
+_EXACT = 2**53  # largest integer that every JSON reader represents exactly
 NonNegativeInt = Annotated[int, Field(ge=0, le=_EXACT)]
 PositiveInt = Annotated[int, Field(gt=0, le=_EXACT)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]  # within fp32
@@ -50,7 +50,7 @@ class DataConfig(Section):
 
 
 class OptimConfig(Section):
-    """`name` is a torch.optim class; the keys that class does not take may not be given."""
+    """`name` is a torch.optim class. A key that the class does not accept is refused."""
 
     name: str = "adamw"
     lr: NonNegativeFloat = 0.001
@@ -63,16 +63,16 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    """Length of the run: `epochs` or `steps`, one of the two."""
+    """Exactly one of `epochs` and `steps` sets the length of the run."""
 
     epochs: PositiveInt | None = None
     steps: PositiveInt | None = None
     mixed_precision: MixedPrecision = "no"
     max_grad_norm: PositiveFloat | None = None  # none: no clipping
     on_nonfinite: Literal["skip", "stop"] = "skip"
-    max_skipped: PositiveInt = 100  # steps in a row, after which the run fails
-    determinism: Literal["fast", "bitwise"] = "fast"  # bitwise: the same bits from any number of processes
-    compile: Compile = False  # by torch.compile: each of the task's blocks, or the model's whole forward
+    max_skipped: PositiveInt = 100  # the run fails after so many skipped steps in a row
+    determinism: Literal["fast", "bitwise"] = "fast"  # bitwise: same bits for any number of processes
+    compile: Compile = False  # torch.compile each of the task's blocks, or the whole model
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
@@ -120,21 +120,21 @@ class StrategyConfig(Section):
 
 
 class EvalConfig(Section):
-    """Evaluation happens at the end, and every `every_steps` steps where that is not 0."""
+    """Evaluation runs every `every_steps` steps (0: never) and at the end of the run."""
 
     every_steps: NonNegativeInt = 0
 
 
 class CheckpointConfig(Section):
     every_steps: NonNegativeInt = 1000  # 0: at the end only
-    keep: PositiveInt = 3  # the newest
-    keep_every: NonNegativeInt = 0  # and those at its multiples, for ever; 0: none
+    keep: PositiveInt = 3  # how many of the newest are kept
+    keep_every: NonNegativeInt = 0  # checkpoints at multiples of this step are never deleted; 0: none
 
 
 class TrackingConfig(Section):
-    """What is told to wandb, and to the other trackers that accelerate knows."""
+    """Logging to wandb, and to other trackers that accelerate supports."""
 
-    wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online where credentials are configured
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if credentials are configured
     project: str | None = None  # none: wandb's own setting, else distrib
     entity: str | None = None
     group: str | None = None
@@ -142,8 +142,8 @@ class TrackingConfig(Section):
     name: str | None = None  # none: wandb's own setting, else the config's
     notes: str | None = None
     tags: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    checkpoints: bool = False  # as artifacts, by reference
-    others: Annotated[tuple[str, ...], Field(strict=False)] = ()  # by accelerate's names: tensorboard, mlflow, …
+    checkpoints: bool = False  # log checkpoints as artifacts that reference the run folder
+    others: Annotated[tuple[str, ...], Field(strict=False)] = ()  # accelerate's names: tensorboard, mlflow, …
 
 
 class ObserverConfig(TaskConfig):
@@ -151,11 +151,11 @@ class ObserverConfig(TaskConfig):
 
 
 class Config(Section):
-    """A whole run. docs/config.md explains each key."""
+    """The config of a run. docs/config.md explains each key."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=_LONGEST_NAME)] = "run"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    task: TaskConfig | None = None  # none: the task is given to Trainer in Python
+    task: TaskConfig | None = None  # none: a script passes the task to Trainer
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
@@ -163,7 +163,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
-    observers: Annotated[tuple[ObserverConfig, ...], Field(strict=False)] = ()  # they look on
+    observers: Annotated[tuple[ObserverConfig, ...], Field(strict=False)] = ()
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Config":
@@ -180,7 +180,7 @@ class Config(Section):
 
     @classmethod
     def parse(cls, text: str, path: Path, overrides: Sequence[str] = ()) -> "Config":
-        """The config in a YAML text, which stands in the file at `path`. Raises ConfigError."""
+        """Parse the YAML text of the file at `path` and apply `key=value` overrides. Raises ConfigError."""
         values = config_yaml.parse(text, str(path))
         if values is None:
             values = {}
@@ -194,7 +194,7 @@ class Config(Section):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config") -> "Config":
-        """Validate a dictionary. Raises ConfigError, one line, naming the key."""
+        """Validate a dictionary. Raises ConfigError: one line that names `source` and the key."""
         try:
             return cls.model_validate(config_yaml.plain(values))
         except ValidationError as error:
@@ -203,11 +203,11 @@ class Config(Section):
             raise ConfigError(one_line(f"{source}: {error}")) from None
 
     def dump(self) -> str:
-        """As YAML, every default written out; `Config.load` reads it back to an equal Config."""
+        """Return the config as YAML, with every default written out. `Config.load` reads back an equal Config."""
         return config_yaml.dump(self.model_dump(mode="json"))
 
     def identity(self) -> dict[str, Any]:
-        """The keys that decide what is computed, flat: those left out change only how fast it gets there."""
+        """Return, as `{dotted key: value}`, the keys that decide what is computed. The others only affect speed."""
         values = self.model_dump(mode="json", include={"seed", "task", "data", "optim", "train"})
         for key in ("num_workers", "prefetch_factor"):
             del values["data"][key]
@@ -217,12 +217,12 @@ class Config(Section):
         return flatten(values)
 
     def flat(self) -> dict[str, Any]:
-        """Every key, with its sections before it, and its value."""
+        """Return all keys as `{dotted key: value}`."""
         return flatten(self.model_dump(mode="json"))
 
 
 def _name_from(path: Path) -> str:
-    """The file's name, without accents and with `-` for what a run's name cannot hold. Raises ConfigError."""
+    """Make a run's name from the file's: without accents, `-` for characters not allowed. Raises ConfigError."""
     plain = "".join(char for char in unicodedata.normalize("NFKD", path.stem) if not unicodedata.combining(char))
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).lstrip("._-")[:_LONGEST_NAME]
     if not name or any(char.isalnum() and not char.isascii() for char in plain):
@@ -240,7 +240,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{shown(override)}: an override is written key=value, for example optim.lr=0.01")
-    if key in _EITHER_OR:  # one choice: the override takes the place of what the file says
+    if key in _EITHER_OR:  # the two keys exclude each other, so an override of one replaces the other
         section = values.get("train")
         if isinstance(section, dict):
             section.pop(_EITHER_OR[key], None)
@@ -257,6 +257,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one, with dotted keys."""
     if not isinstance(values, dict):
         return {prefix: values}
     flat: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Configs as text: a YAML without tags, of bounded size, whose values are the ones that a dump can hold."""
+"""Reads and writes configs as YAML: no tags, limited size, and only values that can be written back unchanged."""
 
 import os
 import re
@@ -12,12 +12,12 @@ from pydantic import BaseModel
 from distrib.errors import ConfigError
 
 MAX_BYTES = 4 * 2**20  # of a file
-MAX_DEPTH = 64  # of sections and lists in one another
+MAX_DEPTH = 64  # of nested sections and lists
 MAX_VALUES = 10_000
-MAX_CHARACTERS = 200_000  # of all texts and keys
+MAX_CHARACTERS = 200_000  # of all strings and keys together
 _MAX_NODES = 4 * MAX_VALUES  # a key is a node too
-_MAX_SHOWN = 200  # characters of a value that an error names
-_MAX_HALF = 300  # of the line
+_MAX_SHOWN = 200  # characters of a value in an error message
+_MAX_HALF = 300  # characters at each end of a shortened line
 INTEGERS = range(-(2**63), 2**64)
 
 _STANDARD = yaml.SafeLoader.yaml_implicit_resolvers
@@ -28,12 +28,15 @@ _PREFIX = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: `no`, `off` and 2026-01-01 are words, 1e-3 is a number, a key is a word, and once."""
+    """A YAML loader without YAML 1.1's surprises.
+
+    `no`, `off` and 2026-01-01 are strings, and 1e-3 is a number. A key is a string, and may not appear twice.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = self._nodes = 0
-        self._sizes: dict[int, int] = {}  # of each node that is read to its end, in nodes
+        self._sizes: dict[int, int] = {}  # number of nodes below each finished node, to count aliases in full
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[no-untyped-call]
@@ -41,12 +44,12 @@ class _Loader(yaml.SafeLoader):
             raise _error(f"{event.tag}: values are written without tags", event)
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            raise _error(f"more than {MAX_DEPTH} sections or lists in one another", event)
+            raise _error(f"more than {MAX_DEPTH} nested sections or lists", event)
         before = self._nodes
         node = super().compose_node(parent, index)
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
-                raise _error(f"*{event.anchor} stands within what it refers to", event)
+                raise _error(f"*{event.anchor} is inside the value that it refers to", event)
             self._nodes += self._sizes[id(node)]
         else:
             self._nodes += 1
@@ -61,9 +64,9 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag != f"{_PREFIX}str":
                 what = f"the key {shown(key.value)}" if isinstance(key, yaml.ScalarNode) else "this key"
-                raise _error(f"{what} is no word; put it in quotes", key)
+                raise _error(f"{what} is not a string; put it in quotes", key)
             if key.value in seen:
-                raise _error(f"key {shown(key.value)} stands there twice", key)
+                raise _error(f"key {shown(key.value)} appears twice", key)
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
@@ -74,7 +77,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _resolvers(added: dict[str, list[tuple[str, re.Pattern[str]]]]) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """What a word without quotes may be besides text."""
+    """Return the patterns by which an unquoted scalar is read as a bool, int or float instead of a string."""
     resolvers = {first: list(found) for first, found in added.items()}
     for kind, pattern, firsts in (
         ("bool", _BOOL, "tTfF"),
@@ -87,7 +90,7 @@ def _resolvers(added: dict[str, list[tuple[str, re.Pattern[str]]]]) -> dict[str,
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what this YAML, or the standard one, would read as something else than text."""
+    """Quotes each string that this loader or a standard YAML loader would not read as a string."""
 
 
 _Loader.yaml_implicit_resolvers = _resolvers(
@@ -102,7 +105,7 @@ def _error(problem: str, at: Any) -> yaml.MarkedYAMLError:
 
 
 def read(path: Path) -> str:
-    """The text of a config file. Raises ConfigError."""
+    """Return the text of a config file. Raises ConfigError."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -115,7 +118,7 @@ def read(path: Path) -> str:
 
 
 def parse(text: str, source: str) -> Any:
-    """The values of a YAML text. Raises ConfigError, one line with `source` and the number of the line."""
+    """Parse a YAML text. Raises ConfigError: one line that names `source` and the line number."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506, a SafeLoader
     except yaml.YAMLError as error:
@@ -126,12 +129,15 @@ def parse(text: str, source: str) -> Any:
 
 
 def dump(values: dict[str, Any]) -> str:
-    """A YAML text that `parse` reads back to equal values, and other software too."""
+    """Return a YAML text that `parse`, and any standard YAML loader, reads back to equal values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=100)
 
 
 def plain(values: Any) -> Any:
-    """A copy of `values` made of None, booleans, numbers, texts, lists and dictionaries. Raises ConfigError."""
+    """Return a copy of `values` that has only None, booleans, numbers, strings, lists and dictionaries.
+
+    Raises ConfigError for any other type, and for values that are too many, too long or too deeply nested.
+    """
     left = [MAX_VALUES, MAX_CHARACTERS]
 
     def copy(value: Any, key: str, depth: int) -> Any:
@@ -139,7 +145,7 @@ def plain(values: Any) -> Any:
         if left[0] < 0:
             raise ConfigError(f"more than {MAX_VALUES} values")
         if depth > MAX_DEPTH:
-            raise ConfigError(f"{shown(key)}: more than {MAX_DEPTH} sections or lists in one another")
+            raise ConfigError(f"{shown(key)}: more than {MAX_DEPTH} nested sections or lists")
         if value is None or isinstance(value, bool | BaseModel):
             return value
         if isinstance(value, int):
@@ -148,7 +154,7 @@ def plain(values: Any) -> Any:
             return int(value)
         if isinstance(value, float):
             if value != value:
-                raise ConfigError(f"{key}: nan is no value, it differs from itself; null means none")
+                raise ConfigError(f"{key}: nan is not allowed, because it never equals itself; write null for none")
             return float(value)
         if isinstance(value, str | os.PathLike):
             return text(os.fspath(value), key)
@@ -157,7 +163,9 @@ def plain(values: Any) -> Any:
         if isinstance(value, dict):
             for name in value:
                 if not isinstance(name, str):
-                    raise ConfigError(f"{key}: the key {shown(name)} is no text; put it in quotes".removeprefix(": "))
+                    raise ConfigError(
+                        f"{key}: the key {shown(name)} is not a string; put it in quotes".removeprefix(": ")
+                    )
             prefix = f"{key}." if key else ""
             return {text(name, key): copy(inner, f"{prefix}{name}", depth + 1) for name, inner in value.items()}
         raise ConfigError(f"{key}: a {type(value).__name__}; a config holds numbers, texts, lists and dictionaries")
@@ -176,14 +184,14 @@ def plain(values: Any) -> Any:
 
 
 def shown(value: object) -> str:
-    """As an error names it: one line, and not long."""
+    """Return a value as an error message shows it: one short line."""
     if isinstance(value, int) and value not in INTEGERS:
         return f"a number of {value.bit_length()} bits"
-    said = repr(value)
-    return one_line(said if len(said) <= _MAX_SHOWN else f"{said[:_MAX_SHOWN]}…")
+    text = repr(value)
+    return one_line(text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…")
 
 
 def one_line(text: str) -> str:
-    """With what cannot be printed written as an escape, and without the middle of a long text."""
+    """Escape unprintable characters, and cut out the middle of a long text."""
     text = text if len(text) <= 2 * _MAX_HALF else f"{text[:_MAX_HALF]}…{text[-_MAX_HALF:]}"
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

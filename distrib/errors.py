@@ -1,13 +1,13 @@
-"""What can go wrong for a reason the user can mend. Each is shown as one line, without a traceback."""
+"""Errors that the user can fix. The command line prints each as one line, without a traceback."""
 
 
 class DistribError(Exception):
-    """Says what was given, what is wrong and what to do. The command line ends with `exit_code`."""
+    """Base class. The message names what was given, what is wrong and what to do. `exit_code`: of the command."""
 
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        if "\nOriginal Traceback " in message:  # a DataLoader raises what its worker raised, with its traceback
+        if "\nOriginal Traceback " in message:  # a DataLoader puts its worker's traceback into the message
             message = message.rstrip().rpartition(f"{type(self).__name__}: ")[2]
         super().__init__(message)
 
@@ -17,23 +17,23 @@ class CommandLineError(DistribError):
 
 
 class ConfigError(DistribError):
-    """The config, or the task it names, cannot be run as written."""
+    """The config, or the task it names, is wrong."""
 
 
 class LaunchError(DistribError):
-    """The launcher's variables, the number of processes or the rendezvous do not fit."""
+    """The launcher's environment variables, the number of processes or the rendezvous are wrong."""
 
 
 class RunDirError(DistribError):
-    """A run folder, or one to write into, cannot be used: it is taken, missing or unreadable."""
+    """A folder cannot be used as run folder or output folder: it is taken, missing or unreadable."""
 
 
 class DamagedFileError(RunDirError):
-    """A file of a run folder cannot be read, or does not hold what it must."""
+    """A file of a run folder cannot be read, or its content is not valid."""
 
 
 class WriteError(DistribError):
-    """A file of the run cannot be written, for example because the disk is full. The run can go on when it can."""
+    """A file of the run cannot be written, for example because the disk is full. Start the run again to resume."""
 
     exit_code = 1
 
@@ -45,24 +45,24 @@ class CheckpointError(DistribError):
 
 
 class MismatchError(CheckpointError):
-    """A checkpoint is whole, but of another model or optimizer than the config's."""
+    """A checkpoint is intact, but it was saved with another model or optimizer than the config's."""
 
     exit_code = 2
 
 
 class LedgerError(DistribError):
-    """What a run folder holds is not what its config means."""
+    """The files of a run folder contradict its config."""
 
     exit_code = 1
 
 
-class Preempted(DistribError):  # noqa: N818, it is an end, not an error
-    """Asked to stop: a checkpoint is saved, and the run goes on when it is started again."""
+class Preempted(DistribError):  # noqa: N818, an orderly end, not an error
+    """The run was asked to stop, and saved a checkpoint. It resumes when it is started again."""
 
     exit_code = 75
 
 
 class TrainingError(DistribError):
-    """Training cannot go on, for example because `train.on_nonfinite: stop` was asked for."""
+    """Training cannot continue, for example because a loss is not finite and the config has `on_nonfinite: stop`."""
 
     exit_code = 1

@@ -1,11 +1,11 @@
-"""The extras of pyproject.toml: libraries that only some commands and tasks need."""
+"""The optional dependencies (extras of pyproject.toml), which only some commands and tasks need."""
 
 from importlib import import_module
 
 from distrib.errors import ConfigError
 from distrib.targets import hidden_by
 
-LIBRARIES = {  # by the names that Python imports
+LIBRARIES = {  # extra -> import names
     "compare": ("jinja2", "plotly"),
     "examples": ("sklearn",),
     "huggingface": ("datasets", "tokenizers", "transformers"),
@@ -15,9 +15,9 @@ LIBRARIES = {  # by the names that Python imports
 
 
 def require(extra: str, needed_by: str) -> None:
-    """Import the libraries of an extra. Raises ConfigError with the command that installs it if one is missing.
+    """Import the libraries of an extra. Raises ConfigError if one is missing, and names the command that installs it.
 
-    `needed_by`: what the message begins with, for example `task.target: this task`. Call it before work starts.
+    `needed_by`: the beginning of the message, for example `task.target: this task`. Call this before work starts.
     """
     for library in LIBRARIES[extra]:
         if hidden := hidden_by(library):

@@ -1,13 +1,13 @@
-"""The learning rate as a pure function of the number of updates made."""
+"""The learning rate schedule: a pure function of the number of updates made."""
 
 import math
 
 
 def learning_rate_factor(update: int, schedule: str, warmup_steps: int, num_steps: int) -> float:
-    """What the base rate is multiplied by at `update` (0-based), between 0 and 1.
+    """Return the factor, between 0 and 1, by which the base rate is multiplied at `update` (0-based).
 
-    Warmup rises in a line and reaches 1 after `warmup_steps` updates; linear and cosine then fall, and would reach 0
-    at update `num_steps`, the first that is not made.
+    Warmup rises linearly and reaches 1 after `warmup_steps` updates. `linear` and `cosine` then decay, and would reach
+    0 at update `num_steps`, which is one past the last.
     """
     if update < warmup_steps:
         return (update + 1) / (warmup_steps + 1)

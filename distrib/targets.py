@@ -1,4 +1,4 @@
-"""What a config names as `module:Class`: found, checked, and only then called."""
+"""Imports what a config names as `module:Class`, and checks it before anything is called."""
 
 import difflib
 import functools
@@ -18,7 +18,7 @@ from distrib.tracebacks import first_line, place
 
 
 def build(target: str, arguments: dict[str, Any], key: str, kind: type[Any], factories: bool = False) -> Any:
-    """Make what `target` names with keyword arguments; `key`: where the config names it. As for `find`."""
+    """Find what `target` names and call it with keyword arguments. `key`, `kind` and `factories` as for `find`."""
     made = call(find(target, f"{key}.target", kind, factories), arguments, key)
     if not isinstance(made, kind):
         raise ConfigError(f"{key}.target: {target} is not {_a(kind)} but {type(made).__name__}")
@@ -26,16 +26,16 @@ def build(target: str, arguments: dict[str, Any], key: str, kind: type[Any], fac
 
 
 def call(function: Callable[..., Any], arguments: dict[str, Any], key: str) -> Any:
-    """`function(**arguments)`; arguments that it does not take are refused with those it does. Raises ConfigError."""
+    """Return `function(**arguments)`. Raises ConfigError if it does not accept these arguments."""
     require_arguments(function, arguments, key)
     return function(**arguments)
 
 
 def require_arguments(function: Callable[..., Any], arguments: dict[str, Any], key: str) -> None:
-    """Raises ConfigError for arguments that the function does not take."""
+    """Raise ConfigError if the function does not accept these arguments. The message lists those it accepts."""
     try:
         signature = inspect.signature(function)
-    except ValueError:  # some built-ins have none
+    except ValueError:  # some built-ins have no signature
         return
     try:
         signature.bind(**arguments)
@@ -46,10 +46,11 @@ def require_arguments(function: Callable[..., Any], arguments: dict[str, Any], k
 
 
 def find(target: str, key: str, kind: type[Any], factories: bool = False) -> Callable[..., Any]:
-    """Import `module:name`, looking in the working directory first, and return the class, which derives from `kind`.
+    """Import `target`, written `module:name`, and return it: a subclass of `kind`.
 
-    With `factories` also a function that makes one: of the user's own, or an installed one that is annotated to return
-    one. Nothing else is ever called, or a config could run any program. Raises ConfigError.
+    The working directory is searched first. `key`: the config key that holds the target, for messages. If `factories`
+    is true, `target` may also be a function: one of the user's own, or an installed one that is annotated to return a
+    `kind`. Anything else is refused, so that a config cannot run an arbitrary program. Raises ConfigError.
     """
     module_name, name = _parts(target, key)
     if os.getcwd() not in sys.path:
@@ -84,7 +85,7 @@ def find(target: str, key: str, kind: type[Any], factories: bool = False) -> Cal
 
 
 def hidden_by(library: str) -> str | None:
-    """The user's own folder or file that Python imports in place of an installed library, if there is one."""
+    """Return the user's folder or file that shadows the installed library of this name, or None."""
     spec = importlib.util.find_spec(library)
     origin = None if spec is None or not spec.has_location else spec.origin
     own = origin is not None and not _is_installed(origin) and os.path.realpath(origin).startswith(os.getcwd() + os.sep)
@@ -96,7 +97,7 @@ def _a(kind: type[Any]) -> str:
 
 
 def _parts(target: str, key: str) -> tuple[str, str]:
-    """Module and name. Raises ConfigError, with what was probably meant."""
+    """Split `module:name`. Raises ConfigError, and suggests what was probably meant."""
     module, colon, name = target.partition(":")
     if colon and name.isidentifier() and not module.endswith(".py") and _is_dotted(module):
         return module, name
@@ -112,7 +113,7 @@ def _is_dotted(module: str) -> bool:
 
 
 def _is_pythons_own(module: str) -> bool:
-    """Of the standard library, and not a file of the user's with such a name, which comes first."""
+    """Return whether the module is from the standard library. A user's file of the same name takes precedence."""
     top = module.partition(".")[0]
     if top not in sys.stdlib_module_names:
         return False
@@ -122,13 +123,13 @@ def _is_pythons_own(module: str) -> bool:
 
 
 def _makes(function: Callable[..., Any], kind: type[Any]) -> bool:
-    """Is it the user's own, or annotated to return a `kind`?"""
+    """Return whether the function is the user's own, or annotated to return a `kind`."""
     origin = inspect.unwrap(function)
     if not _is_installed(inspect.getfile(origin)) and not _is_pythons_own(origin.__module__):
         return True
     try:
         returned = typing.get_type_hints(origin).get("return")
-    except Exception:  # an annotation may be any code
+    except Exception:  # evaluating an annotation can raise anything
         return False
     returned = typing.get_origin(returned) or returned
     return isinstance(returned, type) and issubclass(returned, kind)

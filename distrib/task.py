@@ -1,4 +1,4 @@
-"""What the user brings: data, model, loss, metrics."""
+"""`Task`, the class a user writes (data, model, loss, metrics), and `Loss`, which its `loss` method returns."""
 
 import inspect
 from collections.abc import Iterator
@@ -15,16 +15,16 @@ from distrib.errors import ConfigError
 from distrib.targets import build
 
 if TYPE_CHECKING:
-    from distrib.config import TaskConfig  # pydantic takes its time and memory, which a model alone has no use for
+    from distrib.config import TaskConfig  # imports pydantic, which a script that only needs the model can do without
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A sum and the number of items it sums over (samples, tokens, …), never a mean.
+    """A sum of losses and the number of items it sums (samples, tokens, …), never a mean.
 
-    The gradient of a step is that of `total / count` over all micro-batches of all ranks, which is exact also where
-    they count differently many items. `total`: scalar tensor; `count`: a number or a scalar tensor, 0 or more (a
-    float where items have weights).
+    The gradient of a step is that of the sum of all `total`s divided by the sum of all `count`s, over all micro-batches
+    of all ranks. So it is exact even if micro-batches have different counts.
+    `total`: scalar tensor. `count`: number or scalar tensor, 0 or more; a float if items have weights.
     """
 
     total: Tensor
@@ -32,21 +32,21 @@ class Loss:
 
 
 class Task:
-    """Subclass, and override what your task needs. The first four have no default.
+    """Subclass this, and override what your task needs. `train_dataset`, `model` and `loss` have no default.
 
-    Python's, numpy's and torch's generators are seeded from the config before each of `prepare`, `train_dataset`,
-    `eval_dataset`, `model` and `optimizer`, on every rank alike, and before the class is called by a command. In a
-    script of your own you call it, and seed what it draws.
+    distrib seeds the random generators of Python, numpy and torch from the config's seed, the same on every rank,
+    before each call of `prepare`, `train_dataset`, `eval_dataset`, `model` and `optimizer`. A distrib command also
+    seeds them before it constructs the task. If your own script constructs it, seed them there.
     """
 
-    _given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})  # the arguments of the class, see state/identity.py
+    _given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})  # constructor arguments, for run_folder/environment.py
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Task":
         task = super().__new__(cls)
         object.__setattr__(task, "_given", (args, kwargs))  # a frozen dataclass refuses a plain assignment
         return task
 
-    # Or inspect.signature would show the arguments above for a class without an __init__ of its own.
+    # Without this, inspect.signature would show *args and **kwargs for a subclass that has no __init__.
     __new__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [inspect.Parameter("cls", inspect.Parameter.POSITIONAL_ONLY)]
     )
@@ -55,74 +55,76 @@ class Task:
         pass
 
     def prepare(self) -> None:
-        """Make the files that the datasets read: download, unpack, tokenise. Nothing by default.
+        """Make the files that the datasets read: download, unpack, tokenise. Does nothing by default.
 
-        Called in every command that reads data, before `train_dataset()` and `eval_dataset()`, in one process of each
-        machine: rank 0 first, and when it is done, local rank 0 of all other machines at once. The other ranks wait. So
-        return at once if the files are there: then it works once a machine on local disks, and once on a shared file
-        system. Keep nothing on `self`, because most ranks never run it.
+        Every command that reads data calls this before `train_dataset()` and `eval_dataset()`, in one process of each
+        machine. Rank 0 runs it first, then local rank 0 of all other machines at the same time; the other ranks wait.
+        Return at once if the files exist. Then the work is done once per machine on local disks, and once in all on a
+        shared file system. Set nothing on `self`, because most ranks never run this method.
         """
 
     def train_dataset(self) -> Dataset[Any]:
-        """The samples to train on: with `__len__`, or an IterableDataset that gives each rank its own."""
+        """Return the samples to train on: a dataset with `__len__`, or an IterableDataset that each rank reads a
+        different part of."""
         raise NotImplementedError(f"{type(self).__name__} has no train_dataset()")
 
     def eval_dataset(self) -> Dataset[Any] | None:
-        """The samples to evaluate on, or None for no evaluation."""
+        """Return the samples to evaluate on, or None for no evaluation."""
         return None
 
     def model(self) -> nn.Module:
-        """The module to train, freshly initialised. torch's generators are seeded from the config before."""
+        """Return the module to train, with its initial weights. torch's generators have the config's seed."""
         raise NotImplementedError(f"{type(self).__name__} has no model()")
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
-        """Forward pass of one micro-batch."""
+        """Run the forward pass of one micro-batch. By default `model(batch[0])`."""
         return model(batch[0])
 
     def loss(self, output: Any, batch: Any) -> Loss:
-        """Sum and count of one micro-batch."""
+        """Return the sum of the losses of one micro-batch, and how many items it sums."""
         raise NotImplementedError(f"{type(self).__name__} has no loss()")
 
     def predict(self, output: Any, batch: Any) -> dict[str, Tensor]:
-        """Rows for `metrics`: each tensor has one entry a sample in its first dimension."""
+        """Return rows for `metrics`: tensors (or lists) whose first dimension has one entry for each sample."""
         return {}
 
     def metrics(self, rows: dict[str, Tensor]) -> dict[str, float]:
-        """On rank 0: metrics over the whole evaluation set, its rows in dataset order."""
+        """Compute metrics over the rows of the whole evaluation set, in dataset order. Called on rank 0 only."""
         return {}
 
     def optimizer(self, params: list[tuple[str, nn.Parameter]]) -> Optimizer | None:
-        """An optimizer of your own, for example with rates by group; None takes the config's.
+        """Return your own optimizer, for example with parameter groups, or None to use the config's.
 
-        `params` are (name, parameter) pairs, which torch's optimizers take as they are. The config's schedule
-        scales the rate of each group. Called more than once, also with parameters on torch's meta device.
+        `params`: (name, parameter) pairs, which torch's optimizers accept. The config's schedule multiplies the
+        learning rate of each group. This method is called more than once, also with parameters on torch's meta device.
         """
         return None
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether the config's `optim.weight_decay` is for this parameter; by default it is for each.
+        """Return whether the config's `optim.weight_decay` applies to this parameter. By default it applies to all.
 
-        `parameter` may be on torch's meta device, and is a flat shard of it where only memory is counted.
+        `parameter` may be on torch's meta device. If distrib only estimates memory, it is a flat shard.
         """
         return True
 
     def export(self, weights: dict[str, Tensor], folder: Path) -> None:
-        """Write trained weights into an empty folder, in the form that their readers know: what `distrib export` does.
+        """Write trained weights into an empty folder, for `distrib export`. By default: `model.safetensors`.
 
-        `weights` are named as in the model's state_dict; a parameter with two names is one tensor under both. By
-        default they become `model.safetensors`, for plain torch.
+        `weights`: named as in the model's state_dict. Two names of a tied parameter map to the same tensor.
         """
-        written: dict[int, str] = {}
+        first_name: dict[int, str] = {}
         for name, tensor in weights.items():
-            written.setdefault(id(tensor), name)
-        apart = {name: tensor if written[id(tensor)] == name else tensor.clone() for name, tensor in weights.items()}
-        save_file(apart, folder / "model.safetensors")
+            first_name.setdefault(id(tensor), name)
+        # save_file refuses tensors that share memory
+        untied = {name: t if first_name[id(t)] == name else t.clone() for name, t in weights.items()}
+        save_file(untied, folder / "model.safetensors")
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """The repeated parts of the model, which fsdp2 gathers and activation checkpointing recomputes one by one.
+        """Return the model's repeated modules, such as transformer layers. fsdp2 shards, activation checkpointing
+        recomputes and `train.compile: blocks` compiles each of them as a unit.
 
-        By default those children of its ModuleLists, ModuleDicts and Sequentials that are made of modules themselves,
-        have parameters and share their class with a sibling; the outermost, where they lie in one another.
+        By default these are the children of ModuleLists, ModuleDicts and Sequentials that have parameters and
+        submodules and share their class with a sibling. If such modules are nested, only the outermost count.
         """
         return _repeated(model)
 
@@ -144,7 +146,7 @@ def _has(items: Iterator[object]) -> bool:
 
 
 def load_task(config: "TaskConfig | None") -> Task:
-    """Import `target` and build it with the config's arguments. Raises ConfigError."""
+    """Import the class that `task.target` names, and construct it with the config's arguments. Raises ConfigError."""
     if config is None:
         raise ConfigError('task: missing; name yours as task: {target: "my_file:MyTask"}')
     task: Task = build(config.target, config.arguments, "task", Task)

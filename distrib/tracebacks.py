@@ -1,4 +1,4 @@
-"""Shows an exception to the user: the lines of their own files, without those of the libraries between them."""
+"""Formats an exception for the user: only the frames in their own files, not those of libraries."""
 
 import os
 import re
@@ -9,18 +9,18 @@ from collections.abc import Iterator
 _FRAME = re.compile(r'  File "(?P<file>.+)", line (?P<line>\d+), in .+\n(?:    .*\n)*')
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib") + os.sep
-_OF_A_WORKER = "Original Traceback (most recent call last):\n"  # torch puts a DataLoader worker's into the message
+_OF_A_WORKER = "Original Traceback (most recent call last):\n"  # torch puts a DataLoader worker's traceback after it
 
 
 def format_error(error: BaseException) -> str:
-    """The traceback reduced to the user's frames; the whole one if there are none, because then the fault is ours."""
+    """Return the traceback with the user's frames only. If it has none, return it whole: then the bug is ours."""
     if isinstance(error, SyntaxError) and error.filename and _is_users(error.filename):
-        return "".join(traceback.format_exception_only(error)).rstrip()  # no frame is in what could not be compiled
+        return "".join(traceback.format_exception_only(error)).rstrip()  # a file that did not compile has no frame
     return users_lines(error) or "".join(traceback.format_exception(error)).rstrip()
 
 
 def users_lines(error: BaseException) -> str | None:
-    """The frames in the user's files, and what was raised; None if there are none. Causes come first, as in Python."""
+    """Return the frames in the user's files and the exception, causes first as in Python; None if there are none."""
     frames = [found.group() for found in _FRAME.finditer("".join(_frames(error))) if _is_users(found["file"])]
     if not frames:
         return None
@@ -30,7 +30,7 @@ def users_lines(error: BaseException) -> str | None:
 
 
 def summary(error: BaseException) -> str:
-    """Type and message of an exception, as in the last line of its traceback; also if a worker process raised it."""
+    """Return type and message, as in the last line of a traceback. Also for an exception of a DataLoader's worker."""
     if _OF_A_WORKER in _message(error):
         in_worker = _FRAME.sub("", _message(error).split(_OF_A_WORKER, 1)[1])
         return in_worker.strip()
@@ -38,14 +38,14 @@ def summary(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Type and message in one line."""
+    """Return type and message in one line."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg}"
     return summary(error).splitlines()[0]
 
 
 def place(error: BaseException) -> str:
-    """` at FILE:LINE`, the innermost of the user's; or nothing."""
+    """Return ` at FILE:LINE` of the innermost user frame, or an empty string."""
     if isinstance(error, SyntaxError):
         return f" at {error.filename}:{error.lineno}"
     users = [found for found in _FRAME.finditer("".join(_frames(error))) if _is_users(found["file"])]
@@ -53,7 +53,7 @@ def place(error: BaseException) -> str:
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether a line of this package raised it, and not one of the user's or of a library."""
+    """Return whether this package's own code raised the error, and not the user's or a library's."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and frames[-1].filename.startswith(_OURS)
 

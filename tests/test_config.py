@@ -110,7 +110,7 @@ STEPS = "train: {steps: 1}\n"
         ("train: {}", (), ["train:", "epochs or as steps", "given: neither"]),
         ("train: {steps: 1, epochs: 2}", (), ["epochs: 2 and steps: 1"]),
         ("train: {steps: 1", (), ["line", "not valid YAML"]),
-        ("seed: 1\nseed: 2\n" + STEPS, (), ["line 2", "'seed' stands there twice"]),
+        ("seed: 1\nseed: 2\n" + STEPS, (), ["line 2", "'seed' appears twice"]),
         ("- a\n- b", (), ["mapping", "list"]),
         ("", (), ["train: missing"]),
         (STEPS + "task: {hidden: 3}", (), ["task.target: missing"]),
