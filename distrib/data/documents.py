@@ -1,7 +1,7 @@
-"""Tokenised documents as one memory-mapped row, and the samples that are cut from it.
+"""Tokenised documents in memory-mapped .npy files, and the datasets that read samples from them.
 
-On disk lie, for a split: its `tokens`; `starts`, the place of each document's first token, and the number of tokens;
-and `numbers`, one that belongs to each document (what it is, its reader says).
+A split has three files. `tokens`: all documents, one after the other. `starts`: the index of each document's first
+token, and at the end the number of tokens. `numbers`: one integer for each document, whose meaning the dataset defines.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from torch.utils.data import Dataset
 
 from distrib.data.token_cache import TokenWriter
 
-NOT_COUNTED = -100  # a target that torch's cross-entropy leaves out
+NOT_COUNTED = -100  # torch's cross-entropy ignores targets of this value
 
-Places = NDArray[np.int64]
+IntArray = NDArray[np.int64]
 
 
 class DocumentWriter:
-    """Writes the documents of a split to `folder`."""
+    """Writes the three files of a split into `folder`. Use it as a context manager."""
 
     def __init__(self, folder: Path, split: str, dtype: str) -> None:
         self._tokens = TokenWriter(folder / f"{split}.tokens.npy", dtype)
@@ -45,7 +45,7 @@ class DocumentWriter:
 
 
 class Documents(Dataset[Any]):
-    """What the samples are read from, a micro-batch at a time."""
+    """Base class: opens the files of a split. Subclasses define `__len__` and `__getitems__`."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self.tokens, self.starts, self.numbers = (
@@ -53,21 +53,22 @@ class Documents(Dataset[Any]):
         )
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One sample, as a batch of one has it."""
-        number = range(len(self))[index]  # type: ignore[arg-type]  # an IndexError ends who iterates
+        """Return one sample, without the batch dimension."""
+        number = range(len(self))[index]  # type: ignore[arg-type]  # raises the IndexError that ends an iteration
         return {key: value[0] for key, value in self.__getitems__([number]).items()}
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Return the samples at `indices` as one batch: tensors whose first dimension is `len(indices)`."""
         raise NotImplementedError
 
 
 class TokenWindows(Documents):
-    """For a causal language model: `length` tokens, their positions, and the targets that follow them, int64 each.
+    """Samples for a causal language model: `input_ids`, `position_ids` and `targets`, each int64 of shape (length,).
 
-    A document's number is the first of its tokens, from 0, that is a target: 1, or more where it begins with a prompt.
-    Packed, windows cover the row, whatever documents lie in them, and positions begin anew with each document;
-    otherwise each window holds one document, or the next part of one that is longer. Either way each token is a target
-    in one window at most, and a window's end cuts a document: what follows begins without it.
+    The number of a document is the index of its first token that is a target: 1, or more if the document begins with a
+    prompt. If `packed`, a window may span several documents, and positions restart with each document. Otherwise a
+    window holds one document, or a part of a longer one. A token is a target in at most one window. A document that is
+    cut at the end of a window continues in the next window without the earlier context.
     """
 
     def __init__(self, folder: Path, split: str, length: int, packed: bool) -> None:
@@ -80,17 +81,17 @@ class TokenWindows(Documents):
         return int(self._windows_before[-1])
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        windows: Places = np.array(indices, np.int64)
-        row = np.searchsorted(self._windows_before, windows, side="right") - 1  # the document, or 0 where all are one
+        windows: IntArray = np.array(indices, np.int64)
+        row = np.searchsorted(self._windows_before, windows, side="right") - 1  # document; if packed, always 0
         bounds = np.array([0, len(self.tokens)]) if self.packed else self.starts
         first = bounds[row] + (windows - self._windows_before[row]) * self.length
-        places: Places = first[:, None] + np.arange(self.length + 1)
-        within = places < bounds[row + 1][:, None]
-        places = np.minimum(places, len(self.tokens) - 1)
-        document = np.searchsorted(self.starts, places, side="right") - 1
-        since_start = places - self.starts[document]
-        position = np.minimum(since_start, places - first[:, None])
-        tokens = self.tokens[places].astype(np.int64)
+        token_indices: IntArray = first[:, None] + np.arange(self.length + 1)
+        within = token_indices < bounds[row + 1][:, None]
+        token_indices = np.minimum(token_indices, len(self.tokens) - 1)
+        document = np.searchsorted(self.starts, token_indices, side="right") - 1
+        since_start = token_indices - self.starts[document]
+        position = np.minimum(since_start, token_indices - first[:, None])
+        tokens = self.tokens[token_indices].astype(np.int64)
         counted = within & (since_start >= self.numbers[document])
         targets = np.where(counted, tokens, NOT_COUNTED)[:, 1:]
         return {
@@ -100,11 +101,12 @@ class TokenWindows(Documents):
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TokenWindows, (self.folder, self.split, self.length, self.packed)  # what is mapped stays here
+        return TokenWindows, (self.folder, self.split, self.length, self.packed)  # a worker maps the files itself
 
 
 class Classified(Documents):
-    """For a classifier: a document, filled up to the longest of its micro-batch, and its number, the class."""
+    """Samples for a classifier: a document, padded with `filler` to the longest of its batch, and its class (its
+    number)."""
 
     def __init__(self, folder: Path, split: str, filler: int) -> None:
         super().__init__(folder, split)
@@ -115,9 +117,9 @@ class Classified(Documents):
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         first, end = self.starts[indices], self.starts[np.array(indices) + 1]
-        places: Places = first[:, None] + np.arange((end - first).max())
-        within = places < end[:, None]
-        tokens = self.tokens[np.minimum(places, len(self.tokens) - 1)].astype(np.int64)
+        token_indices: IntArray = first[:, None] + np.arange((end - first).max())
+        within = token_indices < end[:, None]
+        tokens = self.tokens[np.minimum(token_indices, len(self.tokens) - 1)].astype(np.int64)
         return {
             "input_ids": torch.from_numpy(np.where(within, tokens, self.filler)),
             "attention_mask": torch.from_numpy(within.astype(np.int64)),

@@ -1,8 +1,8 @@
-"""A fingerprint of a dataset: its length, and a short print of some samples at fixed places.
+"""The fingerprint of a dataset: its length, and a short print of some samples at fixed indices.
 
-Ranks, and later starts of a run, compare theirs: other data are noticed before the first step. Bytes, text and whole
-numbers are compared exactly. Floating-point numbers and pixels are compared by three figures within a tolerance,
-because their last bits depend on the number of threads, on the CPU and on library versions.
+Ranks, and later starts of a run, compare fingerprints, so changed data are noticed before the first step. Bytes,
+strings and integers are compared exactly. Floating-point numbers and pixels are compared by three statistics within a
+tolerance, because their last bits depend on the number of threads, on the CPU and on library versions.
 """
 
 import hashlib
@@ -20,13 +20,14 @@ from distrib.data.loader import Read, SampleReader, batch_loader
 from distrib.data.prints import TOLERANCES, UNKNOWN, VARIES, Fingerprint, Print, same
 from distrib.data.sampler import MicroBatch
 
-_SAMPLES = 8  # in each set, each read twice
+_SAMPLES = 8  # of each dataset, each read twice
 
 
 def fingerprint(dataset: Dataset[Any] | None, seed: int, num_workers: int = 0) -> Fingerprint | None:
-    """Read some samples of a dataset as training does, with the random numbers of epoch 0. None for a stream.
+    """Read some samples as training does, with the random numbers of epoch 0, and return their fingerprint.
 
-    If the run has worker processes, one of them reads: a file that the dataset opens is then never shared by all.
+    Returns None for a stream or no dataset. If `num_workers` is more than 0, one worker process reads, so that workers
+    that are started later do not inherit a file that the dataset has opened.
     """
     if dataset is None or isinstance(dataset, IterableDataset):
         return None
@@ -44,18 +45,21 @@ def fingerprint(dataset: Dataset[Any] | None, seed: int, num_workers: int = 0) -
 
 
 class _PrintReader(SampleReader):
-    """Reads like training does, and returns prints in place of batches."""
+    """Reads samples as training does, and returns their prints instead of batches."""
 
     def __getitems__(self, micro_batch: MicroBatch) -> Read:
         try:
             found: Print = sample_print(super().__getitems__(micro_batch).batch)
-        except Exception:  # a sample that cannot be read is training's affair: it may never come to it
+        except Exception:  # training reports a sample that cannot be read, if it ever reaches it
             found = UNKNOWN
         return Read(micro_batch, found)
 
 
 def sample_print(sample: Any) -> Print:
-    """Print of a nested sample of tensors, arrays, numbers, text and bytes. Raises TypeError for anything else."""
+    """Return the print of a nested sample of tensors, arrays, numbers, strings and bytes.
+
+    Raises TypeError for anything else.
+    """
     exact, numbers = hashlib.sha256(), _Numbers()
     _add(sample, exact, numbers)
     return {"exact": exact.hexdigest()[:16], **numbers.figures()}
@@ -72,7 +76,8 @@ class _Numbers:
 
 
 def _figures(values: npt.NDArray[np.float64]) -> list[float]:
-    """The largest magnitude; relative to it, the root mean square and a weighted sum that depends on the order."""
+    """Return the largest magnitude, and relative to it the root mean square and a weighted sum that depends on the
+    order of the values."""
     largest = float(np.abs(values).max(initial=0.0))
     if largest == 0.0:
         return [0.0, 0.0, 0.0]

@@ -1,4 +1,4 @@
-"""From a dataset to windows of micro-batches, read by workers, with a record of what was really read."""
+"""Reads the micro-batches of each step, with worker processes if the config has some, and records the samples read."""
 
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -17,18 +17,18 @@ from distrib.processes.lifetimes import shield_worker, stop_signals_held
 
 
 class Read(NamedTuple):
-    """A collated batch with the micro-batch it was read for."""
+    """A collated batch, and the micro-batch (positions and indices) that it was read for."""
 
     micro_batch: MicroBatch
     batch: Any
 
 
 class Window:
-    """This rank's part of one optimizer step: iterate to read its batches, `len` to know how many there are."""
+    """This rank's micro-batches of one optimizer step. Iterating reads them; `len` returns their number."""
 
     def __init__(self, step: int, first: int, length: int, reads: Iterator[Read]) -> None:
         self.step = step
-        self.first = first  # number, among the step's micro-batches, of this rank's first
+        self.first = first  # index of this rank's first micro-batch among those of the step
         self.digest = 0  # of the samples read so far, see data/order.py
         self._length = length
         self._reads = reads
@@ -44,34 +44,33 @@ class Window:
 
 
 class DevicePrefetcher:
-    """Batches that are on the device when they are asked for: each is copied, on a stream of its own, while the one
-    before is computed with."""
+    """Copies each batch to the device on a separate stream, while the model computes with the previous batch."""
 
     def __init__(self, device: torch.device, copy: Callable[[Any], Any]) -> None:
-        """`copy` gives a batch on the device, without waiting for the copy."""
+        """`copy(batch)` returns the batch on the device, and does not wait for the copy to finish."""
         self._device, self._copy = device, copy
         self._stream = None if device.type == "cpu" else torch.Stream(device)
 
     def read(self, reads: Iterator[Read]) -> Iterator[Read]:
-        """The same, in the same order; one more than was asked for is read."""
-        copied: tuple[Read, torch.Event | None] | None = None
+        """Yield `reads` in order, on the device. Reads one micro-batch ahead."""
+        current: tuple[Read, torch.Event | None] | None = None
         for read in reads:
-            following = self._copied(read)
-            if copied is not None:
-                yield self._there(*copied)
-            copied = following
-        if copied is not None:
-            yield self._there(*copied)
+            following = self._start_copy(read)
+            if current is not None:
+                yield self._wait_for_copy(*current)
+            current = following
+        if current is not None:
+            yield self._wait_for_copy(*current)
 
-    def _copied(self, read: Read) -> tuple[Read, torch.Event | None]:
+    def _start_copy(self, read: Read) -> tuple[Read, torch.Event | None]:
         if self._stream is None:
             return read._replace(batch=self._copy(read.batch)), None
-        # Not run here: see docs/not-run-here.md. What was sent to the device may still use memory that this will take.
+        # Not run here: see docs/not-run-here.md. Kernels in flight may still use memory that the copy will reuse.
         self._stream.wait_stream(torch.accelerator.current_stream(self._device))
         with self._stream:
             return read._replace(batch=self._copy(read.batch)), self._stream.record_event()
 
-    def _there(self, read: Read, copied: torch.Event | None) -> Read:
+    def _wait_for_copy(self, read: Read, copied: torch.Event | None) -> Read:
         if copied is not None:  # not run here, either
             torch.accelerator.current_stream(self._device).wait_event(copied)
         return read
@@ -80,7 +79,7 @@ class DevicePrefetcher:
 def train_windows(
     sampler: DistributedSampler, prefetcher: DevicePrefetcher | None = None, **loading: Any
 ) -> Iterator[Window]:
-    """One window a step, from the sampler's `start` to its `stop`. `loading` as for `data_loader`."""
+    """Yield one window for each step from the sampler's `start` to its `stop`. `loading` as for `data_loader`."""
     reads: Iterator[Read] = iter(data_loader(sampler.dataset, sampler.micro_batches(), seed=sampler.seed, **loading))
     if prefetcher is not None:
         reads = prefetcher.read(reads)
@@ -98,10 +97,10 @@ def data_loader(
     prefetch_factor: int = 2,
     pin_memory: bool = False,
 ) -> DataLoader[Read]:
-    """A DataLoader that yields a Read for each micro-batch, in order.
+    """Return a DataLoader that yields a Read for each micro-batch, in order.
 
-    A dataset that has `__getitems__` is asked for the whole micro-batch: a list of samples is collated as usual,
-    anything else is taken as the batch itself. torch's TensorDataset is indexed whole in the same way.
+    If the dataset has `__getitems__`, it is called with the indices of the whole micro-batch. If it returns a list of
+    samples, they are collated as usual; anything else is used as the batch. A plain TensorDataset is indexed directly.
     """
     return batch_loader(SampleReader(dataset, seed), micro_batches, num_workers, prefetch_factor, pin_memory)
 
@@ -113,27 +112,27 @@ def batch_loader(
     prefetch_factor: int = 2,
     pin_memory: bool = False,
 ) -> DataLoader[Read]:
-    """A DataLoader of what `reader` returns for each micro-batch, in order."""
+    """Return a DataLoader that yields `reader`'s result for each micro-batch, in order."""
     return _Loader(
         reader,
         batch_sampler=micro_batches,  # type: ignore[arg-type]  # torch reads any iterable of keys
-        collate_fn=_identity,  # what the reader returns is collated already
+        collate_fn=_identity,  # the reader has collated already
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
         worker_init_fn=shield_worker if num_workers else None,
-        generator=torch.Generator(),  # or the loader would draw from the generator that the model uses
+        generator=torch.Generator(),  # otherwise the loader would draw from the model's generator
     )
 
 
 class _Loader(DataLoader[Read]):
     def __iter__(self) -> Any:
-        with stop_signals_held():  # until its workers leave them to this process
+        with stop_signals_held():  # until the workers have set up their own handling
             return super().__iter__()
 
 
 class SampleReader(Dataset[Any]):
-    """What a worker runs: read one micro-batch, each sample with the random numbers that belong to it."""
+    """Reads a micro-batch, with generators seeded for each sample. Runs in the worker processes, if there are some."""
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         self.dataset = dataset
@@ -158,7 +157,7 @@ class SampleReader(Dataset[Any]):
         return Read(micro_batch, self._collated(samples))
 
     def _collated(self, samples: list[Any]) -> Any:
-        """Raises ConfigError if the samples do not make a batch."""
+        """Collate samples. Raises ConfigError if they cannot be collated."""
         try:
             return default_collate(samples)
         except (TypeError, RuntimeError, KeyError, ValueError):
@@ -166,15 +165,15 @@ class SampleReader(Dataset[Any]):
             other = next((number for number, one in enumerate(shown) if one != shown[0]), None)
             found = f"one is {shown[0]}" + ("" if other is None else f", another {shown[other]}")
             raise ConfigError(
-                f"task: the samples of {type(self.dataset).__name__} cannot be put together to a batch: {found}; give "
+                f"task: the samples of {type(self.dataset).__name__} cannot be collated into a batch: {found}; give "
                 "tensors or numbers, of the same shape in all samples (pad them), or let the dataset's "
                 "__getitems__(indices) return whole batches"
             ) from None
 
     def _seed_for(self, position: Positions, index: Positions) -> None:
-        """Random numbers belong to (seed, epoch, sample), whoever reads it and when."""
+        """Seed the generators from (seed, epoch, index), so that they do not depend on which process reads when."""
         seed = derive_seed(self.seed, int(position) // self.size, int(index))
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every device and costs 100 times as much
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed also seeds devices, and takes 100 times as long
         random.seed(seed)
         np.random.seed(seed % 2**32)
 

@@ -1,4 +1,4 @@
-"""Rows of local files, read with Hugging Face's `datasets`, and packed as tokenised documents on first use."""
+"""Reads rows of local files with Hugging Face's `datasets`, and packs them as tokenised documents on first use."""
 
 import glob
 import hashlib
@@ -19,7 +19,7 @@ from distrib.extras import require
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-_FORMAT = 1  # whatever changes what is packed for the same files and settings raises it
+_FORMAT = 1  # increase it with any change that packs the same files and settings differently
 _KINDS = {
     **dict.fromkeys((".json", ".jsonl", ".jsonlines", ".ndjson"), "json"),
     ".csv": "csv",
@@ -32,26 +32,26 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # datasets decompresses these as i
 _ROWS = 1000  # at a time
 
 Row = dict[str, Any]
-Columns = dict[str, tuple[type, ...]]  # what may stand in them
-Encode = Callable[[list[Row]], list[tuple[Sequence[int], int]]]  # the tokens of each row, and the document's number
+Columns = dict[str, tuple[type, ...]]  # column name -> allowed types
+Encode = Callable[[list[Row]], list[tuple[Sequence[int], int]]]  # returns tokens and document number of each row
 
 
 class Source(NamedTuple):
-    """Files of one kind, or a folder of `Dataset.save_to_disk`."""
+    """Files of one kind, or a folder that `Dataset.save_to_disk` wrote."""
 
     kind: str  # json | csv | tsv | parquet | arrow | text | saved
     paths: list[Path]
-    key: str  # of the config, which named it
+    key: str  # the config key that named it
 
     def __str__(self) -> str:
         return str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0]} and {len(self.paths) - 1} more"
 
 
 def find_sources(files: Any, key: str) -> list[Source]:
-    """Return what globs match, in the order in which they are given, files of one glob by their paths.
+    """Return the files that the globs match, in the order of the globs; files of one glob are sorted by path.
 
-    A folder is one of `Dataset.save_to_disk`. The suffix of a file's name, in upper or lower case, tells its kind; a
-    file with any other suffix is text, and one row. Raises ConfigError.
+    A folder must be one that `Dataset.save_to_disk` wrote. A file's suffix, in any case, decides its kind. A file with
+    an unknown suffix is text, and is one row. Raises ConfigError.
     """
     patterns = [files] if isinstance(files, str) else files
     if not isinstance(patterns, list) or not patterns or not all(isinstance(pattern, str) for pattern in patterns):
@@ -73,7 +73,8 @@ def _kind(path: Path) -> str:
 
 
 def _report_text(sources: list[Source], progress: "Progress") -> None:
-    """Print which files are read as text and not named .txt: a file of rows with a misspelt suffix would be one."""
+    """Print which files without the suffix .txt are read as text, because one may be a data file with a misspelt
+    suffix."""
     found = [path for source in sources if source.kind == "text" for path in source.paths if path.suffix != ".txt"]
     if found:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
@@ -88,10 +89,11 @@ def pack_rows(
     dtype: str,
     settings: dict[str, Any],
 ) -> Path:
-    """The folder with the splits `train` and `eval`, in which the tokens of these rows lie, packed where needed.
+    """Return the folder that holds the tokens of these rows in the splits `train` and `eval`. Packs them if needed.
 
-    Without files for evaluation one row in 20 is held out, by its `columns`. What is kept is found again by the content
-    of the files, the dtype and the `settings`, which say all that `encode` depends on. Raises ConfigError.
+    If `evaluation` is None, one row in 20 is held out, chosen by the content of its `columns`. The cache key is made of
+    the content of the files, `dtype` and `settings`; `settings` must name all that `encode` depends on. Raises
+    ConfigError.
     """
     require("huggingface", f"{train[0].key}: reading rows")
     contents = _contents(train, evaluation)
@@ -116,7 +118,7 @@ def pack_rows(
 
 
 def _contents(train: list[Source], evaluation: list[Source] | None) -> list[Any]:
-    """What all files hold, by their SHA-256."""
+    """Return kind and SHA-256 of all files."""
     return [
         [[source.kind, [fingerprint(path, source.key)[1].hex() for path in _files(source)]] for source in sources]
         for sources in (train, evaluation or [])
@@ -141,7 +143,7 @@ def _files(source: Source) -> list[Path]:
 
 
 def _read(source: Source, columns: Columns) -> Iterator[list[Row]]:
-    """Some rows at a time, of each the `columns` alone. Raises ConfigError, which says where."""
+    """Yield some rows at a time, with only these `columns`. Raises ConfigError, which names file and row."""
     from datasets.exceptions import DatasetsError
 
     before = 0
@@ -150,14 +152,14 @@ def _read(source: Source, columns: Columns) -> Iterator[list[Row]]:
         try:
             batch = next(batches, None)
         except (DatasetsError, OSError, ValueError, TypeError) as error:
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"{source.key}: {source} cannot be read as {source.kind}: {said}") from None
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"{source.key}: {source} cannot be read as {source.kind}: {reason}") from None
         if batch is None:
             return
         if missing := [column for column in columns if column not in batch]:
             raise ConfigError(
                 f"{source.key}: {source} has no column {missing[0]!r}; it has: {', '.join(map(str, batch))}; "
-                "keys that end in _column say what they are called"
+                "set the column names with the keys that end in _column"
             )
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*map(batch.get, columns), strict=True)]
         for number, row in enumerate(rows, before + 1):
@@ -165,7 +167,7 @@ def _read(source: Source, columns: Columns) -> Iterator[list[Row]]:
                 if not isinstance(value, columns[column]):
                     kinds = " or ".join(kind.__name__ for kind in columns[column])
                     raise ConfigError(
-                        f"{source.key}: row {number} of {source} has {value!r} in column {column!r}, which is no "
+                        f"{source.key}: row {number} of {source} has {value!r} in column {column!r}, which is not a "
                         f"{kinds}; leave such rows out, or name another column"
                     )
         before += len(rows)
@@ -173,7 +175,7 @@ def _read(source: Source, columns: Columns) -> Iterator[list[Row]]:
 
 
 def _batches(source: Source, columns: Columns) -> Iterator[dict[str, Any]]:
-    """Columns of some rows at a time. Nothing is copied to `datasets`' own cache."""
+    """Yield some rows at a time, as `{column: values}`. Nothing is copied to the cache of `datasets`."""
     import datasets
 
     if source.kind == "saved":
@@ -182,10 +184,10 @@ def _batches(source: Source, columns: Columns) -> Iterator[dict[str, Any]]:
     options: dict[str, Any] = {}
     if source.kind == "text":
         options = {"sample_by": "document"}
-    elif source.kind in ("csv", "tsv"):  # or a text of digits would be a number, and "NA" nothing
+    elif source.kind in ("csv", "tsv"):  # otherwise digits would become numbers, and "NA" a missing value
         options = {"converters": dict.fromkeys(columns, str), "keep_default_na": False}
         options["sep"] = "\t" if source.kind == "tsv" else ","
-    with TemporaryDirectory() as cache:  # for the lock that it takes
+    with TemporaryDirectory() as cache:  # `datasets` creates a lock file there
         paths = [glob.escape(os.path.abspath(path)) for path in source.paths]
         read = datasets.load_dataset(
             "csv" if source.kind == "tsv" else source.kind,

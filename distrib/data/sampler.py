@@ -1,4 +1,4 @@
-"""The samples of each rank, as a pure function of the step."""
+"""The samples that each rank reads, as a pure function of the step."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -10,24 +10,27 @@ from torch.utils.data import Dataset
 
 from distrib.data.order import Positions, sample_indices
 
-_CHUNK = 4096  # positions computed at once: the order costs nothing a step, and memory stays O(1)
+_CHUNK = 4096  # positions computed at once, which makes the cost per step negligible
 
 
 class MicroBatch(NamedTuple):
-    """What is read as one: `indices[i]` is the sample at `positions[i]` of the run. Both have shape (size,)."""
+    """Samples that are read together: dataset index `indices[i]` is at position `positions[i]` of the run.
+
+    Both are uint64 arrays of shape (micro_batch_size,).
+    """
 
     positions: Positions
     indices: Positions
 
 
 class DistributedSampler(torch.utils.data.DistributedSampler[Any]):
-    """Yields this rank's sample indices from step `start` on to step `stop`.
+    """Yields this rank's sample indices from step `start` up to step `stop`.
 
-    Step `s` reads positions `[s * G, (s + 1) * G)` of the run, `G = global_batch_size`, and rank `r` of `W` the
-    contiguous `G / W` of them, so that the global batch of a step is the same whatever the number of processes.
-    Positions run on through the epochs: nothing is padded, repeated or dropped at an epoch's end.
+    Step `s` reads positions `[s * G, (s + 1) * G)` of the run, where `G` is `global_batch_size`. Rank `r` of `W` reads
+    the `r`-th contiguous block of `G / W` positions. So the global batch of a step does not depend on the number of
+    processes. Positions continue from one epoch to the next: nothing is padded, repeated or dropped between epochs.
 
-    Unlike torch's sampler it runs through all epochs in one iteration; `seek` takes the place of `set_epoch`.
+    Unlike torch's sampler, one iteration covers all epochs. Use `seek` instead of `set_epoch`.
     """
 
     def __init__(
@@ -44,16 +47,16 @@ class DistributedSampler(torch.utils.data.DistributedSampler[Any]):
         stop: int,
     ) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle, seed)
-        assert global_batch_size % (micro_batch_size * num_replicas) == 0, "the plan refuses this"
+        assert global_batch_size % (micro_batch_size * num_replicas) == 0, "RunPlan refuses such a config"
         self.size = len(dataset)  # type: ignore[arg-type]
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
-        self.num_samples = global_batch_size // num_replicas  # of this rank, a step
+        self.num_samples = global_batch_size // num_replicas  # for this rank and each step
         self.start = start
         self.stop = stop
 
     def seek(self, step: int) -> None:
-        """Continue at `step`, at no cost: nothing is walked through."""
+        """Continue at `step`, in O(1)."""
         self.start = step
 
     def set_epoch(self, epoch: int) -> None:
@@ -61,7 +64,7 @@ class DistributedSampler(torch.utils.data.DistributedSampler[Any]):
         self.seek(-(-epoch * self.size // self.global_batch_size))
 
     def micro_batches(self) -> Iterator[MicroBatch]:
-        """This rank's micro-batches, in order, `global_batch_size / micro_batch_size / num_replicas` a step."""
+        """Yield this rank's micro-batches in order: `global_batch_size / micro_batch_size / num_replicas` per step."""
         within = np.arange(self.num_samples, dtype=np.uint64) + np.uint64(self.rank * self.num_samples)
         steps_at_once = max(1, _CHUNK // self.num_samples)
         for first in range(self.start, self.stop, steps_at_once):

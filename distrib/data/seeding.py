@@ -1,4 +1,4 @@
-"""Seeds the generators that a user's code draws from: Python's `random`, numpy's legacy generator and torch's."""
+"""Seeds the random generators that user code draws from: Python's `random`, numpy's legacy generator and torch's."""
 
 import random
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ import torch
 
 from distrib.data.order import derive_seed
 
-# Each call into a task has a seed of its own, by its place here, so that none shifts another's draws. Add at the end.
+# Each kind of call has its own seed, derived from its index here, so that no call shifts the draws of another. Append only.
 _CALLS = ("task", "prepare", "train_dataset", "eval_dataset", "model", "optimizer", "metrics", "observers")
-_MARK = 0x7A5C  # keeps these seeds apart from others that are derived from the config's seed
+_MARK = 0x7A5C  # separates these seeds from others that are derived from the config's seed
 
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Afterwards the generators are as before, those of devices excepted."""
+    """Restore the generators of Python, numpy and the CPU on exit. Those of devices are not restored."""
     python, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:
@@ -28,9 +28,9 @@ def random_state_kept() -> Iterator[None]:
 
 @contextmanager
 def seeded(call: str, seed: int) -> Iterator[None]:
-    """Run one of a task's calls with all generators seeded from the config's `seed`; afterwards they are as before.
+    """Seed all generators for one of a task's calls, from the config's `seed`, and restore them on exit.
 
-    torch's generators get `seed` itself before `model`: initial weights are then those of earlier versions.
+    For `model`, torch's generators get `seed` itself, so that initial weights are the same as in earlier versions.
     """
     derived = derive_seed(seed, _MARK, _CALLS.index(call), 0)
     with random_state_kept():

@@ -9,7 +9,7 @@ _SHOWN = 6
 
 
 def describe(value: Any) -> str:
-    """Its structure, with the shapes and dtypes of tensors: `(Tensor (16, 8) float32, Tensor (16) int64)`."""
+    """Return its structure, with shapes and dtypes of tensors: `(Tensor (16, 8) float32, Tensor (16) int64)`."""
     if isinstance(value, Mapping):
         return f"{{{_few([f'{key!r}: {describe(part)}' for key, part in value.items()])}}}"
     if isinstance(value, list | tuple):

@@ -1,5 +1,5 @@
-"""Where a run's windows come from: a dataset with a length, of which the position is all there is to know, or a stream,
-whose state is saved with the run."""
+"""Yields the windows of a run from a dataset with a length, which has no state but the step, or from a stream, whose
+state is saved with each checkpoint."""
 
 import hashlib
 import json
@@ -21,14 +21,14 @@ from distrib.processes.world import World
 
 
 class Source:
-    """A dataset with `__len__`: the same global batches for any number of processes."""
+    """Reads a dataset with `__len__`. The global batches are the same for any number of processes."""
 
     def __init__(self, dataset: Dataset[Any], plan: RunPlan, world: World, seed: int, loading: dict[str, Any]) -> None:
-        """`loading` as for `data_loader`."""
+        """`loading`: keyword arguments of `data_loader`."""
         self.dataset, self.plan, self.world, self.seed, self.loading = dataset, plan, world, seed, loading
 
     def windows(self, start: int, prefetcher: DevicePrefetcher | None = None) -> Iterator[Window]:
-        """One for each step from `start` to the end of the run; with a `prefetcher` their batches are on the
+        """Yield a window for each step from `start` to the end of the run. With a `prefetcher`, batches are on the
         device."""
         sampler = DistributedSampler(
             self.dataset,
@@ -43,37 +43,38 @@ class Source:
         return train_windows(sampler, prefetcher, **self.loading)
 
     def some_batch(self) -> Any:
-        """A micro-batch of the first samples, to see what one looks like; None if it cannot be read twice."""
+        """Return a micro-batch of the first samples as an example; None for a stream, which cannot be read twice."""
         first = np.arange(self.plan.micro_batch_size, dtype=np.uint64)
-        # If the run has workers, one of them reads: they must not share a file that the dataset opens in this process.
+        # If the run has workers, one of them reads: later workers must not inherit a file that the dataset opens.
         workers = min(1, self.loading["num_workers"])
         loader = data_loader(self.dataset, [MicroBatch(first, first)], seed=self.seed, num_workers=workers)
         return next(iter(loader)).batch
 
     def state(self) -> list[Any] | None:
-        """What a checkpoint keeps, from all ranks: nothing. Collective."""
+        """Return the state of all ranks to save in a checkpoint. None: the step suffices. Collective."""
         return None
 
     def load(self, state: list[Any] | None) -> None:
-        """Go on from it."""
+        """Restore the state that a checkpoint holds."""
 
 
 class Stream(Source):
-    """An IterableDataset. Each rank reads its own, through torchdata's StatefulDataLoader; its state is saved a rank.
+    """Reads an IterableDataset with torchdata's StatefulDataLoader. Each rank saves the state of its own loader.
 
-    `train_dataset()` gives each rank its own samples (World.detect() says which it is), and each of its workers.
+    `train_dataset()` must split the samples between the ranks (`World.detect()` has rank and world_size), and between
+    the workers of a rank.
     """
 
     _loader: Any = None
     _state: dict[str, Any] | None = None
 
     def __init__(self, dataset: Dataset[Any], plan: RunPlan, world: World, seed: int, loading: dict[str, Any]) -> None:
-        """As for Source. Raises ConfigError if torchdata is missing."""
+        """Arguments as for Source. Raises ConfigError if torchdata is missing."""
         require_stream_reader()
         super().__init__(dataset, plan, world, seed, loading)
 
     def windows(self, start: int, prefetcher: DevicePrefetcher | None = None) -> Iterator[Window]:
-        """Never with the prefetcher: the state of a stream is where it was read to."""
+        """As for Source. `prefetcher` is ignored: it reads ahead, and a stream's state is the place it was read to."""
         reads = self._reads(start)
         length = self.plan.grad_accum_steps
         for step in range(start, self.plan.num_steps):
@@ -97,8 +98,8 @@ class Stream(Source):
         saved = len(state or [])
         if saved != self.world.world_size:
             raise ConfigError(
-                f"task.train_dataset: {type(self.dataset).__name__} is a stream, of which {saved} process(es) had read "
-                f"their part; {self.world.world_size} cannot take over from them, start {saved}"
+                f"task.train_dataset: {type(self.dataset).__name__} is a stream that {saved} process(es) had read; "
+                f"{self.world.world_size} cannot continue it, start {saved}"
             )
         assert state is not None, "as many as ranks"
         mine = state[self.world.rank]
@@ -106,15 +107,15 @@ class Stream(Source):
         if workers != before:
             raise ConfigError(
                 f"data.num_workers: {workers}, but the stream {type(self.dataset).__name__} was read by {before} "
-                f"worker(s), each of which has its own place in it; give {before}"
+                f"worker(s), and each continues at its own place; set it to {before}"
             )
         self._state = mine
 
     def _reads(self, start: int) -> Iterator[Read]:
-        """Micro-batches without end: where the stream ends, it begins again."""
+        """Yield micro-batches without end. When the stream ends, it is read again from its beginning."""
         from torchdata.stateful_dataloader import StatefulDataLoader
 
-        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's own affair
+        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # a warning for torchdata's authors
         size, per_rank = self.plan.micro_batch_size, self.plan.grad_accum_steps
         options = {**self.loading, "worker_init_fn": shield_worker}
         if not options["num_workers"]:
@@ -123,9 +124,9 @@ class Stream(Source):
         if self._state is not None:
             self._loader.load_state_dict(self._state)
         number, empty = start * per_rank, 0
-        while empty < 2:  # once it may have just ended
+        while empty < 2:  # one pass without a batch is possible: the saved state may be at the end of the stream
             empty += 1
-            with stop_signals_held():  # until its workers leave them to this process
+            with stop_signals_held():  # until the workers have set up their own handling
                 batches = iter(self._loader)
             for batch in batches:
                 if number == 0:
@@ -139,29 +140,29 @@ class Stream(Source):
         raise ConfigError(f"task.train_dataset: {type(self.dataset).__name__} gives no micro-batch of {size} samples")
 
     def _refuse_the_same(self, batch: Any) -> None:
-        """Ranks that begin with the same samples would go on with the same."""
+        """Raise ConfigError if two ranks have read the same first batch: then the stream is not split between them."""
         digests = self.world.all_gather_object(_digest(batch))
         for rank, digest in enumerate(digests):
             if (other := digests.index(digest)) != rank:
                 raise ConfigError(
                     f"task.train_dataset: ranks {other} and {rank} read the same samples of the stream; split it, "
-                    "World.detect() says rank and world_size"
+                    "World.detect() has rank and world_size"
                 )
 
 
 def source(dataset: Dataset[Any], plan: RunPlan, world: World, seed: int, loading: dict[str, Any]) -> Source:
-    """Of whichever kind the dataset is."""
+    """Return a Stream for an IterableDataset, else a Source."""
     kind = Stream if isinstance(dataset, IterableDataset) else Source
     return kind(dataset, plan, world, seed, loading)
 
 
 def require_stream_reader() -> None:
-    """Raises ConfigError if the library that reads streams is missing."""
+    """Raise ConfigError if torchdata, which reads streams, is missing."""
     require("streams", "task.train_dataset: a stream (an IterableDataset)")
 
 
 def _num_workers(state: dict[str, Any]) -> int:
-    """The workers of the loader that made this state, as torchdata 0.11 writes it; without workers it names none."""
+    """Return the number of workers of the loader that saved this state, in torchdata 0.11's format."""
     main = (state.get("_snapshot") or {}).get("_main_snapshot") or {}
     return int(main.get("_num_workers", 0))
 

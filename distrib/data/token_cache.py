@@ -1,6 +1,6 @@
-"""Where packed tokens are kept: a folder for each content, whole or not there, whoever asks for it at once.
+"""The cache of packed tokens: one folder for each content, either complete or absent, safe for concurrent processes.
 
-It lies in `$XDG_CACHE_HOME/distrib/tokens`, named by the SHA-256 of all that its tokens follow from.
+A folder is in `$XDG_CACHE_HOME/distrib/tokens`. Its name is the SHA-256 of everything that determines its tokens.
 """
 
 import hashlib
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
-def get_or_build(key: str, make: "Callable[[Path, Progress], None]", asked_by: str) -> Path:
-    """The cache's folder `key`; where it is not there, `make` fills it, and shows how far it has come.
+def get_or_build(key: str, make: "Callable[[Path, Progress], None]", config_key: str) -> Path:
+    """Return the cache's folder `key`. If it does not exist, `make(folder, progress)` fills it.
 
-    Any number of processes may ask at once: one makes it, under a lock that dies with it, and what a process left that
-    was killed is made anew. Raises ConfigError, which names the config's key `asked_by`, where that cannot be written.
+    Any number of processes may call this at once: one makes the folder, under a file lock, and the others wait. A
+    folder that a killed process left unfinished is made again. Raises ConfigError, which names `config_key`, if the
+    cache cannot be written.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -45,15 +46,15 @@ def get_or_build(key: str, make: "Callable[[Path, Progress], None]", asked_by: s
                 partial.rename(folder)
     except OSError as error:
         raise ConfigError(
-            f"{asked_by}: cannot pack into {cache}: {error}; XDG_CACHE_HOME says where the cache is"
+            f"{config_key}: cannot pack into {cache}: {error}; XDG_CACHE_HOME sets where the cache is"
         ) from None
     return folder
 
 
 class TokenWriter:
-    """An .npy file, of whose length nothing need be known before it is closed.
+    """Writes an .npy file whose length is not known in advance.
 
-    Written through a file: on a full disk a memory map would end us with SIGBUS, and not a word.
+    It does not use a memory map, because on a full disk that would kill the process with SIGBUS, without a message.
     """
 
     def __init__(self, path: Path, dtype: str) -> None:
@@ -78,13 +79,13 @@ class TokenWriter:
                 os.fsync(self._file.fileno())
 
     def _write_header(self) -> None:
-        """As long whatever the length: numpy leaves room for an axis to grow."""
+        """Write the header, which numpy pads so that a later, larger length still fits."""
         header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
         write_array_header_1_0(self._file, header)
 
 
-def fingerprint(path: Path, asked_by: str) -> tuple[int, bytes]:
-    """Size in bytes and SHA-256. Raises ConfigError where the file cannot be read."""
+def fingerprint(path: Path, config_key: str) -> tuple[int, bytes]:
+    """Return a file's size in bytes and SHA-256. Raises ConfigError, which names `config_key`, if it is unreadable."""
     size, digest = 0, hashlib.sha256()
     try:
         with open(path, "rb") as file:
@@ -92,10 +93,13 @@ def fingerprint(path: Path, asked_by: str) -> tuple[int, bytes]:
                 size += len(part)
                 digest.update(part)
     except OSError as error:
-        raise ConfigError(f"{asked_by}: cannot read {path}: {error.strerror}") from None
+        raise ConfigError(f"{config_key}: cannot read {path}: {error.strerror}") from None
     return size, digest.digest()
 
 
 def held_out(digest: bytes) -> bool:
-    """One document in 20, by its SHA-256 alone: whatever else is packed, it and its copies stay on one side."""
+    """Return whether a document is held out for evaluation: one in 20, chosen by its SHA-256.
+
+    So the choice does not depend on other documents, and copies of a document are in the same split.
+    """
     return int.from_bytes(digest[:8], "big") % 20 == 0

@@ -1,7 +1,7 @@
-"""Text files as one memory-mapped row of tokens: packed on first use, kept by content.
+"""Text files as one memory-mapped array of tokens, packed on first use and cached by content.
 
-A token is a byte, or the separator that stands before each document (a file is one) and once at the end. To know the
-content every start reads the files, about a second a gigabyte.
+A token is a byte or the separator, which precedes each document (a file) and ends the array. Every start reads the
+files to compute their hashes, which takes about a second per gigabyte.
 """
 
 import glob
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SEPARATOR = 256
 VOCABULARY = 257
 _DTYPE = "<u2"
-_FORMAT = b"1: uint16, one document in 20 held out"  # whatever changes the files for the same text belongs in here
+_FORMAT = b"1: uint16, one document in 20 held out"  # change it with any change that packs the same text differently
 
 
 class Document(NamedTuple):
@@ -36,9 +36,9 @@ class Document(NamedTuple):
 
 
 def find_text(text: str | Sequence[str], key: str = "task.text") -> list[Path]:
-    """The files that globs (`**` included) match, in the order of their paths; `stdlib` is Python's own library.
+    """Return the files that the globs (`**` is allowed) match, sorted by path. `stdlib` means Python's library.
 
-    Raises ConfigError, which names the config's `key`, where a glob matches no file.
+    Raises ConfigError, which names the config's `key`, if a glob matches no file.
     """
     files: set[str] = set()
     for pattern in [text] if isinstance(text, str) else text:
@@ -51,7 +51,7 @@ def find_text(text: str | Sequence[str], key: str = "task.text") -> list[Path]:
 
 
 def _stdlib() -> list[str]:
-    """Python's own source, without its tests, which some distributions leave out."""
+    """Return the source files of Python's library, without its tests, because some distributions leave them out."""
     root = sysconfig.get_path("stdlib")
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     found = glob.glob(os.path.join(root, "**", "*.py"), recursive=True)
@@ -59,9 +59,9 @@ def _stdlib() -> list[str]:
 
 
 def pack(files: Sequence[Path]) -> Path:
-    """The folder with `train.npy` and `eval.npy`, in which the tokens of these files lie; packs them where needed.
+    """Return the folder with `train.npy` and `eval.npy`, the tokens of these files. Packs them if needed.
 
-    Raises ConfigError where a file cannot be read, or the cache cannot be written.
+    Raises ConfigError if a file cannot be read, or the cache cannot be written.
     """
     documents = [Document(path, *fingerprint(path, "task.text")) for path in files]
     key = hashlib.sha256(b"".join([_FORMAT, *(document.digest for document in documents)])).hexdigest()
@@ -84,9 +84,9 @@ def _pack(documents: list[Document], folder: Path, progress: "Progress") -> None
 
 
 class Windows(Dataset[Tensor]):
-    """`length + 1` tokens each, int64. Neighbours share one, so that each token but the first is a target once.
+    """Samples of `length + 1` tokens, int64. Neighbours overlap by one, so each token but the first is a target once.
 
-    The last window is filled up with separators, which nothing is counted for.
+    The last window is padded with separators, which the loss does not count.
     """
 
     def __init__(self, path: Path, length: int) -> None:
@@ -97,12 +97,12 @@ class Windows(Dataset[Tensor]):
         return -(-(len(self.tokens) - 1) // self.length)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.__getitems__([range(len(self))[index]])[0]  # an IndexError ends who iterates
+        return self.__getitems__([range(len(self))[index]])[0]  # range raises the IndexError that ends an iteration
 
     def __getitems__(self, indices: list[int]) -> Tensor:
-        """A whole micro-batch, shape (len(indices), length + 1)."""
+        """Return a whole micro-batch, shape (len(indices), length + 1)."""
         places = np.array(indices, np.int64)[:, None] * self.length + np.arange(self.length + 1)
         return torch.from_numpy(self.tokens[np.minimum(places, len(self.tokens) - 1)].astype(np.int64))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Windows, (self.path, self.length)  # to a worker goes the path, not what is mapped
+        return Windows, (self.path, self.length)  # pickle the path, so that a worker maps the file itself

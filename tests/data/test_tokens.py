@@ -154,5 +154,5 @@ def test_text_that_is_not_there() -> None:
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(ConfigError, match=r"cannot pack into .*file.*; XDG_CACHE_HOME says where"):
+    with pytest.raises(ConfigError, match=r"cannot pack into .*file.*; XDG_CACHE_HOME sets where"):
         pack(write(tmp_path / "text", [b"text"]))

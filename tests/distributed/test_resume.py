@@ -52,7 +52,7 @@ def test_a_stream_is_not_taken_over_by_another_number_of_processes(
 ) -> None:
     folder = interrupted(world(2) / "stream-0", tmp_path / "run", EVERY)
     line = refused(run("distrib", "train", folder / "config.yaml", "--run-dir", folder))
-    assert "Tokens is a stream, of which 2 process(es) had read their part; 1 cannot take over" in line
+    assert "Tokens is a stream that 2 process(es) had read; 1 cannot continue it" in line
 
 
 def test_ranks_that_read_the_same_samples_of_a_stream_are_noticed(run: Run, tmp_path: Path) -> None:
