@@ -1,4 +1,4 @@
-"""Saves while training goes on: the loop pays for a copy to CPU memory, a thread of each rank for the rest."""
+"""Saves checkpoints asynchronously: the training loop waits for a copy to CPU memory, a thread of each rank writes."""
 
 import threading
 import time
@@ -18,13 +18,14 @@ from distrib.run_folder.checkpoint import Part, Shard
 
 
 class Saver:
-    """Writes checkpoints of all ranks, one at a time, over a process group that nobody else uses.
+    """Writes checkpoints of all ranks, one at a time. Its threads communicate over their own process group.
 
-    The ranks call its methods alike. An error of the background save is raised on every rank, by the next call.
+    All ranks call the same methods in the same order. An error in the background is raised on every rank, by the next
+    call.
     """
 
     def __init__(self, folder: Path, world: World, keep: int, keep_every: int, durable: list[Path]) -> None:
-        """`durable`: files that must be on disk before a checkpoint counts, such as the ledger."""
+        """`durable`: files, such as the ledger, that are synced to disk before a checkpoint is committed."""
         self.folder, self.world, self.keep, self.keep_every, self.durable = folder, world, keep, keep_every, durable
         self._staged: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -32,9 +33,10 @@ class Saver:
         self._saved: list[dict[str, Any]] = []
 
     def save(self, step: int, shards: dict[str, Shard], manifest: dict[str, Any]) -> None:
-        """Begin to save; returns when `shards` may change again. Waits for the save before, if it is not done.
+        """Start to save, and return as soon as `shards` may change again. Waits until an earlier save has ended.
 
-        `manifest`: what it shall say besides the tensors.
+        `manifest`: its entries other than those about tensors and files. Raises CheckpointError if the earlier save
+        failed.
         """
         started = time.perf_counter()
         self.wait()
@@ -46,9 +48,10 @@ class Saver:
         self._thread.start()
 
     def completed(self) -> list[dict[str, Any]]:
-        """What was saved since the last call: step, path, seconds and the seconds that training waited.
+        """Return the saves that have ended since the last call, without waiting.
 
-        Raises CheckpointError where a save failed. Waits for nothing.
+        Each has `step`, `path`, `seconds`, and `stall`: the seconds that training waited. Raises CheckpointError if a
+        save failed.
         """
         if self._error is not None:
             error, self._error = self._error, None
@@ -57,7 +60,7 @@ class Saver:
         return saved
 
     def wait(self) -> None:
-        """Until the save that is under way, if there is one, has ended. Raises CheckpointError where it failed."""
+        """Wait until a save in progress has ended. Raises CheckpointError if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -66,7 +69,7 @@ class Saver:
 
     @contextmanager
     def completed_first(self) -> Iterator[None]:
-        """If what is done here fails, raise it when the save that is under way has ended: the process ends then."""
+        """If the body raises, let a save in progress finish before the exception ends the process."""
         try:
             yield
         except Exception:
@@ -75,8 +78,10 @@ class Saver:
             raise
 
     def _stage(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies in CPU memory, also of what lies there: the next update changes that. Kept for the next save, since
-        touching new memory takes longer than copying."""
+        """Copy tensors to CPU buffers. CPU tensors are copied too, because the next update changes them in place.
+
+        The buffers are reused by the next save, because first use of new memory takes longer than the copy.
+        """
         pinned = not self.world.use_cpu
         for name, tensor in tensors.items():
             staged = self._staged.get(name)
@@ -93,40 +98,41 @@ class Saver:
             path = self._write(step, part, manifest)
         except CheckpointError as error:
             self._error = str(error)
-        except Exception as error:  # a rank that is gone
+        except Exception as error:  # another rank has ended
             self._error = f"{self.folder}: the checkpoint of step {step} was not saved: {error}"
         else:
             seconds = round(time.perf_counter() - started, 3)
             self._saved.append({"step": step, "path": path.name, "seconds": seconds, "stall": round(stall, 4)})
 
     def _write(self, step: int, part: Part, manifest: dict[str, Any]) -> Path:
-        partial = self._agreed(lambda: checkpoint.prepare(self.folder, step))
+        partial = self._on_rank_0(lambda: checkpoint.prepare(self.folder, step))
         mine: dict[str, Any] | str
         try:
             file = checkpoint.write_part(partial, part)
             mine = {"file": file, "tensors": checkpoint.describe(part)}
         except CheckpointError as error:
             mine = str(error)
-        parts = self._gathered(mine)
+        parts = self._gather(mine)
 
         def commit() -> Path:
-            if failed := [said for said in parts if isinstance(said, str)]:
-                raise CheckpointError(failed[0])
+            if errors := [part for part in parts if isinstance(part, str)]:
+                raise CheckpointError(errors[0])
             checkpoint.sync(self.durable)
-            tensors = checkpoint.merge([said["tensors"] for said in parts])
-            path = checkpoint.commit(partial, {**manifest, "tensors": tensors}, [said["file"] for said in parts])
+            tensors = checkpoint.merge([part["tensors"] for part in parts])
+            path = checkpoint.commit(partial, {**manifest, "tensors": tensors}, [part["file"] for part in parts])
             checkpoint.prune(self.folder, self.keep, self.keep_every)
             return path
 
-        return self._agreed(commit)
+        return self._on_rank_0(commit)
 
-    def _agreed(self, work: Callable[[], Path]) -> Path:
-        """What `work` gives on rank 0, or the error that it raises there, on every rank."""
+    def _on_rank_0(self, work: Callable[[], Path]) -> Path:
+        """Run `work` on rank 0, and return its result, or raise its error, on every rank."""
         return self.world.on_rank_0(work, group=self.world.background)
 
-    def _gathered(self, said: Any) -> list[Any]:
+    def _gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks on rank 0, and an empty list on the others."""
         if self.world.background is None:
-            return [said]
-        everyone: list[Any] | None = [None] * self.world.world_size if self.world.is_rank_0 else None
-        dist.gather_object(said, everyone, dst=0, group=self.world.background)
-        return everyone or []
+            return [value]
+        values: list[Any] | None = [None] * self.world.world_size if self.world.is_rank_0 else None
+        dist.gather_object(value, values, dst=0, group=self.world.background)
+        return values or []

@@ -1,9 +1,9 @@
-"""Checkpoints on disk: one canonical form that every strategy writes and every strategy reads.
+"""Checkpoints on disk, in one format that every strategy writes and reads.
 
-What is kept are logical tensors, flattened, under names that no strategy has a part in: `model.<name>` for the module's
-parameters and buffers, `optimizer.<key>.<name>` for the optimizer's state of a parameter. Each rank writes the
-stretches of them that it holds into a safetensors file of its own; the manifest says which stretch lies where, with
-size and SHA-256 of each file. A checkpoint is complete when its manifest is there, and whole when the digests fit.
+A checkpoint holds unsharded tensors, flattened, under names that do not depend on the strategy: `model.<name>` for
+parameters and buffers, `optimizer.<key>.<name>` for a parameter's optimizer state. Each rank writes the slices of them
+that it holds (called stretches in the manifest) into its own safetensors file. The manifest lists each slice's file and
+offset, and each file's size and SHA-256. A checkpoint is complete if it has a manifest, and valid if the digests match.
 
 Why not torch.distributed.checkpoint: docs/decisions/0007-checkpoints-are-stretches.md.
 """
@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from distrib.errors import CheckpointError, ConfigError, MismatchError
 from distrib.run_folder.manifest import MANIFEST, read_manifest, sealed, step_of, steps_of
 
-_SMALL = 1 << 14  # elements: what one rank writes alone
+_SMALL = 1 << 14  # elements; a smaller replicated tensor is written by one rank
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What this rank holds of a logical tensor of `shape`: the elements from `offset` on, in C order.
+    """This rank's slice of a tensor of `shape`: consecutive elements in C order, the first at index `offset`.
 
-    `copies` ranks hold the same elements, and this rank's is number `copy` of them.
+    `copies` ranks hold the same elements; this rank's copy has the number `copy`.
     """
 
     tensor: Tensor
@@ -46,11 +46,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Part:
-    """The stretches that one rank writes."""
+    """The slices that one rank writes."""
 
     rank: int
     tensors: dict[str, Tensor]  # one-dimensional
-    places: dict[str, tuple[tuple[int, ...], int]]  # shape of the whole, offset
+    places: dict[str, tuple[tuple[int, ...], int]]  # shape of the whole tensor, offset of the slice
 
     @property
     def file(self) -> str:
@@ -78,13 +78,13 @@ def named_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def replicated(tensor: Tensor) -> Shard:
-    """Of a tensor that is whole on every rank."""
+    """Return the shard of a tensor that every rank holds whole."""
     return Shard(tensor, tuple(tensor.shape), replicated=True)
 
 
 def part_of(shards: dict[str, Shard], rank: int, world_size: int) -> Part:
-    """What `rank` writes. The ranks that hold copies of the same elements cut them evenly, or deal the small ones out
-    by name."""
+    """Return what `rank` writes. Ranks that hold copies of the same elements split them evenly; one of them writes a
+    small tensor whole."""
     part = Part(rank, {}, {})
     for name, shard in shards.items():
         flat, offset = shard.tensor.detach().reshape(-1), shard.offset
@@ -104,7 +104,7 @@ def part_of(shards: dict[str, Shard], rank: int, world_size: int) -> Part:
 
 
 def prepare(folder: Path, step: int) -> Path:
-    """An empty folder to write into, with what earlier saves left behind removed. Raises CheckpointError."""
+    """Return an empty folder to write into, and delete what unfinished saves left. Raises CheckpointError."""
     partial = folder / f".step-{step:08d}.partial"
     try:
         for left in folder.glob(".step-*"):
@@ -116,7 +116,7 @@ def prepare(folder: Path, step: int) -> Path:
 
 
 def write_part(partial: Path, part: Part) -> dict[str, Any]:
-    """Write one rank's file; returns what the manifest says of it. Raises CheckpointError where the disk refuses."""
+    """Write one rank's file, and return its entry for the manifest. Raises CheckpointError if it cannot be written."""
     path = partial / part.file
     try:
         write_file(part.tensors, path)
@@ -127,7 +127,10 @@ def write_part(partial: Path, part: Part) -> dict[str, Any]:
 
 
 def commit(partial: Path, manifest: dict[str, Any], files: list[dict[str, Any]]) -> Path:
-    """Give the checkpoint its name, when all of it is on disk. Raises CheckpointError, and then it has not got it."""
+    """Write the manifest, and rename the folder to its final name when all is on disk. Returns the new path.
+
+    Raises CheckpointError; then the final name does not exist.
+    """
     folder, final = partial.parent, partial.parent / partial.name.removeprefix(".").removesuffix(".partial")
     try:
         for file in files:
@@ -137,7 +140,7 @@ def commit(partial: Path, manifest: dict[str, Any], files: list[dict[str, Any]])
         (partial / MANIFEST).write_text(sealed({**manifest, "files": described}))
         fsync(partial / MANIFEST)
         fsync(partial)
-        if final.exists():  # damaged, or of a course that was given up: the step was made again
+        if final.exists():  # damaged, or saved before the run was rewound to an earlier step
             final.rename(folder / f".{final.name}.replaced")
         partial.rename(final)
         fsync(folder)
@@ -149,7 +152,7 @@ def commit(partial: Path, manifest: dict[str, Any], files: list[dict[str, Any]])
 
 
 def describe(part: Part) -> dict[str, Any]:
-    """What the manifest says of the tensors in a part."""
+    """Return the manifest's entries for the tensors of a part."""
     return {
         name: {
             "dtype": str(part.tensors[name].dtype).removeprefix("torch."),
@@ -161,8 +164,10 @@ def describe(part: Part) -> dict[str, Any]:
 
 
 def merge(described: list[dict[str, Any]]) -> dict[str, Any]:
-    """The manifest's `tensors`, from what each rank describes: stretches of all ranks, in order. Raises CheckpointError
-    if they leave a gap, or overlap."""
+    """Merge the entries of all ranks into the manifest's `tensors`, with slices sorted by offset.
+
+    Raises CheckpointError if slices overlap or leave a gap.
+    """
     tensors: dict[str, Any] = {}
     for part in described:
         for name, entry in part.items():
@@ -181,14 +186,14 @@ def prune(folder: Path, keep: int, keep_every: int) -> None:
         if not keep_every or step_of(path) % keep_every:
             gone = folder / f".{path.name}.deleted"
             try:
-                path.rename(gone)  # first absent, then gone: never incomplete
+                path.rename(gone)  # first, so that no incomplete checkpoint is visible under its name
                 shutil.rmtree(gone)
             except OSError as error:
                 raise CheckpointError(f"{path}: cannot delete an old checkpoint: {error.strerror}") from None
 
 
 def sync(paths: list[Path]) -> None:
-    """Have what was written to these files on disk. Raises CheckpointError."""
+    """Sync these files to disk. Raises CheckpointError."""
     for path in paths:
         try:
             fsync(path)
@@ -199,9 +204,9 @@ def sync(paths: list[Path]) -> None:
 
 
 def verify(path: Path, rank: int = 0, world_size: int = 1, contents: bool = True) -> dict[str, Any]:
-    """The manifest, after comparing every `world_size`-th file with it, or only its size if not the `contents`.
+    """Check this rank's share of the files (every `world_size`-th) against the manifest, and return the manifest.
 
-    Raises CheckpointError.
+    If `contents` is false, only sizes are checked. Raises CheckpointError.
     """
     manifest = read_manifest(path)
     for name, expected in list(manifest["files"].items())[rank::world_size]:
@@ -215,13 +220,13 @@ def verify(path: Path, rank: int = 0, world_size: int = 1, contents: bool = True
 
 
 def load(path: Path, manifest: dict[str, Any], shards: dict[str, Shard]) -> None:
-    """Read into `shards`, in place, whatever strategy and number of processes wrote. Runs no code from the files.
+    """Read a checkpoint of any strategy and number of processes into `shards`, in place. Runs no code from the files.
 
-    Raises MismatchError if the checkpoint is of another model.
+    Raises MismatchError if the checkpoint was saved with another model.
     """
     with ExitStack() as stack:
         opened: dict[str, Any] = {}
-        shared: dict[int, Tensor] = {}  # numbers, by where they go
+        shared: dict[int, Tensor] = {}  # scalars, by the address they are copied to
         for name, shard in shards.items():
             entry = manifest["tensors"].get(name)
             if entry is None or tuple(entry["shape"]) != shard.shape:
@@ -239,15 +244,15 @@ def load(path: Path, manifest: dict[str, Any], shards: dict[str, Shard]) -> None
                     values[first - start : last - start] = stretch
             if values.numel() == 1 and not torch.equal(values, shared.setdefault(shard.tensor.data_ptr(), values)):
                 raise MismatchError(
-                    f"{path}: {name} is {values.item()}, and has another value for other parameters, of which this "
-                    "strategy keeps one for all; go on under the strategy that saved it, or ddp"
+                    f"{path}: {name} is {values.item()}, and has another value for other parameters, but this "
+                    "strategy keeps one value for all; resume with the strategy that saved it, or with ddp"
                 )
             with torch.no_grad():
                 shard.tensor.copy_(values.view(shard.tensor.shape))
 
 
 def write_file(tensors: dict[str, Tensor], path: Path) -> None:
-    """On disk when it returns, and readable by whom the process's umask says, which safetensors leaves out."""
+    """Write and sync a safetensors file. Its mode follows the umask, which safetensors ignores."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path)

@@ -1,4 +1,4 @@
-"""What a run folder says of the earlier starts of its run."""
+"""Reads what a run folder records about earlier starts of its run."""
 
 import os
 from collections.abc import Iterator
@@ -15,10 +15,12 @@ from distrib.run_folder.ledger import now
 
 @contextmanager
 def where_it_began(run: RunDir) -> Iterator[None]:
-    """Within, work in the directory that the run was last started in, if it is there: the task's module and its files
-    lie there. `run` has an absolute path."""
+    """Change to the directory that the run was last started in, if it exists, and back on exit.
+
+    The task's module and its files are found from there. `run` must have an absolute path.
+    """
     here = os.getcwd()
-    with suppress(DistribError, OSError, LookupError, TypeError):  # an older run does not say where that was
+    with suppress(DistribError, OSError, LookupError, TypeError):  # older versions did not record the directory
         os.chdir(run.starts()[-1]["directory"])
     try:
         yield
@@ -27,9 +29,9 @@ def where_it_began(run: RunDir) -> Iterator[None]:
 
 
 def total_seconds(run: RunDir) -> float:
-    """How long the run has taken until now, all starts together; one that was killed counts to its last event."""
+    """Return the seconds that all starts of the run have taken so far. A killed start counts up to its last event."""
     starts: list[tuple[datetime, datetime]] = []
-    for event in read_lines(run.events, EVENT, []):  # a damaged line tells no time
+    for event in read_lines(run.events, EVENT, []):  # damaged lines are skipped
         try:
             at = datetime.fromisoformat(event.get("time", ""))
         except ValueError:
@@ -44,10 +46,10 @@ def total_seconds(run: RunDir) -> float:
 
 
 def what_to_do_now(run: RunDir, config: Config) -> str:
-    """Advice for a run that has finished before; keys that `config` changes without effect are named."""
+    """Return advice for a run that has already finished. It names the keys that `config` changes without effect."""
     try:
         before, given = run.read_config().flat(), config.flat()
-    except DistribError:  # this rank does not see the folder
+    except DistribError:  # the folder may not exist on this rank's machine
         before = given = {}
     changes = [f"{key} was {before.get(key)!r}, is {given[key]!r}" for key in given if given[key] != before.get(key)]
     no_effect = f"what has changed in the config had no effect ({'; '.join(changes)}); " if changes else ""

@@ -1,4 +1,4 @@
-"""What environment.json says: by what, where and with which code a run was started."""
+"""The content of environment.json: the launcher, machine, library versions and code of each start."""
 
 import hashlib
 import inspect
@@ -20,7 +20,7 @@ from distrib.processes.world import World, versions
 from distrib.run_folder.ledger import now
 from distrib.task import Task
 
-_LONGEST = 200  # characters of an argument that environment.json shows; of longer ones it has a digest
+_LONGEST = 200  # characters; of a longer task argument, environment.json has a digest
 
 
 def describe(
@@ -30,7 +30,10 @@ def describe(
     task: Task,
     work: dict[str, float],
 ) -> dict[str, Any]:
-    """At the first start; later ones are put behind it in `starts`. `work`: FLOPs of a step, what devices can do."""
+    """Return environment.json for a first start. RunDir appends later starts to `starts`.
+
+    `num_samples`: of the training set, None for a stream. `work`: FLOPs of a step, and peak FLOP/s of the devices.
+    """
     code, packages = identity(task), versions()
     machine = {
         "host": platform.node(),
@@ -63,25 +66,26 @@ def describe(
 
 
 def identity(task: Task | None) -> dict[str, str | None]:
-    """`git_commit`; `uncommitted`, of what is changed since; `task`, of the file that the task's class stands in.
+    """Return what identifies the code: `git_commit`, `uncommitted` and `task`.
 
-    git is asked of the working directory, where the user's task lies. The last two are SHA-256. None where there is no
-    checkout, or nothing to hash.
+    `git_commit`: of the working directory. `uncommitted`: SHA-256 of the changes since that commit; "unknown" if git
+    took too long. `task`: SHA-256 of the file that defines the task's class. A value is None if there is no git
+    repository, or nothing to hash.
     """
     commit = _git("rev-parse", "HEAD")
     changes = _git("diff", "--binary", "--no-ext-diff", "HEAD")
-    if commit is not None and changes is None:  # it took too long
+    if commit is not None and changes is None:  # git timed out
         uncommitted: str | None = "unknown"
     else:
         uncommitted = hashlib.sha256(changes).hexdigest() if changes else None
     return {
         "git_commit": None if commit is None else commit.decode().strip(),
         "uncommitted": uncommitted,
-        "task": None if task is None else _source(type(task)),
+        "task": None if task is None else _source_digest(type(task)),
     }
 
 
-def _source(of: type) -> str | None:
+def _source_digest(of: type) -> str | None:
     file = source_file(of)
     try:
         return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
@@ -100,7 +104,7 @@ def describe_task(task: Task, module: nn.Module) -> dict[str, Any]:
 
 
 def source_file(of: type) -> str | None:
-    """The file that a class stands in; None if it was made in an interactive session."""
+    """Return the file that defines a class; None for a class from an interactive session."""
     try:
         return inspect.getfile(of)
     except (OSError, TypeError):
@@ -114,18 +118,18 @@ def _class_name(of: type) -> str:
 
 
 def _arguments(task: Task) -> dict[str, Any]:
-    """What the class was called with, by the names of its parameters."""
+    """Return the arguments the task was constructed with, by parameter name."""
     args, kwargs = task._given
     try:
         bound = inspect.signature(type(task)).bind(*args, **kwargs)
-    except (TypeError, ValueError):  # a class with a __new__ of its own
+    except (TypeError, ValueError):  # the class defines its own __new__
         return {}
     bound.apply_defaults()
     return {name: _plain(value) for name, value in bound.arguments.items()}
 
 
 def _plain(value: Any) -> Any:
-    """Numbers as they are; a digest of text, which may be a secret, and of what is long; of other things the type."""
+    """Return numbers unchanged, a digest of strings (they may be secret) and of long values, else the type's name."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if value is None or isinstance(value, bool | int | float):

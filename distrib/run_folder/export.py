@@ -1,4 +1,4 @@
-"""The weights of a checkpoint in the form that its task gives them, by default one file for plain torch."""
+"""Exports the weights of a checkpoint through `Task.export`, by default into one safetensors file."""
 
 import shutil
 from pathlib import Path
@@ -15,9 +15,10 @@ _WEIGHTS = "model.safetensors"
 
 
 def export(path: Path, folder: Path, task: Task | None = None) -> list[Path]:
-    """Have the task write the weights of the checkpoint at `path` to `folder`, whole or not at all; returns its files.
+    """Let the task write the weights of the checkpoint at `path` into `folder`, completely or not at all.
 
-    Raises RunDirError where there is such a file, CheckpointError where the checkpoint is damaged or the disk refuses.
+    Returns the written files. Raises RunDirError if one exists already, CheckpointError if the checkpoint is damaged or
+    a file cannot be written.
     """
     manifest = verify(path)
     _require_new(folder / _WEIGHTS)
@@ -33,14 +34,14 @@ def export(path: Path, folder: Path, task: Task | None = None) -> list[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         (task or Task()).export(weights, partial)
-        return _take(partial, folder)
+        return _move(partial, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(f"{folder}: cannot export the weights: {reason}") from None
 
 
-def _take(partial: Path, folder: Path) -> list[Path]:
-    """Move what is written to where it belongs, the weights last: without them the folder is read by nobody."""
+def _move(partial: Path, folder: Path) -> list[Path]:
+    """Move the files from `partial` to `folder`, weights last, because no program loads the folder without them."""
     files = sorted(partial.iterdir(), key=lambda file: (file.name.startswith("model"), file.name))
     for file in files:
         _require_new(folder / file.name)
@@ -49,7 +50,7 @@ def _take(partial: Path, folder: Path) -> list[Path]:
     mode = probe.stat().st_mode
     probe.unlink()
     for file in files:
-        file.chmod(mode)  # readable by whom the process's umask says, which safetensors leaves out
+        file.chmod(mode)  # as the umask says, which safetensors ignores
         fsync(file)
     for file in files:
         file.rename(folder / file.name)
@@ -60,4 +61,4 @@ def _take(partial: Path, folder: Path) -> list[Path]:
 
 def _require_new(file: Path) -> None:
     if file.exists():
-        raise RunDirError(f"{file}: is there already; choose another folder with --out")
+        raise RunDirError(f"{file}: exists already; choose another folder with --out")

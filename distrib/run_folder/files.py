@@ -1,7 +1,7 @@
-"""The small files of a run folder: read and written with care, in one place.
+"""Reads and writes the small files of a run folder.
 
-Reading returns what has the right form, or raises DamagedFileError, whatever lies in the file's place: other JSON,
-nesting without end, a folder, a FIFO. Writing raises WriteError, which names the file and the reason.
+Reading returns validated values or raises DamagedFileError, whatever is found instead: JSON of another form or endless
+nesting, a folder, a FIFO. Writing raises WriteError, which names the file and the reason.
 """
 
 import json
@@ -20,9 +20,9 @@ T = TypeVar("T")
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read it. Raises FileNotFoundError, and DamagedFileError for all that is no readable file.
+    """Open a file for reading. Raises FileNotFoundError, and DamagedFileError if it is not a readable regular file.
 
-    To open a FIFO would wait for a writer, to open a device may have effects.
+    The type is checked first, because opening a FIFO waits for a writer, and opening a device may have side effects.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -35,7 +35,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file. Raises DamagedFileError, also if there is none."""
+    """Return the content of a file. Raises DamagedFileError, also if the file does not exist."""
     try:
         with open_regular(path) as file:
             return file.read()
@@ -44,7 +44,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def parse(text: str | bytes, form: TypeAdapter[T], where: object) -> T:
-    """The JSON in `text`, which must have this form. Raises DamagedFileError that begins with `where`."""
+    """Parse JSON and validate its form. Raises DamagedFileError, whose message begins with `where`."""
     try:
         return form.validate_python(json.loads(text.decode() if isinstance(text, bytes) else text))
     except ValidationError as error:
@@ -57,12 +57,12 @@ def parse(text: str | bytes, form: TypeAdapter[T], where: object) -> T:
 
 
 def read_json(path: Path, form: TypeAdapter[T]) -> T:
-    """The JSON file's value, of this form. Raises DamagedFileError, also if there is no file."""
+    """Read a JSON file and validate its form. Raises DamagedFileError, also if the file does not exist."""
     return parse(read_bytes(path), form, path)
 
 
 def lines_of(path: Path) -> Iterator[bytes]:
-    """A file's lines with their line ends; none if there is no file. Raises DamagedFileError."""
+    """Yield a file's lines with their line ends; none if the file does not exist. Raises DamagedFileError."""
     try:
         with open_regular(path) as file:
             yield from file
@@ -73,23 +73,25 @@ def lines_of(path: Path) -> Iterator[bytes]:
 
 
 def read_lines(path: Path, form: TypeAdapter[T], trouble: list[str]) -> Iterator[T]:
-    """The entries of a JSON-lines file, none if there is no file; what cannot be read is left out, and one line in
-    `trouble` says so. A last line that was not written to its end is left out without a word."""
-    found = Unreadable(path)
+    """Yield the valid entries of a JSON-lines file; none if the file does not exist.
+
+    If lines are damaged, one message is appended to `trouble`. An incomplete last line is skipped without a message.
+    """
+    unreadable = Unreadable(path)
     try:
         for number, line in enumerate(lines_of(path), start=1):
             try:
                 yield parse(line, form, path)
             except DamagedFileError:
                 if line.endswith(b"\n"):
-                    found.add(number)
+                    unreadable.add(number)
     except DamagedFileError as error:
         trouble.append(str(error))
-    trouble.extend(found.said())
+    trouble.extend(unreadable.said())
 
 
 class Unreadable:
-    """Counts the lines of a file that cannot be read."""
+    """Counts the damaged lines of a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -100,29 +102,29 @@ class Unreadable:
         self._first = min(self._first or number, number)
 
     def said(self) -> list[str]:
-        """One line, if there are any."""
+        """Return one message if there are damaged lines, else none."""
         what = "line" if self._count == 1 else f"{self._count} lines, the first is line"
         return [f"{self.path}: damaged: cannot read {what} {self._first}"] if self._count else []
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError into a WriteError that names this file."""
+    """Convert an OSError into a WriteError that names this file."""
     try:
         yield
     except OSError as error:
         raise WriteError(
             f"{path}: cannot be written: {error.strerror or error}; what was saved before is untouched: start the run "
-            "again to go on"
+            "again to resume"
         ) from None
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all: other processes read it. Raises WriteError."""
+    """Replace a file atomically, so that other processes never read half of it. Raises WriteError."""
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
         try:
-            partial.unlink(missing_ok=True)  # whatever it is: to open a FIFO would wait
+            partial.unlink(missing_ok=True)  # it may be a FIFO, and opening one would block
             with partial.open("x", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
@@ -135,18 +137,18 @@ def write_whole(path: Path, text: str) -> None:
 
 
 class Appended:
-    """A file to which whole lines are appended, each handed to the operating system at once."""
+    """Appends whole lines to a file. Each line is passed to the operating system at once."""
 
     def __init__(self, path: Path) -> None:
         """Raises WriteError."""
         self.path = path
         with writing(path):
-            # Without waiting for a FIFO's reader; there is no file of another kind once a run has started.
+            # O_NONBLOCK: opening a FIFO would wait for a reader
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
             self._file = os.open(path, flags, 0o666)
 
     def append(self, line: str) -> None:
-        """Raises WriteError, and then takes back what was written of the line."""
+        """Append a line. If that fails, remove the part that was written, and raise WriteError."""
         rest = f"{line}\n".encode()
         with writing(self.path):
             size = os.fstat(self._file).st_size
@@ -172,7 +174,8 @@ def append_line(path: Path, line: str) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Give what lies there a name that is free, `NAME.damaged-1` or the next; returns it. Raises WriteError."""
+    """Rename a file to the first free name of `NAME.damaged-1`, `NAME.damaged-2`, …, and return it. Raises
+    WriteError."""
     number = 1
     while os.path.lexists(aside := path.with_name(f"{path.name}.damaged-{number}")):
         number += 1
@@ -182,5 +185,5 @@ def set_aside(path: Path) -> Path:
 
 
 def to_text(value: Any) -> str:
-    """JSON over several lines, for people."""
+    """Return indented JSON."""
     return json.dumps(value, indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""The run folder: everything a run leaves, in files that other software can read."""
+"""The run folder, which holds everything a run writes, in files that other software can read."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -16,16 +16,16 @@ from distrib.run_folder.manifest import files_saved, steps_of
 
 T = TypeVar("T")
 
-_LEFT_BY_A_START = (LOCK, ".config.yaml.partial", ".environment.json.partial")  # that failed, or was killed
-_FOR_EVERY_START = ("forked_from", "lost_steps")  # of environment.json
+_LEFT_BY_A_START = (LOCK, ".config.yaml.partial", ".environment.json.partial")  # by a failed or killed start
+_FOR_EVERY_START = ("forked_from", "lost_steps")  # keys of environment.json that later starts keep
 
 
 class RunDir:
-    """Paths and small files of one run. Only rank 0 writes."""
+    """The paths and small files of one run. Only rank 0 writes."""
 
     def __init__(self, path: Path, moved: Sequence[str] = ()) -> None:
         self.path = path
-        self.moved = moved  # keys of the config that may differ from the run's, if the data's fingerprint does not
+        self.moved = moved  # config keys that may differ from the run's if the data have the same fingerprint
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
         self.steps = path / "steps.jsonl"
@@ -35,20 +35,20 @@ class RunDir:
         self.compiled = path / "compiled"  # torch.compile's
         self.summary = path / "summary.json"
         self.curves = path / "curves.png"
-        self.trouble: list[str] = []  # what was found damaged, and what was done about it: a line each
-        self.started: dict[str, Any] = {}  # the event, of this start
+        self.trouble: list[str] = []  # one message for each damaged file, with what was done about it
+        self.started: dict[str, Any] = {}  # this start's event
         self._lock = Lock(path / LOCK)
-        self._written: dict[str, str] = {}  # config and environment, by the names of their files
+        self._written: dict[str, str] = {}  # texts of config.yaml and environment.json, by file name
 
     def start(
         self, config: Config, environment: dict[str, Any], resume: str = "auto", origin: dict[str, Any] | None = None
     ) -> dict[str, Any] | None:
-        """Make the folder and write config and environment, or return the summary of the same run, finished before.
+        """Make the folder and write config and environment. If this run has already finished, return its summary.
 
-        A folder in which this run did not reach its end is gone on with, unless `resume` is "never" and it has made a
-        step; where it names a checkpoint, a finished one too. `environment`: as environment.py describes it; `origin`:
-        path, step and chain of another run's checkpoint that this run begins from. Damaged files are set aside, see
-        `trouble`. Raises RunDirError where another run is there, WriteError.
+        An unfinished run is resumed, unless `resume` is "never" and it has made a step. If `resume` is a checkpoint, a
+        finished run is resumed too. `environment`: from environment.py. `origin`: path, step and chain of the
+        checkpoint that a forked run begins from. Damaged files are set aside, see `trouble`. Raises RunDirError if the
+        folder holds another run, WriteError.
         """
         if (summary := self._finished_before(config, resume, origin, environment)) is not None:
             return summary
@@ -57,18 +57,18 @@ class RunDir:
             self._make()
             if (reason := self._lock.hold()) is not None:
                 self.event("warning", reason=reason)
-            if (summary := self._finished_before(config, resume, origin, environment)) is not None:  # in the meantime
+            if (summary := self._finished_before(config, resume, origin, environment)) is not None:  # since the check
                 return summary
-            self.trouble.clear()  # what follows finds it again
+            self.trouble.clear()  # the next lines report it again
             if self.has_begun():
                 repair.set_aside_damaged(self, config)
             environment = self._with_starts_before(environment, origin)
-            self._write(self.config, config.dump())  # first: a folder with it is ours, whatever happens next
+            self._write(self.config, config.dump())  # first, because a folder with config.yaml counts as a run folder
             self.write_environment(environment)
         except OSError as error:
             raise RunDirError(f"{self.path}: cannot write the run folder: {error.strerror}") from None
         except WriteError:
-            if new:  # leave nothing that another start would take for a run that waits
+            if new:  # otherwise the next start would find a run that has yet to begin
                 for path in (self.config, self.environment):
                     with suppress(OSError):
                         path.unlink()
@@ -99,25 +99,25 @@ class RunDir:
     def _finished_before(
         self, config: Config, resume: str, origin: dict[str, Any] | None, environment: dict[str, Any]
     ) -> dict[str, Any] | None:
-        """The summary, where there is nothing left to do. Raises RunDirError where this run may not go on here."""
+        """Return the summary of a finished run, else None. Raises RunDirError if this run may not resume here."""
         if not self.has_begun() or not (os.path.lexists(self.config) or files_saved(self.checkpoints)):
             return None
         self._refuse_another(config, origin, environment)
         if resume in ("auto", "never") or origin is not None:
-            with suppress(DamagedFileError):  # then it is made anew
+            with suppress(DamagedFileError):  # it is written again at the end
                 if (summary := self.read_summary()) is not None:
                     return summary
         if resume == "never":
             raise RunDirError(
-                f"{self.path}: holds a run that did not reach its end; go on with it by --resume auto, remove it, "
-                "or choose another with --run-dir"
+                f"{self.path}: holds a run that did not reach its end; resume it with --resume auto, remove it, "
+                "or choose another folder with --run-dir"
             )
         return None
 
     def reserve(self, config: Config) -> None:
-        """Make the folder and write the config into it, for a run that begins later.
+        """Make the folder and write the config into it, for a run that starts later.
 
-        Raises RunDirError as `check_reserve` does, or if it cannot be written.
+        Raises RunDirError if `check_reserve` does, or if the folder cannot be written.
         """
         self.check_reserve(config)
         try:
@@ -127,19 +127,19 @@ class RunDir:
             raise RunDirError(f"{self.path}: cannot write the run folder: {error.strerror}") from None
 
     def check_reserve(self, config: Config) -> None:
-        """Raises RunDirError if another run or other files are here, or a run waits to begin with another config."""
+        """Raise RunDirError if the folder holds another run or other files, or is reserved with another config."""
         if self.path.is_dir():
             self._refuse_other_files()
         if os.path.lexists(self.config):
             self._refuse_another(config, None, None)
             if not self.has_begun() and self.read_config() != config:
                 raise RunDirError(
-                    f"{self.path}: holds the config of a run that has yet to begin, and another; remove the folder if "
-                    "it is not waiting in a queue, or choose another with --run-dir"
+                    f"{self.path}: holds another config, of a run that has yet to begin; remove the folder if that run "
+                    "is not waiting in a queue, or choose another folder with --run-dir"
                 )
 
     def held(self) -> bool:
-        """Does a process train in this folder now? Where a file system has no locks, it cannot be told: False."""
+        """Return whether a process trains in this folder now. False if the file system has no locks."""
         return self._lock.held()
 
     def release(self) -> None:
@@ -147,7 +147,7 @@ class RunDir:
         self._lock.release()
 
     def has_begun(self) -> bool:
-        """Is there anything of a step? Raises CheckpointError if the checkpoints' folder cannot be read."""
+        """Return whether the run has made a step. Raises CheckpointError if `checkpoints` cannot be read."""
         with suppress(OSError):
             if os.path.lexists(self.steps) and (not self.steps.is_file() or self.steps.stat().st_size):
                 return True
@@ -163,9 +163,9 @@ class RunDir:
             raise RunDirError(f"{self.path}: the folder holds other files; choose another with --run-dir")
 
     def rewind(self, steps: int, manifest: dict[str, Any] | None = None, led: bool = True) -> bool:
-        """Forget what came after the first `steps` steps, and that the run had ended. Was there any?
+        """Remove the records after the first `steps` steps, and the summary. Return whether the ledger had later steps.
 
-        `manifest`: of the checkpoint that we go on from; `led`: the ledger leads to it. Raises WriteError.
+        `manifest`: of the checkpoint to resume from. `led`: whether the ledger leads to it. Raises WriteError.
         """
         if manifest is not None and not led:
             repair.begin_ledger_again(self, manifest)
@@ -177,7 +177,7 @@ class RunDir:
         return lost
 
     def latest_metrics(self) -> dict[str, float]:
-        """The last training loss and the last evaluation's metrics."""
+        """Return the last training loss and the metrics of the last evaluation."""
         metrics: dict[str, float] = {}
         if (step := ledger.last_line(self.steps, formats.STEP)) is not None:
             metrics["train/loss"] = step["loss"]
@@ -186,29 +186,29 @@ class RunDir:
         return metrics
 
     def starts(self) -> list[dict[str, Any]]:
-        """Where, when and by what the run was started, each time. Raises DamagedFileError."""
+        """Return the run's starts: time, machine, launcher and code of each. Raises DamagedFileError."""
         starts: list[dict[str, Any]] = self.read_environment()["starts"]
         return starts
 
     def origin(self) -> dict[str, Any] | None:
-        """Path, step and chain of the checkpoint of another run that this one began from, if it did."""
+        """Return path, step and chain of the checkpoint that a forked run began from; None if it is not a fork."""
         found: dict[str, Any] | None = self.environment_or_nothing().get("forked_from")
         return found
 
     def anchors(self) -> dict[int, str]:
-        """The first step, and those that follow on lost lines of the ledger; with the chain before each."""
+        """Return `{step: chain before it}` for the first step, and for each step that follows lost ledger lines."""
         environment = self.environment_or_nothing()
         origin = environment.get("forked_from") or {"step": 0, "chain": ledger.GENESIS}
         lost = environment.get("lost_steps", ())
         return {origin["step"]: origin["chain"], **{part["next"]: part["chain"] for part in lost}}
 
     def num_samples(self) -> int | None:
-        """In the training set; None for a stream. Raises DamagedFileError."""
+        """Return the size of the training set; None for a stream. Raises DamagedFileError."""
         samples: int | None = self.read_environment()["training_samples"]
         return samples
 
     def read_environment(self) -> dict[str, Any]:
-        """What environment.json says, or the newest checkpoint's copy of it. Raises DamagedFileError."""
+        """Read environment.json, or if it is damaged, the newest checkpoint's copy. Raises DamagedFileError."""
         return self._or_saved(
             self.environment,
             lambda: read_json(self.environment, formats.ENVIRONMENT),
@@ -216,7 +216,7 @@ class RunDir:
         )
 
     def environment_or_nothing(self) -> dict[str, Any]:
-        """The same, empty if it cannot be read."""
+        """As `read_environment`, but empty if it cannot be read."""
         try:
             return self.read_environment()
         except DamagedFileError as error:
@@ -224,17 +224,17 @@ class RunDir:
             return {}
 
     def read_summary(self) -> dict[str, Any] | None:
-        """What summary.json says; None while there is none. Raises DamagedFileError."""
+        """Read summary.json; None if it does not exist. Raises DamagedFileError."""
         return read_json(self.summary, formats.SUMMARY) if os.path.lexists(self.summary) else None
 
     def read_config(self) -> Config:
-        """The resolved config of the run, or the newest checkpoint's copy of it. Raises RunDirError."""
+        """Read config.yaml, or if it is damaged, the newest checkpoint's copy. Raises RunDirError."""
         if not os.path.lexists(self.config) and files_saved(self.checkpoints) is None:
             raise RunDirError(f"{self.path}: not a run folder, there is no config.yaml in it")
         return self._or_saved(self.config, self.own_config, lambda text, where: Config.parse(text, where))
 
     def own_config(self) -> Config:
-        """What config.yaml says. Raises DamagedFileError."""
+        """Read config.yaml. Raises DamagedFileError."""
         text = read_bytes(self.config)
         try:
             return Config.parse(text.decode(), self.config)
@@ -252,12 +252,12 @@ class RunDir:
             return parse_saved(saved[1][path.name], saved[0] / path.name)
 
     def report(self, line: str) -> None:
-        """Once into `trouble`."""
+        """Append a message to `trouble`, unless it is there already."""
         if line not in self.trouble:
             self.trouble.append(line)
 
     def take_trouble(self) -> list[str]:
-        """What was found since the last call."""
+        """Return the messages since the last call."""
         trouble, self.trouble = self.trouble, []
         return trouble
 
@@ -271,26 +271,26 @@ class RunDir:
         what, changes = repair.changes(self, config, environment)
         if changes:
             raise RunDirError(
-                f"{self.path}: holds a run of another {what} ({changes}); choose another with --run-dir, and to begin "
-                "with this one's state give --resume CHECKPOINT --fork"
+                f"{self.path}: holds a run of another {what} ({changes}); choose another with --run-dir; to begin with "
+                "this run's state, add --resume CHECKPOINT --fork"
             )
 
     def to_save(self) -> dict[str, str]:
-        """What a checkpoint holds so that it suffices to go on: the texts of config, environment and evaluations."""
+        """Return the texts of config, environment and evaluations, which each checkpoint holds a copy of."""
         return {**self._written, self.evals.name: repair.evaluations(self)}
 
     def event(self, name: str, **details: Any) -> dict[str, Any]:
-        """Append to events.jsonl; returns the entry. Raises WriteError."""
+        """Append to events.jsonl, and return the entry. Raises WriteError."""
         return self._append(self.events, {"event": name, "time": now(), **details})
 
     def evaluation(self, step: int, count: int, metrics: dict[str, float], seconds: float) -> dict[str, Any]:
-        """Append to evals.jsonl: `count` samples were evaluated after `step` steps. Returns the entry. Raises
+        """Append the evaluation of `count` samples after `step` steps to evals.jsonl. Return the entry. Raises
         WriteError."""
         entry = {"step": step, "count": count, "metrics": metrics, "seconds": round(seconds, 6)}
         return self._append(self.evals, entry)
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """Write summary.json, which says that the run is whole; returns the last event. Raises WriteError."""
+        """Write summary.json, which marks the run as finished, and return the last event. Raises WriteError."""
         write_whole(self.summary, to_json(summary, indent=2) + "\n")
         return self.event("finished", step=summary["steps"])
 

@@ -1,4 +1,4 @@
-"""The forms of a run folder's JSON: the keys that are read back, and their types. Further keys may stand beside."""
+"""Validates the JSON of a run folder: the keys that distrib reads, with their types. Other keys are allowed."""
 
 from typing import Annotated, Any
 
@@ -9,7 +9,7 @@ _FORM = ConfigDict(extra="allow", strict=True)
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Seconds = Annotated[float, Field(ge=0, lt=1e9)]
 Number = float | None  # null: not finite
-_ENOUGH = {  # of each event
+_REQUIRED_KEYS = {  # event -> keys it must have
     "started": ("world_size", "strategy", "launcher"),
     "resumed": ("step", "passed_over"),
     "warning": ("reason",),
@@ -79,16 +79,16 @@ class Origin(TypedDict):
 
 
 class Lost(TypedDict):
-    """Of environment.json's `lost_steps`: the lines of steps.jsonl from step `first` to before `next` are lost."""
+    """An entry of environment.json's `lost_steps`: the ledger lines of steps `first` to `next - 1` are lost."""
 
     __pydantic_config__ = _FORM  # type: ignore[misc]
     first: Count
     next: Count
-    chain: str  # before `next`
+    chain: str  # before step `next`
 
 
 class Start(TypedDict):
-    """One of environment.json's `starts`."""
+    """An entry of environment.json's `starts`."""
 
     __pydantic_config__ = _FORM  # type: ignore[misc]
     world_size: Annotated[int, Field(ge=1, lt=2**31)]
@@ -104,7 +104,7 @@ Figures = Annotated[list[float], Field(min_length=1)]
 
 
 class Print(TypedDict):
-    """Of one sample."""
+    """The print of one sample."""
 
     exact: str
     float: Figures
@@ -112,7 +112,7 @@ class Print(TypedDict):
 
 
 class Data(TypedDict):
-    """Of environment.json's `data`: a dataset's fingerprint."""
+    """An entry of environment.json's `data`: a dataset's fingerprint."""
 
     length: Count
     samples: dict[str, Print | str]
@@ -140,7 +140,7 @@ class Environment(TypedDict):
     task: NotRequired[TaskOf]
     forked_from: NotRequired[Origin | None]
     lost_steps: NotRequired[list[Lost]]
-    moved: NotRequired[list[str]]  # keys of the config that --moved has named
+    moved: NotRequired[list[str]]  # config keys that --moved has named
 
 
 class Summary(TypedDict):
@@ -154,7 +154,7 @@ class Summary(TypedDict):
 
 
 class FileOf(TypedDict):
-    """One of a manifest's `files`."""
+    """An entry of a manifest's `files`."""
 
     __pydantic_config__ = _FORM  # type: ignore[misc]
     bytes: Count
@@ -162,7 +162,7 @@ class FileOf(TypedDict):
 
 
 class Stretches(TypedDict):
-    """One of a manifest's `tensors`."""
+    """An entry of a manifest's `tensors`."""
 
     __pydantic_config__ = _FORM  # type: ignore[misc]
     dtype: str
@@ -184,14 +184,14 @@ class Manifest(TypedDict):
 
 
 def _complete(event: dict[str, Any]) -> dict[str, Any]:
-    for key in _ENOUGH.get(event["event"], ()):
+    for key in _REQUIRED_KEYS.get(event["event"], ()):
         if key not in event:
             raise ValueError(f"{event['event']} has no {key}")
     return event
 
 
 def _form(of: Any) -> TypeAdapter[dict[str, Any]]:
-    """Plain dictionaries to those who read them, as they may hold more."""
+    """Return a validator typed as a plain dictionary, because entries may have other keys too."""
     return TypeAdapter(of)
 
 

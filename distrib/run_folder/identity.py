@@ -1,4 +1,5 @@
-"""What makes a run this run besides its config: its data, the task's class and arguments, and the model."""
+"""Compares two starts of a run in what its config does not hold: the data, the task's class and arguments, the
+model."""
 
 import json
 from collections.abc import Sequence
@@ -9,19 +10,20 @@ from distrib.errors import ConfigError
 
 
 def moved_keys(moved: Sequence[str]) -> tuple[str, ...]:
-    """Return the keys of KEY or KEY=VALUE. Raises ConfigError for one that is not the task's."""
+    """Return the keys of a list of KEY or KEY=VALUE. Raises ConfigError for a key that is not an argument of the
+    task."""
     keys = tuple(text.partition("=")[0] for text in moved)
     for key in keys:
         if not key.startswith("task.") or key == "task.target":
-            raise ConfigError(f"--moved: {key}: give a key that says where the task's data lie: task.data=/new/path")
+            raise ConfigError(f"--moved: {key}: give the key that holds the path of the data: task.data=/new/path")
     return keys
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], in_config: bool, moved: Sequence[str] = ()) -> tuple[str, str]:
-    """Return what differs between the environments of two starts, "task" or "data", and how, in words; or ("", "").
+    """Compare the environments of two starts. Return ("task" or "data", description), or ("", "") if they are equal.
 
-    `in_config`: the config names the task's class and arguments, and is compared by itself. What a folder does not
-    record, because an older version wrote it, is not compared. `moved`: arguments that may differ, as task.NAME.
+    `in_config`: whether the config names the task's class and arguments; then the config's comparison covers them.
+    `moved`: arguments that may differ, as task.NAME. Keys that an older version did not record are not compared.
     """
     for what, found in (
         ("task", _task_changes(before, now, in_config, moved)),
@@ -49,21 +51,21 @@ def _task_changes(before: dict[str, Any], now: dict[str, Any], in_config: bool, 
 
 
 def data_changes(before: dict[str, Any], data: dict[str, Fingerprint | None]) -> list[str]:
-    """Describe what differs between `data` and those of an environment."""
+    """Describe what differs between these fingerprints and those of an environment."""
     then = before.get("data") or {}
     found = {name: difference(now, then.get(name), "at the run's start") for name, now in data.items()}
     return [f"task.{name} {text}" for name, text in found.items() if text is not None]
 
 
 def notes(environment: dict[str, Any]) -> list[str]:
-    """Return what is no reason to refuse a start, and yet to be said at it."""
+    """Return warnings about a start: changed code, and samples that cannot be compared."""
     found = [_code_change(environment["starts"], environment["task"]["file"])]
     for name, data in environment["data"].items():
         samples = {} if data is None else data["samples"]
         varying = [place for place, print_ in samples.items() if print_ == VARIES]
         if varying:
             found.append(
-                f"task.{name}: sample {varying[0]} is another each time it is read, so that no run can be repeated; "
+                f"task.{name}: sample {varying[0]} differs each time it is read, so the run cannot be reproduced; "
                 "draw from random, numpy.random or torch, which are seeded for each sample"
             )
         elif samples and all(print_ == UNKNOWN for print_ in samples.values()):
@@ -77,7 +79,7 @@ def _code_change(starts: list[dict[str, Any]], file: str | None) -> str | None:
     before, now = ((start.get("code") or {}).get("task") for start in starts[-2:])
     if before is None or now is None or before == now:
         return None
-    return f"{file}: has changed since the run's last start; from here on the run is computed by the new code"
+    return f"{file}: has changed since the run's last start; from now on the run uses the new code"
 
 
 def _differing(what: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -91,7 +93,7 @@ def _differing(what: str, before: dict[str, Any], now: dict[str, Any]) -> list[s
 
 
 def difference(found: Fingerprint | None, expected: Fingerprint | None, reference: str) -> str | None:
-    """Describe the first difference in words, where `reference` names what was expected. None if none is known."""
+    """Describe the first difference between two fingerprints, or return None. `reference`: what `expected` is from."""
     if found is None or expected is None:
         return None
     if found["length"] != expected["length"]:

@@ -1,7 +1,7 @@
-"""steps.jsonl: one line a step, append-only, each line chained to all before it.
+"""The ledger steps.jsonl: one line per step, append-only and hash-chained.
 
-`chain` is the SHA-256 of the previous line's chain and this line's text without its chain, so that a line which is
-changed, dropped or repeated afterwards breaks every later one.
+A line's `chain` is the SHA-256 of the previous line's chain and this line's text without its chain. So changing,
+removing or repeating a line breaks the chain of every later line.
 """
 
 import hashlib
@@ -29,16 +29,17 @@ _ONE_LINE = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 class Ledger:
-    """Appends to a JSON-lines file; each line is handed to the operating system at once."""
+    """Appends chained lines to a JSON-lines file. Each line is passed to the operating system at once."""
 
     def __init__(self, path: Path, chain: str = GENESIS) -> None:
-        """Go on after the line with this chain. Raises WriteError."""
+        """Continue after the line with this chain. Raises WriteError."""
         self.chain = chain
         self._file = Appended(path)
         self._failed: WriteError | None = None
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Raises WriteError, from then on for every line: after one that is lost, no other can stand."""
+        """Append an entry with its chain. Raises WriteError; then every later call does too, or a step would be
+        missing."""
         if self._failed is not None:
             raise self._failed
         text = to_json(entry)
@@ -58,15 +59,15 @@ class Ledger:
 
 
 def chain_after(path: Path, steps: int, anchors: dict[int, str]) -> str | None:
-    """The chain of the line after which so many steps are made; None if there is no such line, or it is damaged.
+    """Return the chain after the first `steps` steps; None if the last of their lines is missing or damaged.
 
-    `anchors`: where the ledger begins, and goes on after lines that were lost: the chain before that step.
+    `anchors`: {step: chain before it} of the ledger's first step and of each step that follows lost lines.
     """
     return anchors[steps] if steps in anchors else _line_of(path, steps - 1)[1]
 
 
 def cut(path: Path, steps: int, anchors: dict[int, str]) -> bool:
-    """Leave the lines of the steps before `steps`, to which the ledger leads. Were there more?"""
+    """Remove the lines of step `steps` and later ones. Return whether there were any."""
     if not path.exists():
         return False
     if steps == min(anchors):
@@ -82,7 +83,7 @@ def cut(path: Path, steps: int, anchors: dict[int, str]) -> bool:
 
 
 def last_line(path: Path, form: TypeAdapter[dict[str, Any]]) -> dict[str, Any] | None:
-    """The last entry of a JSON-lines file that can be read."""
+    """Return the last valid entry of a JSON-lines file, or None."""
     with suppress(OSError, DamagedFileError):
         for line in _lines_from_the_end(path):
             with suppress(DamagedFileError):
@@ -92,8 +93,11 @@ def last_line(path: Path, form: TypeAdapter[dict[str, Any]]) -> dict[str, Any] |
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the ledger. `entry`: what it holds, None if that cannot be read; `problem`: what is wrong with it, or
-    with what stands before it; `whole`: it is as it was written, as far as the chain can tell."""
+    """A line of the ledger.
+
+    `entry`: its content, None if it cannot be parsed. `whole`: whether it is unchanged, as far as the chain shows.
+    `problem`: what is wrong with it or with the lines before it.
+    """
 
     number: int  # from 1
     text: str
@@ -103,12 +107,12 @@ class Line:
 
 
 def walk(path: Path, anchors: dict[int, str]) -> Iterator[Line]:
-    """Compare each line of the ledger with its place and with the chain. Raises DamagedFileError.
+    """Check the step number and the chain of each line of the ledger. Raises DamagedFileError.
 
-    After a line that is damaged, those that fit to one another count as whole again.
+    After a damaged line, later lines count as whole again if their chains match each other.
     """
     expected = min(anchors)
-    before: set[str] = {anchors[expected]}  # what the chain may be; empty: not known
+    before: set[str] = {anchors[expected]}  # possible chains of the previous line; empty: not known
     for number, raw in enumerate(lines_of(path), start=1):
         text = raw.decode(errors="replace")
         body, _, tail = text.partition(',"chain":"')
@@ -120,7 +124,7 @@ def walk(path: Path, anchors: dict[int, str]) -> Iterator[Line]:
             continue
         step, problem = entry["step"], None
         if step < expected:
-            what = f"is of step {step}, where step {expected} belongs; step {step} stands there already"
+            what = f"is of step {step}, where step {expected} belongs; step {step} is there already"
             yield Line(number, text, entry, False, what)
             continue
         if step > expected:
@@ -138,12 +142,15 @@ def walk(path: Path, anchors: dict[int, str]) -> Iterator[Line]:
 
 
 def steps(first: int, end: int) -> str:
-    """The steps from `first` to before `end`, with their verb."""
+    """Return `step 3 is` or `steps 3 to 5 are`, for a message about the steps from `first` to `end - 1`."""
     return f"step {first} is" if end == first + 1 else f"steps {first} to {end - 1} are"
 
 
 def _line_of(path: Path, step: int) -> tuple[int, str | None]:
-    """Where the line of `step` ends, and its chain: looked for from the end of the file, where a resume finds it."""
+    """Return the offset of the end of the line of `step`, and its chain; (0, None) if it is missing or damaged.
+
+    The search starts at the end of the file, because a resumed step is near it.
+    """
     with suppress(OSError, DamagedFileError):
         end = path.stat().st_size
         for line in _lines_from_the_end(path):
@@ -156,7 +163,7 @@ def _line_of(path: Path, step: int) -> tuple[int, str | None]:
 
 
 def _line_from(path: Path, step: int) -> int:
-    """Where the first line begins that is of `step` or of a later one."""
+    """Return the offset of the first line of `step` or of a later step."""
     place = 0
     for line in lines_of(path):
         with suppress(DamagedFileError):
@@ -167,8 +174,9 @@ def _line_from(path: Path, step: int) -> int:
 
 
 def _lines_from_the_end(path: Path) -> Iterator[bytes]:
-    """With their line ends; the first may have none. Raises OSError, DamagedFileError."""
-    rest: list[bytes] = []  # parts of a line whose start is not read yet, the last first: joined once
+    """Yield lines with their line ends, the last line first; it may have no line end. Raises OSError,
+    DamagedFileError."""
+    rest: list[bytes] = []  # parts of a line whose start is not read yet, in reverse order
     with open_regular(path) as file:
         place = file.seek(0, os.SEEK_END)
         while place:
@@ -183,24 +191,24 @@ def _lines_from_the_end(path: Path) -> Iterator[bytes]:
 
 
 def link(chain: str, text: str) -> str:
-    """The chain after a line whose JSON text without its chain is `text`."""
+    """Return the chain of a line. `chain`: of the previous line. `text`: the line's JSON text without its chain."""
     return hashlib.sha256(f"{chain}{text}".encode()).hexdigest()
 
 
 def to_json(entry: dict[str, Any], indent: int | None = None) -> str:
-    """JSON, on one line unless indented. Floats that are not finite become null: JSON has no word for them."""
+    """Return JSON, on one line unless indented. Non-finite floats become null, because JSON cannot represent them."""
     if indent is None:
         return _ONE_LINE(finite(entry))
     return json.dumps(finite(entry), indent=indent, allow_nan=False)
 
 
 def now() -> str:
-    """As it is written into a run folder."""
+    """Return the current time in UTC, in the format of the run folder's files."""
     return datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="milliseconds")
 
 
 def finite(value: Any) -> Any:
-    """A copy of nested dictionaries and lists, with None for each float that is not finite."""
+    """Copy nested dictionaries and lists, and replace each non-finite float by None."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""A checkpoint's manifest: what it holds, sealed by a digest of its own text; and which checkpoints a folder has."""
+"""Reads and writes a checkpoint's manifest, which ends with a digest of its own text, and lists checkpoints."""
 
 import hashlib
 import json
@@ -17,13 +17,13 @@ _SEAL = re.compile(rb'^(.*),"sha256":"([0-9a-f]{64})"}\n$', re.DOTALL)
 
 
 def sealed(manifest: dict[str, Any]) -> str:
-    """The manifest as JSON, whose last key is the SHA-256 of the text without it."""
+    """Return the manifest as JSON. Its last key, `sha256`, is the SHA-256 of the text without that key."""
     text = json.dumps(manifest, separators=(",", ":"))
     return f'{text[:-1]},"sha256":"{hashlib.sha256(text.encode()).hexdigest()}"}}\n'
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint in this folder. Raises CheckpointError if it is not as it was written."""
+    """Read the manifest of the checkpoint in this folder. Raises CheckpointError if it is missing or damaged."""
     file = path / MANIFEST
     if not os.path.lexists(file):
         raise CheckpointError(f"{path}: damaged: {MANIFEST} is missing")
@@ -37,12 +37,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def step_of(path: Path) -> int:
-    """The steps done when it was saved, by its name."""
+    """Return the number of steps done when the checkpoint was saved, from its name."""
     return int(path.name.removeprefix("step-"))
 
 
 def steps_of(folder: Path) -> Iterator[Path]:
-    """All checkpoints in `folder`, the newest first, whole or not. Raises CheckpointError if it cannot be read."""
+    """Yield all checkpoints in `folder`, valid or not, newest first. Raises CheckpointError if it cannot be read."""
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
@@ -55,9 +55,9 @@ def steps_of(folder: Path) -> Iterator[Path]:
 
 
 def files_saved(folder: Path) -> tuple[Path, dict[str, str]] | None:
-    """The newest checkpoint that holds files of its run, by name; None if there is none.
+    """Return the newest checkpoint with copies of its run's small files, and these as `{name: text}`; None if none has.
 
-    A checkpoint's own tensors are not looked at: the manifest alone says what is in the files.
+    The copies are in the manifest, so the checkpoint's tensors are not checked.
     """
     try:
         for path in steps_of(folder):

@@ -1,5 +1,5 @@
-"""What is done about damaged files where a run goes on: they get another name, and a checkpoint's copies, or what can
-still be read, take their places."""
+"""Repairs a run folder when a run resumes: a damaged file is renamed, and replaced by a checkpoint's copy or by the
+lines that can still be read."""
 
 from __future__ import annotations
 
@@ -27,47 +27,47 @@ from distrib.run_folder.manifest import files_saved, steps_of
 if TYPE_CHECKING:
     from distrib.run_folder.folder import RunDir
 
-_SAME_IN_ALL_STARTS = ("training_samples", "forked_from")  # of environment.json
+_SAME_IN_ALL_STARTS = ("training_samples", "forked_from")  # keys of environment.json
 
 
 def evaluations(run: RunDir) -> str:
-    """The lines of evals.jsonl."""
+    """Return the valid lines of evals.jsonl."""
     return b"".join(_split(run.evals, formats.EVALUATION)[0]).decode()
 
 
 def changes(run: RunDir, config: Config, environment: dict[str, Any] | None) -> tuple[str, str]:
-    """Return what of a run of `config` is not the folder's, config, task or data, and how; or ("", "")."""
+    """Compare a run of `config` with the folder's. Return ("config", "task" or "data", description), or ("", "")."""
     before, recorded = run.read_config(), run.environment_or_nothing()
     saved = saved_config(run)
     if (keys := changed_keys(before, config, run.moved)) and not saved_with(run, config):
         return "config", keys
     if saved is not None and (keys := changed_keys(saved, config, (*run.moved, *recorded.get("moved", ())))):
-        return "config", f"{keys}, as {run.config} was changed to after the last checkpoint"
+        return "config", f"{keys}, because {run.config} was changed after the last checkpoint"
     if changed_keys(before, config) and not keys and not (recorded.get("data") or {}).get("train_dataset"):
-        return "config", f"{changed_keys(before, config)}; no fingerprint tells whether the data are the same"
+        return "config", f"{changed_keys(before, config)}; no fingerprint was recorded to compare the data with"
     if environment is None:
         return "", ""
     return identity.changes(recorded, environment, config.task is not None, run.moved)
 
 
 def changed_keys(before: Config, now: Config, moved: Sequence[str] = ()) -> str:
-    """Of the keys that decide what is computed, those that differ, in words. `moved`: keys that may."""
+    """Describe which keys that decide what is computed differ. `moved`: keys that may differ."""
     old, new = before.identity(), now.identity()
-    may = tuple(f"{key}." for key in moved)
+    allowed = tuple(f"{key}." for key in moved)
     differing = sorted(
-        key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not f"{key}.".startswith(may)
+        key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not f"{key}.".startswith(allowed)
     )
     return "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in differing)
 
 
 def saved_with(run: RunDir, config: Config) -> bool:
-    """Was the newest checkpoint saved by a run of this config?"""
+    """Return whether the newest checkpoint was saved by a run of this config."""
     saved = saved_config(run)
     return saved is not None and saved.identity() == config.identity()
 
 
 def config_damage(run: RunDir, config: Config) -> str | None:
-    """What is wrong with config.yaml, if a run of `config` goes on here."""
+    """Describe what is wrong with config.yaml for a run of `config`; None if nothing is."""
     try:
         changes = changed_keys(config, run.own_config(), _moved_before(run))
     except DamagedFileError as error:
@@ -76,7 +76,7 @@ def config_damage(run: RunDir, config: Config) -> str | None:
 
 
 def _moved_before(run: RunDir) -> Sequence[str]:
-    """The keys that an earlier start's --moved named: a checkpoint from before it holds their old values."""
+    """Return the keys that an earlier start's --moved named. Checkpoints from before it hold their old values."""
     with suppress(DamagedFileError):
         moved: list[str] = read_json(run.environment, formats.ENVIRONMENT).get("moved", [])
         return moved
@@ -84,7 +84,8 @@ def _moved_before(run: RunDir) -> Sequence[str]:
 
 
 def environment_damage(run: RunDir) -> str | None:
-    """What is wrong with environment.json, compared with the newest checkpoint's copy."""
+    """Describe what is wrong with environment.json, also compared with the newest checkpoint's copy; None if
+    nothing."""
     try:
         found = read_json(run.environment, formats.ENVIRONMENT)
     except DamagedFileError as error:
@@ -98,9 +99,10 @@ def environment_damage(run: RunDir) -> str | None:
 
 
 def set_aside_damaged(run: RunDir, config: Config) -> None:
-    """Give damaged files another name, and put a checkpoint's copies, or the lines that can be read, in their places.
+    """Rename damaged files, and replace each by the newest checkpoint's copy or by its valid lines.
 
-    evals.jsonl and a ledger that does not lead to the checkpoint are seen to when that is known. Raises WriteError.
+    evals.jsonl, and a ledger that does not lead to the checkpoint, are repaired later, when the checkpoint is chosen.
+    Raises WriteError.
     """
     require_beginning(run)
     saved = files_saved(run.checkpoints)
@@ -128,7 +130,7 @@ def set_aside_damaged(run: RunDir, config: Config) -> None:
 
 
 def require_beginning(run: RunDir) -> None:
-    """Raises RunDirError for a fork without checkpoints whose environment.json, which says where it began, is lost."""
+    """Raise RunDirError if a fork has no checkpoint and its environment.json, which records its origin, is damaged."""
     if environment_damage(run) is None or any(steps_of(run.checkpoints)):
         return
     try:
@@ -137,15 +139,17 @@ def require_beginning(run: RunDir) -> None:
         return
     if line is not None and line.entry is not None and line.entry["step"] >= line.number:
         raise RunDirError(
-            f"{run.environment}: cannot be read, and no checkpoint holds a copy: the run began at a checkpoint of "
+            f"{run.environment}: cannot be read, and no checkpoint holds a copy: the run began from a checkpoint of "
             "another run, and it is not known which; choose another folder with --run-dir, and give --resume "
             "CHECKPOINT --fork"
         )
 
 
 def begin_ledger_again(run: RunDir, manifest: dict[str, Any]) -> None:
-    """Where the ledger does not lead to the checkpoint: keep what is whole before it, and note in environment.json from
-    which step on lines are lost, and the chain with which the ledger goes on. Raises WriteError."""
+    """Repair a ledger that does not lead to the checkpoint, by keeping its valid lines from before the checkpoint.
+
+    environment.json records which steps are lost, and the chain with which the ledger continues. Raises WriteError.
+    """
     anchors = {step: chain for step, chain in run.anchors().items() if step < manifest["step"]}
     whole: list[str] = []
     first = min(anchors, default=manifest["step"])
@@ -157,7 +161,7 @@ def begin_ledger_again(run: RunDir, manifest: dict[str, Any]) -> None:
     except DamagedFileError:
         pass
     partial = run.steps.with_name(f".{run.steps.name}.partial")
-    write_whole(partial, "".join(whole))  # first: a kill may leave no ledger only between two renames
+    write_whole(partial, "".join(whole))  # first, so that a kill leaves no ledger only between the two renames
     lost = {"first": first, "next": manifest["step"], "chain": manifest["chain"]}
     environment = run.read_environment()
     environment["lost_steps"] = [*_lost_before(environment, first), lost]
@@ -167,12 +171,12 @@ def begin_ledger_again(run: RunDir, manifest: dict[str, Any]) -> None:
         partial.replace(run.steps)
     run.report(
         f"{run.steps}: damaged: it does not lead to step {manifest['step']}{aside}; "
-        f"{ledger.steps(first, lost['next'])} lost from it, and it goes on after them"
+        f"{ledger.steps(first, lost['next'])} lost from it, and it continues after them"
     )
 
 
 def forget_lost_steps(run: RunDir, steps: int) -> None:
-    """Those that are made again, from `steps` on. Raises WriteError."""
+    """Remove from `lost_steps` those from `steps` on, because the run makes them again. Raises WriteError."""
     environment = run.environment_or_nothing()
     if lost := environment.get("lost_steps"):
         left = _lost_before(environment, steps)
@@ -181,8 +185,10 @@ def forget_lost_steps(run: RunDir, steps: int) -> None:
 
 
 def rewind_evaluations(run: RunDir, steps: int, manifest: dict[str, Any] | None) -> None:
-    """Leave the evaluations after up to `steps` steps: those that the checkpoint holds, and later ones. Raises
-    WriteError."""
+    """Remove the evaluations after step `steps` from evals.jsonl. Raises WriteError.
+
+    If the file is damaged, evaluations up to the checkpoint's come from its copy, and later ones from the file.
+    """
     saved = _up_to(steps, _lines((manifest or {}).get("run", {}).get(run.evals.name, "")))
     lines, problems = _split(run.evals, formats.EVALUATION)
     kept = _up_to(steps, lines)
@@ -196,14 +202,14 @@ def rewind_evaluations(run: RunDir, steps: int, manifest: dict[str, Any] | None)
 
 
 def lacks_evaluation(run: RunDir, step: int) -> bool:
-    """Is there none after `step`, the last that the run has made? A fork needs none for the step it begins at."""
+    """Return whether the evaluation after `step`, the run's last, is missing. A fork needs none at its first step."""
     last = ledger.last_line(run.evals, formats.EVALUATION)
     return step > min(run.anchors()) and (last is None or last["step"] != step)
 
 
 def evaluations_damage(run: RunDir) -> list[str]:
-    """What is wrong with evals.jsonl, compared with the newest checkpoint's copy too."""
-    saved = files_saved(run.checkpoints)  # first: the run may be going on
+    """Describe what is wrong with evals.jsonl, also compared with the newest checkpoint's copy."""
+    saved = files_saved(run.checkpoints)  # first, because the run may be in progress
     lines, problems = _split(run.evals, formats.EVALUATION)
     return problems or _other_evaluations(run, lines, _lines(saved[1][run.evals.name]) if saved else [])
 
@@ -219,18 +225,18 @@ def _lines(text: str) -> list[bytes]:
 
 
 def saved_config(run: RunDir) -> Config | None:
-    """The newest checkpoint's copy of the config, if there is one."""
+    """Return the newest checkpoint's copy of the config, or None."""
     saved = files_saved(run.checkpoints)
     return None if saved is None else Config.parse(saved[1][run.config.name], saved[0])
 
 
 def _moved(path: Path) -> str:
-    """What stands there, given another name, in words."""
+    """Set a file aside, if there is one, and return the words for the message."""
     return f"; set aside as {set_aside(path).name}" if os.path.lexists(path) else ""
 
 
 def _unusable(path: Path) -> str | None:
-    """Why a file cannot be read at all; None if it can, or is not there."""
+    """Return why a file cannot be opened; None if it can, or does not exist."""
     try:
         open_regular(path).close()
     except FileNotFoundError:
@@ -241,8 +247,10 @@ def _unusable(path: Path) -> str | None:
 
 
 def _split(path: Path, form: Any) -> tuple[list[bytes], list[str]]:
-    """The lines of a JSON-lines file that can be read, each ended; and what is wrong with it. A last line that was not
-    written to its end is neither."""
+    """Return the valid lines of a JSON-lines file, each with a line end, and what is wrong with the others.
+
+    An incomplete last line is ignored.
+    """
     lines, unreadable = [], Unreadable(path)
     try:
         for number, line in enumerate(lines_of(path), start=1):
@@ -258,7 +266,7 @@ def _split(path: Path, form: Any) -> tuple[list[bytes], list[str]]:
 
 
 def _is_torn(path: Path) -> bool:
-    """Does the last line have no end?"""
+    """Return whether the last line has no line end."""
     last = b"\n"
     for line in lines_of(path):
         last = line

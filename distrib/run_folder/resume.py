@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest that is whole and that the ledger leads to."""
+"""Chooses the checkpoint that a run resumes from: the newest valid one whose step the ledger leads to."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +13,9 @@ from distrib.run_folder.manifest import MANIFEST, read_manifest, steps_of
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A checkpoint, with its manifest; and what is wrong with the newer ones.
+    """The checkpoint to resume from, its manifest, and why newer checkpoints were passed over.
 
-    `led`: the ledger leads to it; `ours`: it is the run's own, not that of a run from which it was forked.
+    `led`: whether the ledger leads to it. `ours`: whether it belongs to this run, not to the run it is forked from.
     """
 
     path: Path
@@ -26,10 +26,10 @@ class ResumePoint:
 
 
 def latest_valid(run: RunDir, world: World) -> ResumePoint | None:
-    """The newest to which the ledger leads; if it leads to none, because it is damaged, the newest that is whole.
+    """Return the newest valid checkpoint that the ledger leads to. If it leads to none, return the newest valid one.
 
-    None if there is no checkpoint at all. The ranks share the reading, and all find the same. Collective. Raises
-    CheckpointError if there are some, and none of them is whole.
+    Returns None if there is no checkpoint. The ranks share the work of reading, and all return the same. Collective.
+    Raises CheckpointError if there are checkpoints, and none is valid.
     """
     passed_over: list[str] = []
     not_led: ResumePoint | None = None
@@ -49,9 +49,9 @@ def latest_valid(run: RunDir, world: World) -> ResumePoint | None:
 
 
 def verified(path: Path, world: World, run: RunDir | None = None) -> ResumePoint:
-    """This checkpoint, with whether the ledger of `run` leads to it. Raises CheckpointError. Collective."""
+    """Verify a checkpoint, and check whether the ledger of `run` leads to it. Raises CheckpointError. Collective."""
     if problem := _damage(path, world):
-        raise CheckpointError(f"{problem}; give another checkpoint by --resume")
+        raise CheckpointError(f"{problem}; give another checkpoint with --resume")
     if run is None:
         return ResumePoint(path, read_manifest(path), ours=False)
     return ResumePoint(path, read_manifest(path), led=_is_led_to(path, run, world))
@@ -60,7 +60,7 @@ def verified(path: Path, world: World, run: RunDir | None = None) -> ResumePoint
 def requested(
     resume: str, run: RunDir, fork: bool, reset_optimizer: bool = False
 ) -> tuple[Path | None, dict[str, Any] | None]:
-    """The checkpoint that `--resume` names, if it does, and the origin of a run that `--fork`s from it.
+    """Return the checkpoint that `--resume` names, or None; and the origin of a run forked from it with `--fork`.
 
     Raises ConfigError, CheckpointError.
     """
@@ -73,14 +73,14 @@ def requested(
     path = _newest_in(Path(resume))
     if not (path / MANIFEST).exists():
         raise ConfigError(
-            f"--resume: {resume} is no checkpoint, nor has it any; give auto, never, a run folder or "
+            f"--resume: {resume} is not a checkpoint, and there is none in it; give auto, never, a run folder or "
             "RUN/checkpoints/step-…"
         )
     own = path.resolve().parent == run.checkpoints.resolve()
     if own and fork:
         raise ConfigError(f"--fork: {resume} is a checkpoint of the run folder itself; choose another with --run-dir")
     if not own and not fork:
-        raise ConfigError(f"--resume: {resume} is of another run than {run.path}; --fork begins a new run from it")
+        raise ConfigError(f"--resume: {resume} is of another run than {run.path}; add --fork to start a new run")
     manifest = read_manifest(path)
     origin = {"path": str(path.resolve()), "step": manifest["step"], "chain": manifest["chain"]}
     if reset_optimizer:
@@ -89,9 +89,9 @@ def requested(
 
 
 def _newest_in(path: Path) -> Path:
-    """The newest checkpoint that has all its files, of a run folder or its checkpoints/; any other path as it is.
+    """Return the newest checkpoint in a run folder or its `checkpoints` that has all its files; else `path` itself.
 
-    Each rank finds it alone, before the ranks have joined; what is in the files they compare when they have, together.
+    Each rank does this on its own, before the ranks have joined. Afterwards they verify the files' contents together.
     """
     if (path / MANIFEST).exists():
         return path
@@ -110,7 +110,7 @@ def _newest_in(path: Path) -> Path:
 
 
 def require_steps_left(origin: dict[str, Any] | None, num_steps: int) -> None:
-    """Raises ConfigError if a run that begins at `origin` would have no step to make."""
+    """Raise ConfigError if a run that begins at `origin` would have no step left."""
     if origin is not None and num_steps <= origin["step"]:
         raise ConfigError(
             f"--fork: the run has {num_steps} steps, and {origin['path']} already has {origin['step']} done; set "
@@ -119,7 +119,7 @@ def require_steps_left(origin: dict[str, Any] | None, num_steps: int) -> None:
 
 
 def _damage(path: Path, world: World) -> str | None:
-    """The first that a rank finds wrong in its share of the files. Collective."""
+    """Verify a checkpoint, each rank its share of the files. Return the first problem or None. Collective."""
     problem = None
     try:
         checkpoint.verify(path, world.rank, world.world_size)
@@ -129,7 +129,7 @@ def _damage(path: Path, world: World) -> str | None:
 
 
 def _is_led_to(path: Path, run: RunDir, world: World) -> bool:
-    """Does the ledger have the line after which the checkpoint was saved? Collective."""
+    """Return whether the ledger has the line after which the checkpoint was saved. Collective."""
     manifest = read_manifest(path)
     return world.on_rank_0(
         lambda: ledger.chain_after(run.steps, manifest["step"], run.anchors()) == str(manifest["chain"])

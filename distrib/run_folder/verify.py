@@ -1,4 +1,4 @@
-"""`distrib verify`: is what lies in the run folder the run that its config means?"""
+"""`distrib verify`: checks that the files of a run folder match its config and each other."""
 
 import os
 from dataclasses import dataclass
@@ -21,20 +21,20 @@ _MOST_SHOWN = 5
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found in order. `set_aside`: files that were found damaged when the run went on."""
+    """The counts of what was verified. `set_aside`: damaged files that a resume has renamed."""
 
     steps: int
-    of_steps: int  # that the config means
+    of_steps: int  # number of steps in the config
     samples: int
     checkpoints: int
     set_aside: list[str]
 
 
 def verify_run(path: Path) -> Verified:
-    """Compare each line of the ledger with the order that the config means, and each checkpoint with the ledger.
+    """Compare each line of the ledger with the data order of the config, and each checkpoint with the ledger.
 
-    Raises LedgerError with all that is not as it must be, CheckpointError if that is checkpoints alone, RunDirError if
-    it is no run folder.
+    Raises LedgerError with all problems, CheckpointError if only checkpoints have problems, RunDirError if the path is
+    not a run folder.
     """
     run = RunDir(path)
     try:
@@ -63,9 +63,9 @@ def verify_run(path: Path) -> Verified:
     problems += [f"{run.steps}: {ledger.steps(*gap)} not there: the file was damaged and set aside" for gap in lost]
     for at, manifest in manifests:
         if chains.get(manifest["step"]) != manifest["chain"]:
-            problems.append(f"{at}: the ledger's chain after step {manifest['step']} is not the one it was saved at")
+            problems.append(f"{at}: the ledger's chain after step {manifest['step']} is not the one it was saved with")
     if os.path.lexists(run.summary) and steps != plan.num_steps:
-        problems.append(f"{run.steps}: ends after {steps} steps, and the run has ended after {plan.num_steps}")
+        problems.append(f"{run.steps}: ends after {steps} steps, but the run has ended after {plan.num_steps}")
     if problems or damaged:
         raise (LedgerError if problems else CheckpointError)(_in_words(problems + damaged))
     aside = sorted(file.name for file in path.glob("*.damaged-*"))
@@ -73,7 +73,7 @@ def verify_run(path: Path) -> Verified:
 
 
 def _of_small_files(run: RunDir, config: Config) -> list[str]:
-    """What is wrong with the others than ledger and checkpoints."""
+    """Return what is wrong with the files other than ledger and checkpoints."""
     problems = [repair.config_damage(run, config), repair.environment_damage(run)]
     found = [problem for problem in problems if problem]
     found += repair.evaluations_damage(run)
@@ -87,7 +87,7 @@ def _of_small_files(run: RunDir, config: Config) -> list[str]:
 
 
 def _checkpoints(run: RunDir) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
-    """Those that are whole, with their manifests; and what is wrong with the others."""
+    """Return the valid checkpoints with their manifests, and what is wrong with the others."""
     whole, damaged = [], []
     try:
         for at in steps_of(run.checkpoints):
@@ -101,13 +101,13 @@ def _checkpoints(run: RunDir) -> tuple[list[tuple[Path, dict[str, Any]]], list[s
 
 
 def _misplaced(entry: dict[str, Any], plan: RunPlan, config: Config) -> str | None:
-    """What is wrong with the place in the data of a ledger's line."""
+    """Compare the samples and epoch of a ledger line with the config. Return what is wrong, or None."""
     step = entry["step"]
     expected = _samples_of(step, plan, config.seed)
     if entry["samples"] != expected:
-        return f"step {step} read samples with the digest {entry['samples']}, the config means {expected}"
+        return f"step {step} read samples with the digest {entry['samples']}; by the config it is {expected}"
     if entry["epoch"] != plan.epoch(step):
-        return f"step {step} lies in epoch {plan.epoch(step)}, not {entry['epoch']}"
+        return f"step {step} is in epoch {plan.epoch(step)}, not {entry['epoch']}"
     return None
 
 
@@ -117,8 +117,8 @@ def _in_words(problems: list[str]) -> str:
 
 
 def _samples_of(step: int, plan: RunPlan, seed: int) -> str:
-    """The digest of what a step reads, on however many ranks."""
+    """Return the digest of the samples of a step, over all ranks."""
     positions = np.arange(plan.global_batch_size, dtype=np.uint64) + np.uint64(step * plan.global_batch_size)
-    # A stream's samples have no index but their place.
+    # A sample of a stream has no index, so its position is used.
     indices = positions if plan.num_samples is None else sample_indices(positions, plan.num_samples, seed)
     return f"{digest(positions, indices):016x}"

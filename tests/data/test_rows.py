@@ -172,7 +172,7 @@ def test_processes_that_pack_at_once(tmp_path: Path, capfd: pytest.CaptureFixtur
             '{"text": 5, "label": 0}',
             "row 1 of .* has 5 in column 'text', which is not a str; leave such rows out",
         ),
-        ("a.jsonl", '{"body": "a", "label": 0}', "a.jsonl has no column 'text'; it has: body, label; set the column names"),
+        ("a.jsonl", '{"body": "a", "label": 0}', "a.jsonl has no column 'text'; it has: body, label; set the column"),
         ("a.jsonl", '{"text": "a"', "a.jsonl cannot be read as json: JSON parse error"),
         ("a.parquet", "nothing of the kind", "a.parquet cannot be read as parquet: "),
         ("a.csv", "", "a.csv cannot be read as csv: "),

@@ -90,8 +90,9 @@ def test_two_launches_into_one_folder(mark: str, run: Run, tmp_path: Path) -> No
     first = start(mark, tmp_path, "launch", "run.yaml")
     until(lambda: steps_done(path) >= 3, "it does not begin")
     line = refused(run("distrib", "launch", "run.yaml"))
-    assert (
-        line == "error: runs/run: another process is training in it; wait for its end, or choose another with --run-dir"
+    assert line == (
+        "error: runs/run: another process is training in it; wait until it ends, or choose another folder with "
+        "--run-dir"
     )
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=60)

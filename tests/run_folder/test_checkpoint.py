@@ -181,7 +181,7 @@ def test_an_exported_file_is_verified_and_never_overwritten(tmp_path: Path) -> N
     for name, tensor in {**names, "head.weight": names["weight"]}.items():
         assert torch.equal(exported(file)[name], tensor)
     assert [p.name for p in file.parent.iterdir()] == ["model.safetensors"]
-    with pytest.raises(RunDirError, match="is there already; choose another folder with --out"):
+    with pytest.raises(RunDirError, match="exists already; choose another folder with --out"):
         export(path, tmp_path / "out")
     (path / "shard-00001.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="damaged"):
@@ -215,7 +215,7 @@ def test_a_task_exports_in_its_own_form_whole_or_not_at_all(tmp_path: Path) -> N
     assert set((out / "names.txt").read_text().split()) == exported(files[1]).keys()
     assert len({file.stat().st_mode for file in files}) == 1
     files[1].unlink()
-    with pytest.raises(RunDirError, match=r"names.txt: is there already; choose another folder with --out"):
+    with pytest.raises(RunDirError, match=r"names.txt: exists already; choose another folder with --out"):
         export(path, out, task)
 
 

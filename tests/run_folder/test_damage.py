@@ -268,7 +268,7 @@ def test_a_changed_config_that_is_given_too(interrupted: Path, tmp_path: Path) -
     run = copy(interrupted, tmp_path)
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("lr: 0.001", "lr: 0.002", 1))
-    with pytest.raises(RunDirError, match=r"another config \(optim\.lr was 0\.001, is 0\.002, as .*config\.yaml was"):
+    with pytest.raises(RunDirError, match=r"another config \(optim\.lr was 0\.001, is 0\.002, because .*config\.yaml"):
         fit(run, lr=0.002)
     assert len(lines(run)) == STEPS
 

@@ -57,7 +57,7 @@ def test_a_missing_line(run_dir: Path, run: Run) -> None:
 
 def test_a_repeated_line(run_dir: Path) -> None:
     rewrite(run_dir, lambda lines: lines.insert(4, lines[3]))
-    with pytest.raises(LedgerError, match="line 5: is of step 3, where step 4 belongs; step 3 stands there already"):
+    with pytest.raises(LedgerError, match="line 5: is of step 3, where step 4 belongs; step 3 is there already"):
         verify_run(run_dir)
 
 
@@ -80,7 +80,7 @@ def test_lines_lost_at_the_end(run_dir: Path) -> None:
     with pytest.raises(LedgerError, match=r"step-00000012: the ledger's chain after step 12 is not"):
         verify_run(run_dir)
     shutil.rmtree(run_dir / "checkpoints" / "step-00000012")
-    with pytest.raises(LedgerError, match="ends after 11 steps, and the run has ended after 12"):
+    with pytest.raises(LedgerError, match="ends after 11 steps, but the run has ended after 12"):
         verify_run(run_dir)
     (run_dir / "summary.json").unlink()  # then it has not ended yet
     assert verify_run(run_dir).steps == 11

@@ -377,7 +377,7 @@ def check_exported(run: Run, at: Path, out: Path, task: CausalLM) -> None:
         transformers.AutoTokenizer.from_pretrained(out)("rank 0")["input_ids"] == task.tokenizer("rank 0")["input_ids"]
     )
     refusal = refused(run("distrib", "export", at, "--out", out))
-    assert "model.safetensors: is there already; choose another folder" in refusal
+    assert "model.safetensors: exists already; choose another folder" in refusal
     again = causal(str(out), tokenizer=None)
     for name, tensor in again.model().state_dict().items():
         torch.testing.assert_close(tensor, model.state_dict()[name], rtol=0, atol=0)

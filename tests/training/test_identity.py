@@ -200,7 +200,7 @@ def test_data_that_moved(tmp_path: Path, in_config: bool) -> None:
         train(run, "there")  # finished before
         path = tmp_path / "run/environment.json"
         path.write_text(json.dumps(older(json.loads(path.read_text()))))
-        with pytest.raises(RunDirError, match="no fingerprint tells whether the data are the same"):
+        with pytest.raises(RunDirError, match="no fingerprint was recorded to compare the data with"):
             train(tmp_path / "run", "there", "task.folder")
 
 
@@ -259,4 +259,4 @@ class OwnDraws(Masked):
 def test_draws_that_cannot_be_repeated_are_a_warning(tmp_path: Path) -> None:
     run = fit(tmp_path / "run", OwnDraws())
     (warning,) = [event for event in lines(run, "events.jsonl") if event["event"] == "warning"]
-    assert "task.train_dataset: sample 0 is another each time it is read" in warning["reason"]
+    assert "task.train_dataset: sample 0 differs each time it is read" in warning["reason"]

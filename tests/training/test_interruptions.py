@@ -116,7 +116,7 @@ def test_a_run_given_to_begin_from_whose_newest_checkpoint_is_damaged(whole: Pat
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(
-        CheckpointError, match=r"shard-00000.safetensors: damaged: .*; give another checkpoint by --res"
+        CheckpointError, match=r"shard-00000.safetensors: damaged: .*; give another checkpoint with --r"
     ):
         fit(tmp_path / "refused", resume=str(origin), fork=True)
     damaged.write_bytes(content[:-1])
@@ -139,7 +139,7 @@ def test_where_all_are_damaged_nothing_is_begun_from_scratch(whole: Path, tmp_pa
 
 def test_never_refuses_to_go_on(whole: Path, tmp_path: Path) -> None:
     run = interrupted(whole, tmp_path / "run", after=10)
-    with pytest.raises(RunDirError, match="did not reach its end; go on with it by --resume auto"):
+    with pytest.raises(RunDirError, match="did not reach its end; resume it with --resume auto"):
         fit(run, resume="never")
 
 
@@ -191,9 +191,9 @@ def test_checkpoints_that_cannot_be_named(whole: Path, tmp_path: Path) -> None:
     at, run = str(whole / "checkpoints" / "step-00000005"), tmp_path / "run"
     for arguments, said in (
         ({"fork": True}, "--fork: needs a checkpoint to begin from, --resume PATH --fork"),
-        ({"resume": at}, f"--resume: {at} is of another run than {run}; --fork begins a new run from it"),
+        ({"resume": at}, f"--resume: {at} is of another run than {run}; add --fork to start a new run"),
         ({"resume": str(whole)}, f"--resume: {whole} is of another run than {run}"),
-        ({"resume": str(tmp_path)}, f"--resume: {tmp_path} is no checkpoint, nor has it any; give auto, never, a run"),
+        ({"resume": str(tmp_path)}, f"--resume: {tmp_path} is not a checkpoint, and there is none in it; give auto"),
     ):
         with pytest.raises(ConfigError, match=re.escape(said)):
             fit(run, **arguments)
