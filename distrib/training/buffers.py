@@ -1,12 +1,12 @@
-"""A step changes the model's buffers in the same way whatever the number of processes, or not at all if it is skipped.
+"""Keeps the model's buffers independent of the number of processes. A skipped step leaves them unchanged.
 
-Every micro-batch of a step begins with the same buffers, so that its forward does not depend on which rank ran what
-before it. After the last one the running statistics of torch's normalisations are merged (running_statistics.py). How
-other buffers may be merged cannot be known: of them the step keeps what its first micro-batch made.
+Every micro-batch of a step starts with the same buffers, so its forward does not depend on which rank ran which
+micro-batches before. At the end of a step, the running statistics of torch's normalisation layers are merged
+(running_statistics.py). How to merge other buffers is unknown: they keep the values after the step's first micro-batch.
 
 A forward may change a buffer in place, or assign another tensor to its name. So buffers are looked up by name, and
-values go into the tensor that the model had before, which others may refer to. Buffers that are not persistent are
-caches, left to each rank.
+values are copied into the original tensor, because other objects may refer to it. Non-persistent buffers are treated as
+caches, and each rank keeps its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,23 +21,23 @@ from distrib.errors import TrainingError
 from distrib.processes.world import World
 from distrib.training.running_statistics import STATISTICS, RunningStatistics, has_running_statistics
 
-_STEPS_IN_A_ROW = 3  # in which a cache is filled anew before it is taken for something else
+_STEPS_IN_A_ROW = 3  # a non-persistent buffer that changes in so many steps in a row is probably not a cache
 
 
 @dataclass
 class _Buffer:
-    """A name in a module, and the tensor that belongs to it between steps."""
+    """A buffer: its module and name, and the tensor it has between steps."""
 
     owner: nn.Module
     key: str
     name: str
     tensor: Tensor
-    start: Tensor | None = None  # a copy of the values that the step began with
-    version: int = -1  # of the tensor, when it had those values
-    untracked: bool = False  # kernels change it that leave its version as it is, such as batch normalisation's
-    result: Tensor | None = None  # what the step's first micro-batch made of it, if anything
-    left: tuple[int, int] = field(default=(0, 0))  # by the last forward
-    changes: int = 0  # steps in a row
+    start: Tensor | None = None  # copy of the values at the start of the step
+    version: int = -1  # of the tensor at the start of the step
+    untracked: bool = False  # changed by kernels that do not increase the version, as in batch normalisation
+    result: Tensor | None = None  # value after the step's first micro-batch, if it changed
+    left: tuple[int, int] = field(default=(0, 0))  # state() after the last forward
+    changes: int = 0  # number of consecutive steps that changed it
 
     @property
     def current(self) -> Tensor:
@@ -63,18 +63,18 @@ class _Buffer:
             self.version = self.tensor._version
 
     def look(self) -> None:
-        """Find out whether it is untracked."""
+        """Set `untracked` if the values have changed but the version has not."""
         assert self.start is not None, "begin comes first"
         if not self.changed and not torch.equal(_bytes(self.tensor), _bytes(self.start)):
             self.untracked = True
 
     def state(self) -> tuple[int, int]:
-        """Differs after any change of it."""
+        """Return a value that differs after any tracked change."""
         return id(self.current), self.current._version
 
 
 class Buffers:
-    """Those of one module. For each step: `begin`, a forward, `take`, `restore`, a forward, `take`, …, `finish`."""
+    """The buffers of one module. Calls in a step: `begin`, forward, `take`, `next`, forward, `take`, …, `finish`."""
 
     def __init__(self, world: World, module: nn.Module, warn: Callable[[str], None]) -> None:
         self._world, self._module, self._warn = world, module, warn
@@ -86,7 +86,7 @@ class Buffers:
         ]
         self._absent = [(owner, key, name) for owner, key, name, tensor in found if tensor is None]
         of_norms = {(id(norm), key) for norm in norms for key in STATISTICS}
-        # The largest elements first: then each begins at a multiple of its size when they travel as bytes.
+        # Largest dtypes first: then each is aligned when all are sent as one byte tensor.
         self._others = sorted(
             (buffer for buffer in self._persistent if (id(buffer.owner), buffer.key) not in of_norms),
             key=lambda buffer: -buffer.tensor.itemsize,
@@ -105,7 +105,7 @@ class Buffers:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Take the buffers as they are for those that every micro-batch of the step begins with."""
+        """Record the current buffers, with which every micro-batch of the step starts."""
         if not self._begun and self._world.world_size > 1:
             for buffer in self._persistent:
                 self._world.broadcast(buffer.current)
@@ -120,10 +120,13 @@ class Buffers:
 
     @torch.no_grad()
     def take(self, number: int, num_micro_batches: int, last: bool) -> None:
-        """After the forward of the step's micro-batch `number`, before its backward, in which activation checkpointing
-        may run the forward again. After this rank's last one the ranks' changes are sent, beside the backward."""
+        """Record what the forward of the step's micro-batch `number` changed.
+
+        Call it before the backward, in which activation checkpointing may run the forward again. After this rank's last
+        micro-batch (`last`), changes are sent to the other ranks while the backward runs.
+        """
         self._require_known()
-        if not self._looked:  # this takes its time, so only in the first step
+        if not self._looked:  # slow, so only in the first step
             for buffer in self._others:
                 buffer.look()
         if self._statistics is not None:
@@ -148,20 +151,22 @@ class Buffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put back what the step began with."""
+        """Restore the buffers from the start of the step."""
         for buffer in self._persistent:
             buffer.restore()
 
     @torch.no_grad()
     def next(self) -> None:
-        """Between two micro-batches of a step."""
+        """Prepare for the next micro-batch of the step."""
         self._require_left()
         self.restore()
 
     @torch.no_grad()
     def finish(self, applied: bool | Tensor) -> None:
-        """End the step: with the buffers that it made, or with those that it began with if it was not applied. A tensor
-        where only the device knows."""
+        """End the step: write the merged buffers, or if the step was not applied, restore those from its start.
+
+        `applied`: a tensor if the result is only known on the device.
+        """
         self._require_left()
         self.restore()
         if self._statistics is not None:
@@ -174,7 +179,7 @@ class Buffers:
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Forwards that leave no trace, as in evaluation."""
+        """Restore all buffers on exit, so that forwards in the body have no lasting effect."""
         self.begin()
         try:
             yield
@@ -207,25 +212,25 @@ class Buffers:
                 buffer.tensor.copy_(result if isinstance(applied, bool) else torch.where(applied, result, start))
 
     def _require_known(self) -> None:
-        """Raises TrainingError where forward made a buffer that a new model does not have."""
+        """Raise TrainingError if forward created a buffer that a newly made model does not have."""
         made = [name for owner, key, name in self._absent if owner._buffers.get(key) is not None]
         if not self._looked:
             known = {buffer.name for buffer in self._persistent}
             made += [name for *_, name, tensor in _persistent(self._module) if name not in known and tensor is not None]
         if made:
             raise TrainingError(
-                f"task.model: forward made the buffer {made[0]}, which a new model does not have, so that no "
-                "checkpoint of it would be loaded; register it with values of its shape in __init__, or with "
+                f"task.model: forward made the buffer {made[0]}, which a new model does not have, so a checkpoint "
+                "with it could not be loaded; register it with values of its shape in __init__, or with "
                 "persistent=False if it is a cache"
             )
 
     def _require_left(self) -> None:
-        """Raises TrainingError where a backward changed a buffer."""
+        """Raise TrainingError if a backward changed a buffer."""
         for buffer in self._others:
             if buffer.left != buffer.state():
                 raise TrainingError(
-                    f"task.model: the buffer {buffer.name} was changed in a backward. Activation checkpointing runs "
-                    "forward again there, with another value than the first time, which makes the gradient wrong; "
+                    f"task.model: the buffer {buffer.name} was changed in a backward, where activation checkpointing "
+                    "runs forward again; with another value than the first time, the gradient would be wrong; "
                     "leave strategy.activation_checkpointing out"
                 )
 
@@ -234,12 +239,12 @@ class Buffers:
             cache.changes = cache.changes + 1 if cache.changed else 0
         self._warn_of(
             [cache for cache in self._caches if cache.changes == _STEPS_IN_A_ROW],
-            "in every step, but not persistent: not saved, and each process has its own; if more than a cache, "
-            "register it with persistent=True",
+            "in every step, but it is not persistent: it is not saved, and each process has its own; if it is more "
+            "than a cache, register it with persistent=True",
         )
 
     def _warn_of(self, buffers: list[_Buffer], how: str) -> None:
-        """Once for each."""
+        """Warn once for each buffer."""
         names = [buffer.name for buffer in buffers if buffer.name not in self._warned]
         if names:
             self._warned.update(names)
@@ -254,16 +259,16 @@ def _bytes(tensor: Tensor) -> Tensor:
 def _require_shape(buffer: _Buffer) -> None:
     current = buffer.current
     if current is None or current.shape != buffer.tensor.shape:
-        made = "None" if current is None else f"one of the shape {list(current.shape)}"
+        made = "None" if current is None else f"a tensor of shape {list(current.shape)}"
         raise TrainingError(
-            f"task.model: forward made the buffer {buffer.name} {made}, where a new model has the shape "
-            f"{list(buffer.tensor.shape)}, so that no checkpoint of it could be loaded; keep its shape, or register "
+            f"task.model: forward made the buffer {buffer.name} {made}, but a new model has shape "
+            f"{list(buffer.tensor.shape)}, so a checkpoint could not be loaded; keep its shape, or register "
             "it with persistent=False if it is a cache"
         )
 
 
 def _all(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor | None]]:
-    """Owner, key, name and tensor of every buffer, also of those that are None."""
+    """Yield owner, key, name and tensor of every buffer, including those that are None."""
     for prefix, owner in module.named_modules():
         for key, tensor in owner._buffers.items():
             yield owner, key, f"{prefix}.{key}".lstrip("."), tensor

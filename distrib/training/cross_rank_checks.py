@@ -1,4 +1,4 @@
-"""What must be the same for all ranks before they train: the config, the data, and the run folder."""
+"""Checks before training that all ranks have the same config, the same data and the same run folder."""
 
 import hashlib
 import time
@@ -16,11 +16,11 @@ from distrib.processes.world import World
 from distrib.run_folder.files import read_bytes
 from distrib.run_folder.identity import difference
 
-_SECONDS_TO_APPEAR = 30.0  # network file systems show new files late
+_SECONDS_TO_APPEAR = 30.0  # a network file system may show a new file late
 
 
 def require_same_config(world: World, config: Config) -> None:
-    """Raises ConfigError on every rank, naming the first one whose config is not rank 0's. Collective."""
+    """Raise ConfigError on every rank if a rank's config differs from rank 0's. Collective."""
     mine = config.flat()
     expected = world.on_rank_0(lambda: mine)
     differing = [
@@ -34,9 +34,9 @@ def require_same_config(world: World, config: Config) -> None:
 
 
 def on_each_machine(world: World, work: Callable[[], None]) -> None:
-    """Run `work` on rank 0, and then on local rank 0 of each other machine. Collective; ranks wait without a timeout.
+    """Run `work` on rank 0, and then on local rank 0 of each other machine, while the others wait without a timeout.
 
-    A DistribError is raised on all ranks.
+    A DistribError from `work` is raised on all ranks. Collective.
     """
     if world.control is None:
         work()
@@ -58,7 +58,7 @@ def on_each_machine(world: World, work: Callable[[], None]) -> None:
 
 
 def require_same_data(world: World, data: dict[str, Fingerprint | None]) -> None:
-    """Raises ConfigError on every rank, naming the first one whose data are not rank 0's. Collective."""
+    """Raise ConfigError on every rank if a rank's data differ from rank 0's. Collective."""
     expected = world.on_rank_0(lambda: data)
     reference = f"on rank 0 on {world.hosts[0]}"
     mine = {name: difference(found, expected[name], reference) for name, found in data.items()}
@@ -66,13 +66,13 @@ def require_same_data(world: World, data: dict[str, Fingerprint | None]) -> None
         for name, found in differing.items():
             if found is not None:
                 raise ConfigError(
-                    f"{who}: task.{name} {found}; return the whole set on every rank, distrib gives each its share; "
+                    f"{who}: task.{name} {found}; return the whole set on every rank, distrib splits it; "
                     "draw from random, numpy.random or torch, which are seeded; write files in Task.prepare()"
                 )
 
 
 def require_shared(world: World, written: Path) -> None:
-    """Raises RunDirError on every rank, naming the first one that does not see what rank 0 wrote there. Collective."""
+    """Raise RunDirError on every rank if a rank does not see the file that rank 0 has written. Collective."""
     digest = world.on_rank_0(lambda: _digest(written))
     deadline = time.monotonic() + _SECONDS_TO_APPEAR
     while not (seen := _digest(written) == digest) and time.monotonic() < deadline:
@@ -81,7 +81,7 @@ def require_shared(world: World, written: Path) -> None:
         if not sees:
             raise RunDirError(
                 f"{name} does not see {path} as rank 0 on {world.hosts[0]} wrote it; the run folder must "
-                "lie on a file system that all nodes share, choose one with --run-dir"
+                "be on a file system that all nodes share, choose one with --run-dir"
             )
 
 

@@ -1,4 +1,4 @@
-"""What a micro-batch, a backward and an update mean on many processes and in mixed precision."""
+"""The engine of a training step: seeding, autocast, gradient normalisation and clipping, and the fp16 loss scale."""
 
 import math
 import random
@@ -24,23 +24,22 @@ from distrib.training.pending_step import PendingStep
 from distrib.training.task_checks import check_loss
 from distrib.training.timing import Clock
 
-_FIRST_SCALE_OF_A_MEAN = 2.0**16  # GradScaler's
-_UPDATES_TO_GROW = 2000
-_LEAST_SCALE = 2.0**-24  # fp16's smallest number: with less, a gradient of 1 would be 0
+_FIRST_SCALE_OF_A_MEAN = 2.0**16  # as in torch.amp.GradScaler
+_UPDATES_TO_GROW = 2000  # as in torch.amp.GradScaler
+_LEAST_SCALE = 2.0**-24  # fp16's smallest number; a smaller scale would make a gradient of 1 zero
 _WITHOUT_STREAMS = ("cpu", "mps")
 
 
 class LossScale:
-    """By which an fp16 loss is multiplied before its backward, as torch's GradScaler: halved where the gradient
-    overflowed, doubled after 2,000 updates in a row.
+    """The factor by which an fp16 loss is multiplied before its backward.
 
-    GradScaler itself unscales gradients where they lie and asks each rank alone, which fits none of the sharded
-    strategies.
+    As in torch's GradScaler, it is halved if a gradient overflows, and doubled after 2,000 updates in a row. GradScaler
+    itself does not fit sharded strategies, because it unscales gradients in place and decides on each rank alone.
     """
 
     def __init__(self, value: float, updates: int = 0) -> None:
         self.value = value
-        self.updates = updates  # since it last changed
+        self.updates = updates  # since the scale last changed
 
     def update(self, overflowed: bool) -> None:
         self.updates = 0 if overflowed else self.updates + 1
@@ -51,8 +50,10 @@ class LossScale:
 
 
 class Engine:
-    """What all strategies share: precision, random numbers, normalisation, the verdict. Where things lie, and how
-    gradients meet, is the `strategy`'s."""
+    """What is the same under all strategies: precision, random numbers, normalisation and the result of a step.
+
+    The strategy decides how the model is sharded and how gradients are reduced.
+    """
 
     def __init__(
         self,
@@ -63,47 +64,48 @@ class Engine:
         seed: int = 0,
         warn: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`warn`: tells the user once of what forward does with buffers."""
+        """`warn`: called with a message, once for each buffer that forward changes in a way that is lost."""
         self.strategy = strategy
         self.world = strategy.world
-        self.module = strategy.module  # the user's own
-        self.model = strategy.model
+        self.module = strategy.module  # the user's
+        self.model = strategy.model  # as the strategy wraps it
         self.device = self.world.device
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.mixed_precision = mixed_precision
         self.dtype = DTYPES.get(mixed_precision)
         groups = strategy.optimizer.param_groups if strategy.optimizer is not None else []
-        # The rate that the ledger shows: the first group's, or of the first group that has one. All others keep their
-        # ratio to it, so that each is its own rate times the schedule's factor.
+        # The ledger shows the rate of the first group whose rate is not 0. The other groups keep their ratio to it, so
+        # that each group's rate is its own base rate times the schedule's factor.
         self.base_rate = next((float(group["lr"]) for group in groups if group["lr"]), 0.0)
         self._rate_ratios = [group["lr"] / (self.base_rate or 1.0) for group in groups]
-        self.loss_scale: LossScale | None = None  # fp16 only, made when the first count is known
-        # On a CPU there is nobody to wait for, and Python's numbers are cheaper than tensors; Metal has no streams.
-        # fp16 has to know whether a gradient overflowed before it can scale the next loss.
+        self.loss_scale: LossScale | None = None  # fp16 only; made in the first backward, which knows the count
+        # Whether a step waits for its result. A CPU computes synchronously, and Python's numbers are cheaper than
+        # tensors; Metal has no streams; fp16 must know whether a gradient overflowed before it scales the next loss.
         self.waits = self.device.type in _WITHOUT_STREAMS or mixed_precision == "fp16"
         self._generators = [torch.default_generator.manual_seed]
         if self.device.type != "cpu":  # not run here: see docs/not-run-here.md
             self._generators.append(torch.get_device_module(self.device).manual_seed)
         self.buffers = Buffers(self.world, self.module, warn)
         self.clock = Clock()
-        self.stop_asked = False  # of this rank; the others learn of it by the step's result
+        self.stop_asked = False  # on this rank; it reaches the others with the sums of the step
         self._window: Window | None = None
         self._index = 0  # of the micro-batch in the window
         self._last = False
 
     @property
     def prefetcher(self) -> DevicePrefetcher | None:
-        """To have batches copied before they are needed, where there is something to copy them to."""
+        """A prefetcher that copies batches to the device; None on devices without streams."""
         return None if self.device.type in _WITHOUT_STREAMS else DevicePrefetcher(self.device, self.to_device)
 
     def to_device(self, batch: Any) -> Any:
-        """Move a nested batch to this rank's device, without waiting for the copy; one that is there stays there."""
+        """Move a nested batch to this rank's device, without waiting for the copy."""
         return batch if self.device.type == "cpu" else send_to_device(batch, self.device, non_blocking=True)
 
     @contextmanager
     def microbatch(self, window: Window, index: int) -> Iterator[None]:
-        """Random numbers that belong to this micro-batch, autocast, and no synchronisation before the last."""
+        """Seed the generators for this micro-batch, run the body under autocast, and reduce gradients only if it is
+        the window's last."""
         self.clock.lap("data")
         self._window, self._index, self._last = window, index, index == len(window) - 1
         if index == 0:
@@ -117,15 +119,15 @@ class Engine:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """Of forward and loss, in training and in evaluation. An error that the strategy causes becomes one line."""
+        """Run forward and loss in the mixed precision. An error that the strategy causes becomes a ConfigError."""
         precision = nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
         with recognised(self.strategy), precision:
             yield
 
     def seed_random(self, seed: int) -> None:
-        """Seed Python's, numpy's and torch's generators of the CPU and of this device.
+        """Seed the generators of Python, numpy and torch, for the CPU and this device.
 
-        torch.manual_seed takes 100 times as long.
+        This takes a hundredth of the time of torch.manual_seed, which goes through all devices.
         """
         for manual_seed in self._generators:
             manual_seed(seed)
@@ -133,11 +135,11 @@ class Engine:
         np.random.seed(seed % 2**32)
 
     def zero_grad(self) -> None:
-        """Once a window, before its first backward."""
+        """Clear the gradients. Call it once per window, before its first backward."""
         self.strategy.zero_grad()
 
     def backward(self, loss: Loss) -> None:
-        """Add the gradient of `loss.total`; on the window's last micro-batch, sum over the ranks."""
+        """Add the gradient of `loss.total`. On the window's last micro-batch, also sum the gradients over the ranks."""
         assert self._window is not None, "backward belongs into engine.microbatch"
         loss = check_loss(loss, for_training=True)
         if self.mixed_precision == "fp16" and self.loss_scale is None:
@@ -151,9 +153,10 @@ class Engine:
             self.strategy.backward(total, sums, self._last)
 
     def step(self, lr: float) -> PendingStep:
-        """Normalise by the window's count, clip, update. All ranks see the same numbers, so all decide alike.
+        """Divide the gradient by the step's count, clip it, and update the weights.
 
-        `lr` is the rate of the first parameter group whose rate is not 0; the others keep their ratio to it.
+        All ranks have the same sums, so all decide alike whether to apply the step. `lr`: the rate of the first
+        parameter group whose rate is not 0; the other groups keep their ratio to it.
         """
         optimizer = self.strategy.optimizer
         assert optimizer is not None, "this engine only evaluates"
@@ -165,7 +168,7 @@ class Engine:
         return step
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint's manifest keeps besides the shards."""
+        """Return what a checkpoint's manifest holds in addition to the shards."""
         scale = self.loss_scale
         _, tied = named_state(self.module)
         return {
@@ -175,18 +178,20 @@ class Engine:
         }
 
     def load(self, path: Path, manifest: dict[str, Any], reset_optimizer: bool = False) -> None:
-        """Go on from a checkpoint, with the optimizer's state as new if asked. Raises MismatchError if it is of another
-        model or optimizer."""
+        """Load a checkpoint, without the optimizer's state if `reset_optimizer`.
+
+        Raises MismatchError if it was saved with another model or optimizer.
+        """
         self.strategy.load(path, manifest, reset_optimizer)
         if (scale := manifest["loss_scale"]) is not None and self.mixed_precision == "fp16":
             self.loss_scale = LossScale(scale["value"], scale["updates"])
 
     def warm_up_ddp_buckets(self, task: Task, window: Window) -> None:
-        """Where a run goes on: one forward and backward that leave no trace but in DDP, before the first window.
+        """On resume, run one throw-away forward and backward so that DDP rebuilds its buckets before the first real
+        step.
 
-        DDP lays out its buckets anew after its first backward. Without this the first step of a resumed run would be
-        reduced in the layout of a fresh one, and rounded otherwise than in a run that was never interrupted (seen on
-        4 processes).
+        DDP rebuilds its buckets after the first backward. Without this call, the first step of a resumed run would be
+        reduced in the initial layout, and rounded differently than in an uninterrupted run (seen on 4 processes).
         """
         self._window, self._index, self._last = window, 0, True
         self.buffers.begin()
@@ -197,9 +202,9 @@ class Engine:
         self.strategy.zero_grad()
         self.buffers.finish(applied=False)
 
-    def _update_on_host(self, sums_there: Tensor, lr: float) -> PendingStep:
-        """Waits for the device and the ranks, and then decides."""
-        sums, scale, grad_norm = sums_there.tolist(), self.loss_scale, math.nan
+    def _update_on_host(self, sums_on_device: Tensor, lr: float) -> PendingStep:
+        """Wait for the sums of all ranks, and decide on the host whether to apply the step."""
+        sums, scale, grad_norm = sums_on_device.tolist(), self.loss_scale, math.nan
         self.clock.lap("forward_backward")
         value = None if scale is None else scale.value
         known = StepSums.unpack(sums)
@@ -213,16 +218,16 @@ class Engine:
         return PendingStep(sums, grad_norm, lr, value)
 
     def _update_on_device(self, sums: Tensor, lr: float) -> PendingStep:
-        """Leaves it to the device to decide: the same arithmetic, on numbers that are not there yet."""
+        """Do the same arithmetic on the device, without waiting for the numbers."""
         self.clock.lap("forward_backward")
         grad_norm = self.strategy.update(StepSums.factor(sums), self.max_grad_norm)
         self.buffers.finish(applied=grad_norm.isfinite())
         return PendingStep(sums.clone(), grad_norm, lr, None)
 
     def _first_loss_scale(self, loss: Loss, window: Window) -> LossScale:
-        """torch's usual first scale is meant for a mean; ours is of a sum, so divide it by the likely count.
+        """Return GradScaler's first scale, which is meant for a mean, divided by an estimate of the step's count.
 
-        Micro-batch 0 of the step is rank 0's whatever the number of processes, so all worlds begin alike.
+        The estimate is made from micro-batch 0, which rank 0 has for any number of processes, so all start alike.
         """
         count = self.world.on_rank_0(lambda: max(1, int(loss.count)))
         halvings = round(math.log2(count * len(window) * self.world.world_size))

@@ -1,4 +1,4 @@
-"""Exact evaluation: every sample once, metrics over the whole set, the same bits for any number of processes."""
+"""Exact evaluation: each sample once, metrics over the whole set, and the same bits for any number of processes."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -22,10 +22,11 @@ from distrib.training.task_checks import check_loss, check_metrics, check_rows
 
 
 def evaluate(engine: Engine, task: Task, dataset: Dataset[Any], batch_size: int, **loading: Any) -> dict[str, float]:
-    """The task's metrics over `dataset`, and its mean `loss`, on every rank. `loading` as for `data_loader`.
+    """Return the task's metrics over `dataset`, and the mean loss as `loss`, on every rank. Collective.
 
-    The dataset is cut into the same batches whatever the number of processes, and each rank takes a contiguous block
-    of them. Rows are gathered on rank 0 alone, in dataset order, and the metrics are computed there.
+    The dataset is split into the same batches for any number of processes, and each rank takes a contiguous block of
+    them. Rows are gathered on rank 0 in dataset order, and the metrics are computed there. `loading` as for
+    `data_loader`. Raises ConfigError if the task returns something wrong.
     """
     size = len(dataset)  # type: ignore[arg-type]
     collect = predict(engine, task, dataset, size, batch_size, **loading)
@@ -43,15 +44,15 @@ def evaluate(engine: Engine, task: Task, dataset: Dataset[Any], batch_size: int,
 def predict(
     engine: Engine, task: Task, dataset: Dataset[Any], size: int, batch_size: int, **loading: Any
 ) -> Callable[[], tuple[dict[str, Any], Tensor]]:
-    """Run the task over the first `size` samples. Collective.
+    """Run the task over the first `size` samples, and return a function to call on rank 0. Collective.
 
-    What is returned gives, on rank 0, the rows in dataset order, and total and count of each batch's loss. It raises
-    ConfigError if a rank found something wrong with the rows.
+    The function returns the rows in dataset order, and a tensor of shape (batches, 2) with the total and count of each
+    batch's loss. It raises ConfigError if a rank found something wrong with its rows.
     """
     world = engine.world
     batches = list(_batches(size, batch_size, world))
     num_own = len(batches)
-    if engine.strategy.forward_is_collective:  # all ranks run equally many; what is too many is dropped
+    if engine.strategy.forward_is_collective:  # all ranks must run equally many batches; surplus results are dropped
         most = math.ceil(math.ceil(size / batch_size) / world.world_size)
         first = np.arange(min(batch_size, size), dtype=np.uint64)
         batches += [MicroBatch(first, first)] * (most - num_own)
@@ -80,7 +81,7 @@ def predict(
 
 
 def _batches(size: int, batch_size: int, world: World) -> Iterator[MicroBatch]:
-    """This rank's block of the batches `[0, B), [B, 2B), …`, the last of which may be short."""
+    """Yield this rank's block of the batches `[0, B), [B, 2B), …`. The last batch may be smaller."""
     num_batches = -(-size // batch_size)
     first, last = (num_batches * rank // world.world_size for rank in (world.rank, world.rank + 1))
     for number in range(first, last):
@@ -89,8 +90,8 @@ def _batches(size: int, batch_size: int, world: World) -> Iterator[MicroBatch]:
 
 
 def _predict(engine: Engine, task: Task, model: nn.Module, loader: Any, num_own: int, rows: "_Rows") -> None:
-    """Add the losses and rows of this rank's `num_own` batches."""
-    unread: list[tuple[int, Loss, Any]] = []  # of the last batch: read when the next is on its way
+    """Add the losses and rows of this rank's `num_own` batches to `rows`."""
+    unread: list[tuple[int, Loss, Any]] = []  # the last batch's results: reading them waits, so start the next first
     with torch.no_grad(), engine.autocast():
         for number, read in enumerate(loader):
             engine.buffers.restore()
@@ -107,8 +108,10 @@ def _predict(engine: Engine, task: Task, model: nn.Module, loader: Any, num_own:
 
 
 class _Rows:
-    """What this rank's batches gave, on the CPU. Something wrong is kept too, for rank 0 to say: a rank that raised it
-    alone would leave the others waiting."""
+    """The rows and losses of this rank's batches, on the CPU.
+
+    Problems are collected too, and rank 0 raises them: if one rank raised alone, the others would wait for it.
+    """
 
     def __init__(self) -> None:
         self._parts: dict[str, list[Any]] = {}
@@ -124,7 +127,7 @@ class _Rows:
             self._problems.append(str(error))
 
     def joined(self) -> dict[str, Any]:
-        """One tensor or list for each name."""
+        """Return one tensor or list for each name."""
         try:
             return {key: _joined(key, values) for key, values in self._parts.items()}
         except ConfigError as error:
@@ -132,12 +135,12 @@ class _Rows:
             return {}
 
     def losses(self) -> dict[str, Any]:
-        """Total and count of each batch's loss, shape (batches, 2); and what is wrong."""
+        """Return `losses` (total and count of each batch's loss, shape (batches, 2)) and `problems`."""
         return {**({"losses": torch.stack(self._losses)} if self._losses else {}), "problems": self._problems}
 
 
 def _joined(key: str, parts: list[Any]) -> Any:
-    """Raises ConfigError if they do not fit together."""
+    """Concatenate the rows of several batches. Raises ConfigError if their types or shapes differ."""
     if all(isinstance(part, list) for part in parts):
         return [row for part in parts for row in part]
     if not all(isinstance(part, Tensor) for part in parts):

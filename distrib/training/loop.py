@@ -1,4 +1,4 @@
-"""THE FIVE STEPS."""
+"""The training step: forward, loss, zero_grad, backward, optimizer step."""
 
 from distrib.data.loader import Window
 from distrib.task import Task
@@ -7,7 +7,7 @@ from distrib.training.pending_step import PendingStep
 
 
 def train_step(engine: Engine, task: Task, window: Window, lr: float) -> PendingStep:
-    """One optimizer step over a window of micro-batches; gradients meet the other ranks' on the last."""
+    """Make one optimizer step over a window of micro-batches. Gradients are reduced with the last micro-batch."""
     for index, batch in enumerate(window):
         with engine.microbatch(window, index):
             batch = engine.to_device(batch)

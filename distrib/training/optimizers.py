@@ -1,4 +1,4 @@
-"""The config's `optim` section, turned into a torch optimizer."""
+"""Builds a torch optimizer from the config's `optim` section."""
 
 import difflib
 import inspect
@@ -13,16 +13,16 @@ from distrib.config import OptimConfig
 from distrib.errors import ConfigError
 
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
-_FUSED_FOR_SHARDS = (torch.optim.Adam, torch.optim.AdamW)  # of a DTensor; the others raise NotImplementedError
+_FUSED_FOR_SHARDS = (torch.optim.Adam, torch.optim.AdamW)  # for DTensors; the others raise NotImplementedError
 _HYPERPARAMETERS = ("weight_decay", "betas", "momentum")
 
 
 def build_optimizer(
     config: OptimConfig, params: list[tuple[str, nn.Parameter]], decays: Callable[[str, nn.Parameter], bool]
 ) -> Optimizer:
-    """`config.name` among torch.optim's classes, fused where torch has it. Raises ConfigError.
+    """Return an optimizer of the torch.optim class `config.name`, fused if torch supports it. Raises ConfigError.
 
-    Where the config asks for weight decay, parameters that it is not for (see Task.decays) are a group of their own.
+    If the config has weight decay, the parameters for which `decays` is false are a separate group without it.
     """
     optimizer_class = _find(config.name)
     accepted = inspect.signature(optimizer_class).parameters
@@ -32,7 +32,7 @@ def build_optimizer(
             arguments[key] = getattr(config, key)
         elif key in config.model_fields_set and getattr(config, key) != OptimConfig.model_fields[key].default:
             raise ConfigError(f"optim.{key}: {optimizer_class.__name__} has no {key}; leave it out")
-    sharded = any(hasattr(p, "to_local") for _, p in params)  # a DTensor, whose import takes a second
+    sharded = any(hasattr(p, "to_local") for _, p in params)  # a DTensor; importing that class takes a second
     fusible = "fused" in accepted and (not sharded or optimizer_class in _FUSED_FOR_SHARDS)
     if fusible and all(p.is_floating_point() and p.device.type in _FUSED_DEVICES for _, p in params):
         arguments["fused"] = True
@@ -50,7 +50,7 @@ def build_optimizer(
             {"params": [item for item in params if item[0] not in spared]},
             {"params": [item for item in params if item[0] in spared], "weight_decay": 0.0},
         ]
-        groups = [group for group in both if group["params"]]  # DeepSpeed has no use for an empty one
+        groups = [group for group in both if group["params"]]  # DeepSpeed does not accept an empty group
     try:
         return optimizer_class(groups, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -58,7 +58,7 @@ def build_optimizer(
 
 
 def describe_optimizer(optimizer: Optimizer) -> str:
-    """Class, and rate and weight decay of each group, as they really are."""
+    """Return the optimizer's class, and the learning rate and weight decay of each parameter group."""
     groups = [
         f"lr {group['lr']:g}" + (f", weight_decay {group['weight_decay']:g}" if group.get("weight_decay") else "")
         for group in optimizer.param_groups
@@ -67,9 +67,9 @@ def describe_optimizer(optimizer: Optimizer) -> str:
 
 
 def ignored_keys(config: OptimConfig, optimizer: Optimizer) -> str | None:
-    """What the config asks for and the task's own optimizer does not do, in one line; None if they agree.
+    """Return a message about `optim` keys that the task's own optimizer contradicts; None if there are none.
 
-    Only keys with another value than the default: a run's config.yaml has all of them.
+    Only keys whose value is not the default are compared, because a run's config.yaml has all keys.
     """
     wanted = {key: getattr(config, key) for key in ("lr", *_HYPERPARAMETERS)}
     asked = {key: value for key, value in wanted.items() if value != OptimConfig.model_fields[key].default}
@@ -89,7 +89,7 @@ def ignored_keys(config: OptimConfig, optimizer: Optimizer) -> str | None:
 
 
 def _other_sequence(value: Any) -> Any:
-    """A tuple for a list, and the other way round: YAML and optimizers differ in which they have."""
+    """Return a list as a tuple and a tuple as a list, because YAML and optimizers use different ones."""
     return list(value) if isinstance(value, tuple) else tuple(value) if isinstance(value, list) else value
 
 

@@ -1,4 +1,4 @@
-"""Being asked to stop, as a run sees it: by whom, whether there is time to save, and what comes after."""
+"""Handles a request to stop: notes the signal, checks the time left to save, and decides whether SLURM requeues."""
 
 import signal
 
@@ -7,33 +7,35 @@ from distrib.processes.world import World
 
 
 class Preemption:
-    """A rank's note of it. The ranks agree on stopping by the sums of their next step."""
+    """Notes a request to stop on this rank. It reaches all ranks with the sums of the next step."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.asked = False
-        self.longest_evaluation = 0.0  # seconds, in which nobody stops
+        self.longest_evaluation = 0.0  # seconds; a run does not stop during an evaluation
         self._requeue = False
         self._warned = False
 
     def take_note(self, number: signal.Signals) -> None:
-        """All that a signal's handler may do."""
+        """Note a signal. Safe to call in a signal handler."""
         self.asked = True
         self._requeue |= number in REQUEUE_SIGNALS
 
     def requeue(self) -> bool:
-        """Shall SLURM start the job again? If a rank was sent one of REQUEUE_SIGNALS: SIGTERM is also sent to a
-        cancelled job, and SLURM itself requeues what it preempts. Collective."""
+        """Return whether to requeue the job: whether a rank got one of REQUEUE_SIGNALS. Collective.
+
+        SIGTERM is not one of them, because cancelled jobs get it too, and SLURM itself requeues preempted jobs.
+        """
         return self.world.job is not None and any(self.world.all_gather_object(self._requeue))
 
     def too_long(self, save_seconds: float) -> str | None:
-        """A warning, once, where a stop would become a kill."""
+        """Return a warning, once, if a save may take longer than the time between a signal and the kill."""
         grace = self.world.grace
         if self._warned or grace is None or save_seconds + self.longest_evaluation <= grace:
             return None
         self._warned = True
         before = f" and an evaluation before it {self.longest_evaluation:.1f} s" if self.longest_evaluation else ""
         return (
-            f"a save takes {save_seconds:.1f} s{before}, but only {grace:g} s lie between being asked to stop and "
-            "being killed; give more (--grace, or SLURM's --signal)"
+            f"a save takes {save_seconds:.1f} s{before}, but a run is killed {grace:g} s after it is asked to stop; "
+            "allow more time (--grace, or SLURM's --signal)"
         )

@@ -1,4 +1,4 @@
-"""Finds a task's mistakes before they cost anything: in the first step, and in a trial evaluation before it."""
+"""Finds a task's mistakes early: in a trial evaluation before the first step, and in the first step."""
 
 import copy
 import math
@@ -24,32 +24,32 @@ from distrib.training.loop import train_step
 from distrib.training.pending_step import PendingStep
 from distrib.training.task_checks import check_loss, check_metrics_dict, no_metric, trial
 
-# Half the gradient, and the same total, within what the precisions round. A sum has the same gradient, or twice the
-# total, which is far from both.
+# If each sample is there twice, a mean has half the gradient of each sample and the same total; a sum has the same
+# gradient and twice the total. The tolerances allow for rounding in all precisions.
 _GRADIENT_TOLERANCE = 1e-2
 _TOTAL_TOLERANCE = 1e-4
-# The check copies the output and its gradient a few times, on their device. The logits of a language model with a
-# large vocabulary (4 x 2048 x 151,936) take 5 GB each time: what is larger than this, 40 MB in float32, is not checked.
+# The check copies the output and its gradient a few times, on their device. For a language model with a large
+# vocabulary (4 x 2048 x 151,936) each copy takes 5 GB, so larger outputs than this (40 MB in float32) are not checked.
 _MOST_ELEMENTS = 10_000_000
 
 
 def first_step(engine: Engine, task: Task, window: Window, lr: float, micro_batch_size: int) -> PendingStep:
-    """A training step that also checks the task. Raises ConfigError."""
+    """Make a training step that also checks the task. Raises ConfigError."""
     with trial():
         return train_step(engine, MeanLossCheck(task, engine.strategy, micro_batch_size), window, lr)
 
 
 def warm_up_ddp_buckets(engine: Engine, task: Task, window: Window) -> None:
-    """As Engine.warm_up_ddp_buckets, where it is the first call of the task's methods. Raises ConfigError."""
+    """Call Engine.warm_up_ddp_buckets, and report errors of the task's methods. Raises ConfigError."""
     with trial():
         engine.warm_up_ddp_buckets(task, window)
 
 
 def trial_evaluation(engine: Engine, task: Task, dataset: Dataset[Any], config: Config, record: RunLog) -> None:
-    """Evaluate two batches, and drop the result, because the first real evaluation may come hours later.
+    """Evaluate two batches and drop the result, because the first real evaluation may be hours later. Collective.
 
-    Raises ConfigError; only warns if `metrics` fails or a metric is not a number, because it may need more samples.
-    Collective.
+    Raises ConfigError. If `metrics` fails or a metric is not a number, it only warns, because more samples may be
+    needed.
     """
     batch_size = config.data.micro_batch_size
     size = min(2 * batch_size, len(dataset))  # type: ignore[arg-type]
@@ -80,12 +80,12 @@ def trial_evaluation(engine: Engine, task: Task, dataset: Dataset[Any], config: 
 
 
 class MeanLossCheck(Task):
-    """Stands in for a task in the first step, and refuses a loss that is a mean but is counted like a sum.
+    """Wraps a task in the first step, and raises ConfigError if the loss's total is a mean but its count is a size.
 
-    Such a loss trains with a gradient that is too small by the batch size. It shows if a batch holds each of its
-    samples twice: the count doubles, but the total stays. Only a clear case is refused. If a batch cannot be repeated,
-    if its output is very large, or if the loss compares samples with one another, nothing is decided. Nor is it for
-    one sample, whose mean is its sum.
+    With such a loss, the gradient is too small by a factor of the batch size. To detect it, the loss is also computed
+    for a batch with each sample twice: then the count doubles, but the total does not. Only clear cases are refused.
+    Nothing is decided if the batch cannot be repeated or has one sample, if the output is very large, or if the loss
+    compares samples with one another.
     """
 
     def __init__(self, task: Task, strategy: Strategy, size: int) -> None:
@@ -111,9 +111,9 @@ class MeanLossCheck(Task):
             mean = self._mean_by_gradient(output, batch)
         except _TooLargeError:
             return
-        except Exception:  # what cannot handle a batch of another size leaves it undecided
+        except Exception:  # the loss may not accept a batch of another size
             mean = None
-        if mean is None and not self.strategy.forward_is_collective:  # which must not fail on one rank alone
+        if mean is None and not self.strategy.forward_is_collective:  # otherwise a failure on one rank blocks the rest
             with suppress(Exception):
                 mean = self._mean_by_total(batch)
         if mean:
@@ -124,7 +124,8 @@ class MeanLossCheck(Task):
             )
 
     def _mean_by_gradient(self, output: Any, batch: Any) -> bool | None:
-        """Compare the gradients with respect to the output. Needs no forward, and sees the samples' part alone."""
+        """Compare the gradients with respect to the output. Needs no forward, and ignores terms such as
+        regularisers."""
         gradients, counts = [], []
         for times in (1, 2):
             leaves: list[Tensor] = []
@@ -141,7 +142,7 @@ class MeanLossCheck(Task):
         return difference < _GRADIENT_TOLERANCE * norm and _doubles(*counts)
 
     def _mean_by_total(self, batch: Any) -> bool:
-        """Compare the totals, without dropout: for a model that computes the loss itself."""
+        """Compare the totals in evaluation mode, for a model that computes the loss itself."""
         model = self.strategy.evaluation_model
         was_training = model.training
         model.eval()
@@ -154,7 +155,7 @@ class MeanLossCheck(Task):
         finally:
             model.train(was_training)
         total, change = float(once.total), abs(float(twice.total) - float(once.total))
-        # A total that does not depend on the samples (a large regulariser, zeros) says nothing.
+        # Nothing follows from a total that does not depend on the samples (a large regulariser, zeros).
         depends = abs(float(half.total) - total) > 10 * _TOTAL_TOLERANCE * abs(total)
         same = change <= _TOTAL_TOLERANCE * abs(total)
         return depends and same and _doubles(float(once.count), float(twice.count))
@@ -165,8 +166,10 @@ class MeanLossCheck(Task):
 
 @contextmanager
 def _copies_of_buffers(model: nn.Module) -> Iterator[None]:
-    """Within, forwards change copies of the model's buffers. Then it has its own again, not even written to: by that
-    one knows what the training forward changed."""
+    """Give the model copies of its buffers, and put the originals back on exit.
+
+    The originals are not even written to, because writing would change the versions that training/buffers.py compares.
+    """
     before = [(module, dict(module._buffers)) for module in model.modules()]
     copies: dict[int, Tensor] = {}  # a tensor that two modules share stays one
     for module, buffers in before:
@@ -186,7 +189,7 @@ class _TooLargeError(Exception):
 
 
 def _norm(part: Tensor) -> float:
-    """Computed where the tensor lies: only the number leaves the device."""
+    """Compute the norm on the tensor's device, at least in float32."""
     wide = torch.promote_types(part.dtype, torch.float32)
     return float(torch.linalg.vector_norm(part.to(wide)))
 
@@ -196,9 +199,11 @@ def _doubles(once: float, twice: float) -> bool:
 
 
 def _taken(value: Any, size: int, times: float, leaves: list[Tensor] | None = None) -> Any:
-    """A copy in which each tensor with `size` rows has them `times` as often. With `leaves`: floating ones get a
-    gradient, and are added to it. Raises ValueError if it is unclear what a part has to do with the samples, and
-    _TooLargeError if a tensor that may get a gradient is too large."""
+    """Return a copy in which each tensor with `size` rows has `times` as many: the rows repeated or cut off.
+
+    If `leaves` is given, floating-point tensors require a gradient and are appended to it. Raises ValueError if it is
+    unclear how a part relates to the samples, and _TooLargeError if a tensor that may get a gradient is too large.
+    """
     if isinstance(value, Tensor):
         if leaves is not None and value.numel() > _MOST_ELEMENTS:
             raise _TooLargeError
@@ -217,7 +222,7 @@ def _taken(value: Any, size: int, times: float, leaves: list[Tensor] | None = No
         parts = {key: _taken(part, size, times, leaves) for key, part in value.items()}
         if type(value) is dict:
             return parts
-        other = copy.copy(value)  # of a class of its own, such as transformers' ModelOutput
+        other = copy.copy(value)  # another mapping class, such as transformers' ModelOutput
         for key, part in parts.items():
             other[key] = part  # type: ignore[index]
         return other

@@ -1,13 +1,14 @@
-"""Running statistics of batch and instance normalisation, as if one process ran a step's micro-batches in order.
+"""Merges running statistics of batch and instance normalisation as if one process ran all micro-batches in order.
 
-A forward changes a running statistic by `running = (1 - momentum) * running + momentum * statistic`. Several forwards
-in a row therefore make `keep ** n * running + effect` of it: `n` is the number of forwards, `keep` is `1 - momentum`,
-and `effect` does not depend on `running`. So every micro-batch begins with the step's first value, its effect is
-computed from what it left, and effects are joined in the order of the micro-batches, whatever rank they come from.
-With `momentum=None` torch keeps the mean over all forwards: there `n * mean` is the sum to which each forward adds.
+A forward updates a running statistic by `running = (1 - momentum) * running + momentum * statistic`. After `n` forwards
+its value is `keep ** n * running + effect`, where `keep` is `1 - momentum` and `effect` does not depend on `running`.
+So every micro-batch starts with the value from the start of the step, and its effect is computed from the value after
+it. The effects of all ranks are combined in the order of the micro-batches. With `momentum=None`, torch keeps the mean
+over all forwards; then `n * mean` is a sum to which each forward adds.
 
-Effects are joined in a binary tree and in float64, so that any number of processes gives the same bits if each has a
-power of two of micro-batches, as `train.determinism: bitwise` asks, and the same within rounding otherwise.
+Effects are combined in a binary tree in float64. If each rank has a power of two of micro-batches, as
+`train.determinism: bitwise` requires, the result has the same bits for any number of processes; else it agrees within
+rounding.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ from distrib.processes.world import World
 
 
 def has_running_statistics(module: nn.Module) -> bool:
-    """Is it a normalisation of torch's that follows the rule above?"""
+    """Return whether the module is a torch normalisation layer that follows the update rule above."""
     return (
         isinstance(module, _BatchNorm | _InstanceNorm)
         and module.track_running_stats
@@ -34,7 +35,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class RunningStatistics:
-    """The running statistics of some normalisations, as one vector: means and variances, then numbers of forwards."""
+    """The running statistics of some layers as one vector: all means and variances, then the numbers of forwards."""
 
     def __init__(self, world: World, norms: list[Any]) -> None:
         self._world, self._norms = world, norms
@@ -47,7 +48,7 @@ class RunningStatistics:
                 norm.register_forward_hook(_count_forward)
 
     def begin(self) -> None:
-        """Take the statistics as they are for those that every micro-batch of the step begins with."""
+        """Record the current statistics, with which every micro-batch of the step starts."""
         self._start = self._read()
         self._partial.clear()
         if self._momenta != (momenta := [norm.momentum for norm in self._norms]):
@@ -55,10 +56,10 @@ class RunningStatistics:
             self._describe()
 
     def add(self) -> None:
-        """After the forward of a micro-batch: compute its effect, and join it to those before."""
+        """Compute the effect of a micro-batch after its forward, and combine it with the effects before."""
         start, now = self._start, self._read()
         counted = (now - start)[-len(self._norms) :]
-        # A class derived from torch's may change its statistics without counting.
+        # A subclass of a torch layer may update its statistics without counting the forward.
         changed = torch.zeros_like(counted).scatter_reduce_(0, self._norm, (now != start).to(self._dtype), "amax")
         now[-len(self._norms) :] = start[-len(self._norms) :] + torch.maximum(counted, changed)
         effect = now * self._weight(now) - self._kept(start * self._weight(start), self._num(now - start))
@@ -69,7 +70,7 @@ class RunningStatistics:
         self._partial.append((level, effect))
 
     def send(self) -> None:
-        """After the last micro-batch of this rank: give the effect of all of them to the other ranks."""
+        """Start to send the effect of this rank's micro-batches to the other ranks, after the last of them."""
         effect = self._partial.pop()[1]
         while self._partial:
             effect = self._joined(self._partial.pop()[1], effect)
@@ -79,7 +80,7 @@ class RunningStatistics:
             self._work = dist.all_gather(self._effects, effect, async_op=True)
 
     def write_merged(self, applied: bool | Tensor) -> None:
-        """Make the step's effect on the statistics, if the step was applied."""
+        """Write the statistics after the step, if the step was applied."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -87,7 +88,7 @@ class RunningStatistics:
             return
         effects = self._effects
         while len(effects) > 1:
-            pairs = [effects[place : place + 2] for place in range(0, len(effects), 2)]
+            pairs = [effects[index : index + 2] for index in range(0, len(effects), 2)]
             effects = [self._joined(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
         start, effect = self._start, effects[0]
         num = self._num(effect)
@@ -96,24 +97,24 @@ class RunningStatistics:
         self._write(torch.where(used if isinstance(applied, bool) else used & applied, merged, start))
 
     def _joined(self, first: Tensor, then: Tensor) -> Tensor:
-        """The effect of some micro-batches, and then of others."""
+        """Return the effect of some micro-batches followed by others."""
         return self._kept(first, self._num(then)) + then
 
     def _kept(self, values: Tensor, num: Tensor) -> Tensor:
-        """What `num` forwards leave of `values`."""
+        """Return the part of `values` that is left after `num` forwards."""
         return values * self._keep**num
 
     def _num(self, values: Tensor) -> Tensor:
-        """For each element the number of forwards."""
+        """Return the number of forwards for each element."""
         return values[-len(self._norms) :][self._norm]
 
     def _weight(self, values: Tensor) -> Tensor:
-        """By which a statistic is multiplied to be a sum: with momentum 1, without it the number of forwards so far."""
+        """Return the factor that turns a statistic into a sum: 1 with momentum, else the number of forwards so far."""
         return torch.where(self._cumulative, self._num(values), 1.0)
 
     def _describe(self) -> None:
-        """For each element of the vector: whose it is, how much a forward keeps of it, and whether it is a mean over
-        all forwards."""
+        """Compute for each element of the vector: the index of its layer (`_norm`), the factor that a forward
+        multiplies it by (`_keep`), and whether it is a mean over all forwards (`_cumulative`)."""
         device, momenta = self._start.device, self._momenta
         sizes = torch.tensor([2 * len(norm.running_mean) for norm in self._norms])
         norm = torch.arange(len(sizes))
@@ -142,6 +143,6 @@ class RunningStatistics:
 
 
 def _count_forward(norm: Any, *_: object) -> None:
-    """Instance normalisation has a number of forwards, too, but does not count."""
+    """Count a forward of an instance normalisation, because torch has the counter but does not increase it."""
     if norm.training:
         norm.num_batches_tracked.add_(1)

@@ -1,5 +1,5 @@
-"""What the methods of a Task must return. Each check raises a ConfigError that names the method, what it returned and
-what it should return."""
+"""Checks what the methods of a Task return. Each check raises a ConfigError that names the method, what it returned
+and what it should return."""
 
 import dataclasses
 import numbers
@@ -20,13 +20,13 @@ from distrib.processes.failures import is_collective
 from distrib.task import Loss, Task
 from distrib.tracebacks import first_line, users_lines
 
-_NO_DATASETS = (tuple, Mapping, str, bytes, nn.Module)  # a tuple of arrays would be a dataset of two samples
+_NO_DATASETS = (tuple, Mapping, str, bytes, nn.Module)  # (inputs, targets) would look like a dataset of two samples
 _DEVICE_FAULTS = ("out of memory", "cuda error", "cublas", "cudnn", "hip error", "nccl")
 _METHODS = ("forward", "loss", "predict", "metrics")
 
 
 def check_dataset(value: Any, method: str) -> Dataset[Any]:
-    """Of train_dataset and eval_dataset: a Dataset, or what can be used like one, such as a list of samples."""
+    """Check what train_dataset or eval_dataset returned: a Dataset, or an object used like one, such as a list."""
     if isinstance(value, DataLoader):
         raise ConfigError(
             f"task.{method}: returned a DataLoader; return its dataset, because distrib makes the batches itself "
@@ -46,7 +46,7 @@ def check_dataset(value: Any, method: str) -> Dataset[Any]:
             "__getitem__, because each sample is evaluated once, whatever the number of processes"
         )
     if not isinstance(value, Sized):
-        raise ConfigError(f"task.{method}: {type(value).__name__} has no __len__; its order could not be repeated")
+        raise ConfigError(f"task.{method}: {type(value).__name__} has no __len__; its order could not be reproduced")
     return value  # type: ignore[return-value]
 
 
@@ -64,7 +64,7 @@ def check_blocks(value: Any) -> list[nn.Module]:
 
 
 def check_optimizer(value: Any) -> Optimizer | None:
-    """A wrapper around an optimizer is taken, too, if it has what torch's have."""
+    """Check for an optimizer or None. A wrapper with the attributes of a torch optimizer is accepted too."""
     if value is not None and not all(hasattr(value, name) for name in ("param_groups", "state", "step")):
         raise ConfigError(
             f"task.optimizer: returned {describe(value)}; return a torch.optim.Optimizer alone (the schedule is the "
@@ -74,9 +74,9 @@ def check_optimizer(value: Any) -> Optimizer | None:
 
 
 def check_loss(value: Any, for_training: bool = False) -> Loss:
-    """Return it with a count that is an int, a float or a tensor. `for_training`: the total needs a gradient.
+    """Return the loss, with a count that is an int, a float or a tensor. `for_training`: the total needs a gradient.
 
-    Cheap: called for each micro-batch, and never waits for a device.
+    This is cheap enough for each micro-batch, and never waits for a device.
     """
     wanted = "return distrib.Loss(sum of the losses, number of items)"
     if not isinstance(value, Loss):
@@ -102,7 +102,7 @@ def check_loss(value: Any, for_training: bool = False) -> Loss:
 
 
 def check_rows(value: Any, size: int) -> dict[str, Tensor | list[Any]]:
-    """Of predict, for a batch of `size` samples."""
+    """Check what predict returned for a batch of `size` samples."""
     wanted = "a tensor or a list (of strings, of tensors of different lengths) with one entry a sample"
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ConfigError(f"task.predict: returned {describe(value)}; return a dict that gives each name {wanted}")
@@ -122,7 +122,7 @@ def check_metrics_dict(value: Any) -> None:
 
 
 def check_metrics(value: Any) -> dict[str, float]:
-    """The metrics as floats; a tensor or array with one element is a number."""
+    """Return the metrics as floats. A tensor or array with one element counts as a number."""
     check_metrics_dict(value)
     if (wrong := no_metric(value)) is not None:
         raise ConfigError(f"task.metrics: {wrong}")
@@ -130,7 +130,7 @@ def check_metrics(value: Any) -> dict[str, float]:
 
 
 def no_metric(metrics: Mapping[str, Any]) -> str | None:
-    """Say which of them is not one number; None if all are."""
+    """Describe the first metric that is not one number; None if all are."""
     for key, number in metrics.items():
         if not isinstance(key, str) or isinstance(number, str) or not _is_number(number):
             return f"{key!r} is {describe(number)}; give each name one number"
@@ -139,9 +139,9 @@ def no_metric(metrics: Mapping[str, Any]) -> str | None:
 
 @contextmanager
 def trial() -> Iterator[None]:
-    """Around the first calls of a run: what a task's method raises is the user's input, so it becomes a ConfigError.
+    """Turn an exception from a task's method into a ConfigError, around the first calls of a run.
 
-    What another start may mend stays what it is: a lost connection, too little memory, a fault of the device.
+    Errors that may not recur on another start are left unchanged: a lost connection, lack of memory, a device fault.
     """
     try:
         yield
@@ -151,7 +151,7 @@ def trial() -> Iterator[None]:
         frame = _method_frame(error)
         if frame is None or is_collective(error) or any(word in str(error).lower() for word in _DEVICE_FAULTS):
             raise
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # its own words are the best
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # torch's own message is better
             raise
         raise ConfigError(_failure(error, frame)) from error
 
@@ -171,14 +171,14 @@ def _failure(error: Exception, frame: FrameType) -> str:
 
 
 def _method_frame(error: Exception) -> FrameType | None:
-    """The innermost method of a task that the exception went through."""
+    """Return the frame of the innermost task method that the exception passed through."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name in _METHODS]
     of_tasks = [frame for frame in frames if isinstance(frame.f_locals.get("self"), Task)]
     return of_tasks[-1] if of_tasks else None
 
 
 def _plain(count: Any) -> int | float:
-    """Of numpy's or another library's number: an int only if its type is one of whole numbers."""
+    """Convert a number of numpy or another library to an int, if its type is integral, or to a float."""
     number = count.item() if hasattr(count, "item") else count
     return int(number) if isinstance(number, numbers.Integral) else float(number)
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, and how much work it is. Nothing here waits for a device."""
+"""Measures the time of a step's parts, memory, and the FLOPs of a step. Nothing here waits for a device."""
 
 import copy
 import resource
@@ -19,9 +19,9 @@ from distrib.tracebacks import first_line
 if TYPE_CHECKING:
     from distrib.training.engine import Engine
 
-EVERY_STEPS = 100  # how often `sampled` is looked at: what it asks costs more than a step should
-_FORWARDS = 3  # a backward is twice the work of its forward
-# Dense FLOP/s in bf16 and fp16, as the vendors state them, by a part of the device's name. Not run here.
+EVERY_STEPS = 100  # how often `sampled` is called, because it is too slow for every step
+_FORWARDS = 3  # a backward takes twice the FLOPs of its forward
+# Dense bf16 and fp16 FLOP/s from the vendors' data sheets, by a part of the device's name. Not run here.
 _PEAKS = {
     "B200": 2250e12,
     "H200 NVL": 835e12,
@@ -38,17 +38,16 @@ _PEAKS = {
 
 
 class Clock:
-    """Divides a step's time on the host: `lap` says what the time since the last one was spent on.
+    """Splits the host time of a step into parts. `lap(part)` adds the time since the previous lap to that part.
 
-    On an accelerator the host runs ahead, and waits for a step when it has sent the next: what the parts say there is
-    the host's own time, and where it waits for data the device may still have work.
+    On a GPU these are host times: kernels run asynchronously, so time spent waiting for data may overlap with GPU work.
     """
 
     def __init__(self) -> None:
         self.start()
 
     def start(self) -> None:
-        """A step begins now."""
+        """Begin a step."""
         self._began = self._last = time.perf_counter()
         self._spent = {"data": 0.0, "forward_backward": 0.0, "optimizer": 0.0}
 
@@ -58,7 +57,7 @@ class Clock:
         self._last = now
 
     def seconds(self) -> dict[str, float]:
-        """Of the step, and of its parts; the rest is forward and backward."""
+        """Return the seconds of the step and of its parts. The remainder is forward and backward."""
         return {
             "seconds": round(time.perf_counter() - self._began, 6),
             "data_seconds": round(self._spent["data"], 6),
@@ -67,8 +66,8 @@ class Clock:
 
 
 def sampled(engine: "Engine") -> dict[str, float]:
-    """Of this rank: the most memory that it had at a time, in bytes (on a CPU, of the process), and what its gradients
-    waited for one another, where that is known."""
+    """Return this rank's `peak_memory` in bytes (on a CPU: of the process), and `communication_seconds`, the time spent
+    on reducing gradients, if the strategy measures it."""
     if engine.device.type == "cpu":
         unit = 1 if sys.platform == "darwin" else 1024
         values: dict[str, float] = {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
@@ -81,8 +80,10 @@ def sampled(engine: "Engine") -> dict[str, float]:
 def work(
     task: Task, module: nn.Module, source: Source, mixed_precision: str, warn: Callable[[str], None]
 ) -> dict[str, float]:
-    """`flops_per_step`, on all ranks, and `peak_flops` a second, of all devices; nothing if one is not known, and
-    `warn` is told if that is because of the task."""
+    """Return `flops_per_step` over all ranks and `peak_flops`, the FLOP/s of all devices; empty if one is unknown.
+
+    `warn` is called if the task's forward is the reason.
+    """
     world = source.world
     if world.device.type == "cpu" or mixed_precision == "no":
         return {}
@@ -93,9 +94,10 @@ def work(
 
 
 def flops_per_step(task: Task, module: nn.Module, source: Source, warn: Callable[[str], None]) -> float | None:
-    """Of matrix products and convolutions, forward and backward, over the whole window; None where it can't be counted.
+    """Count the FLOPs of matrix products and convolutions in a whole step, forward and backward. None if unknown.
 
-    Counted in a forward on torch's meta device, where nothing is computed; one that looks at values cannot go there.
+    The count is made in a forward on torch's meta device, where nothing is computed. A forward that depends on values
+    fails there; then `warn` is called.
     """
     if (batch := source.some_batch()) is None:
         return None
@@ -110,7 +112,7 @@ def flops_per_step(task: Task, module: nn.Module, source: Source, warn: Callable
 
 
 def _on_meta(module: nn.Module) -> nn.Module:
-    """A copy, of which nothing lies in memory; the user's own does not notice."""
+    """Return a copy on the meta device, which takes no memory for tensors."""
     own: list[Tensor] = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(tensor): _like(tensor) for tensor in own})
 

@@ -1,4 +1,4 @@
-"""Assembles a run from its config, and says when to evaluate, to save and to stop."""
+"""Assembles a run from its config, runs the training loop, and decides when to evaluate, save and stop."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -42,11 +42,11 @@ from distrib.training.step_log import StepLog
 
 
 class Trainer:
-    """Trains a task as its config says, in as many processes as the launcher started.
+    """Trains a task as its config says, in the processes that the launcher started.
 
-    What can be refused is refused on construction, before anything is written and, unless the task has a `prepare`,
-    before the processes join: ConfigError, LaunchError.
-    The run folder is `run_dir`, or runs/NAME; in a sweep of wandb's runs/sweep-ID/RUN.
+    The constructor checks all input and raises ConfigError or LaunchError, before anything is written and, unless the
+    task has a `prepare`, before the processes join. The run folder is `run_dir` or runs/NAME; in a wandb sweep,
+    runs/sweep-ID/RUN.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class Trainer:
         observers: Sequence[Observer] = (),
         verbosity: Verbosity = "normal",
     ) -> None:
-        """`resume`: auto, never or a checkpoint's path; `fork`: begin a new run from another run's checkpoint, with
-        `reset_optimizer` without its optimizer state; `moved`: keys like task.data that may differ from the run's
-        earlier starts, if the data's fingerprint does not; `observers`: look on at rank 0, beside the config's;
-        `verbosity`: what rank 0 shows."""
+        """`resume`: auto, never or a checkpoint's path. `fork`: begin a new run from another run's checkpoint.
+        `reset_optimizer`: fork without the optimizer's state. `moved`: config keys like task.data that may have changed
+        since earlier starts, if the data have the same fingerprint. `observers`: called on rank 0, in addition to those
+        in the config. `verbosity`: what rank 0 prints."""
         self.task, self.resume = task, resume
         self.written = config  # for the run folder; training reads `self.config`, in which the strategy is resolved
         path = Path(run_dir) if run_dir is not None else Path("runs", *(in_sweep() or [config.name]))
@@ -74,7 +74,7 @@ class Trainer:
         self.world = World.detect()
         if self.world.is_rank_0:
             require_trackers(config.tracking)
-        looking_on = build.observers(config, observers) if self.world.is_rank_0 else []
+        all_observers = build.observers(config, observers) if self.world.is_rank_0 else []
         self.strategy = registry.resolve(config, self.world)
         self.config = config = self.strategy.config
         build.prepare(task, config, self.world)
@@ -90,21 +90,21 @@ class Trainer:
         if config.train.compile:
             compile.require_tools(config.train.compile, self.world)
         self.make_optimizer = build.optimizer_maker(task, config)
-        optimizer = self.make_optimizer(trainable(self.module))  # refuses what it refuses now; another one trains
+        optimizer = self.make_optimizer(trainable(self.module))  # checks the config; another one trains
         own = type(task).optimizer is not Task.optimizer
         self.ignored_keys = ignored_keys(config.optim, optimizer) if own else None
-        if self.ignored_keys and not self.run.has_begun():  # a run that began before this was refused may go on
+        if self.ignored_keys and not self.run.has_begun():  # older versions allowed it, and such a run may resume
             raise ConfigError(self.ignored_keys)
-        self.run_log = RunLog(self.run, self.world, config, self.plan, looking_on, verbosity)
+        self.run_log = RunLog(self.run, self.world, config, self.plan, all_observers, verbosity)
         self.preemption = Preemption(self.world)
         self.first_step = 0  # of this process
         self.step_log = StepLog(self.run_log, self.plan, self.strategy.name, config.train)
 
     def fit(self) -> dict[str, Any]:
-        """Train, evaluate, save; returns the summary, the same on every rank.
+        """Train, evaluate and save. Return the summary, the same on every rank.
 
-        Where the run folder holds the finished run of this very config, its summary is returned at once; where it
-        holds one that did not reach its end, training goes on from the newest checkpoint that is whole.
+        If the run folder holds this run and it has finished, its summary is returned at once. If it has not, training
+        resumes from the newest valid checkpoint.
         """
         self.world.connect(self.config.strategy.timeout)
         cross_rank_checks.require_same_config(self.world, self.config)
@@ -122,7 +122,7 @@ class Trainer:
         finally:
             self.run.release()
         self.world.shutdown()
-        self.run_log.close("finished")  # rank 0 may wait for trackers, the others need not
+        self.run_log.close("finished")  # only rank 0 waits for trackers
         self.run_log.say(format_summary(self.run.path, summary, what))
         return summary
 
@@ -150,7 +150,7 @@ class Trainer:
             self.run_log.warn(self.ignored_keys)
         for doubt in self.plan.doubts(self.config):
             self.run_log.warn(doubt)
-        chain = self._go_on(engine)
+        chain = self._resume(engine)
         self.module.train()
         if engine.strategy.learns_from_its_first_backward and 0 < self.first_step < self.plan.num_steps:
             probe.warm_up_ddp_buckets(engine, self.task, next(self.source.windows(self.first_step)))
@@ -167,15 +167,15 @@ class Trainer:
                 steps_done = window.step + 1
                 with tuning.no_collection():
                     step = self._step(engine, window)
-                stop = self.step_log.flush()  # what came of the step before: the device is busy with this one
+                stop = self.step_log.flush()  # the previous step's result, read while the device computes this step
                 evaluate = self.eval_dataset is not None and self._is_due(self.config.eval.every_steps, steps_done)
                 save = self._is_due(self.config.checkpoint.every_steps, steps_done)
                 if evaluate or save or stop:
-                    step.wait()  # as part of its own time
+                    step.wait()  # count the wait in this step's time
                 self.step_log.submit(window.step, step, self._seconds(engine, window.step))
                 if evaluate or save or stop:
                     stop |= self.step_log.flush()
-                if save:  # before the evaluation, whose mistakes must not cost what was trained
+                if save:  # before the evaluation, so that an error there loses no training
                     self._save(engine, saver, steps_done)
                 if evaluate:
                     with saver.completed_first():
@@ -188,8 +188,8 @@ class Trainer:
             self._report_saves(saver)
             return self.world.on_rank_0(self._finish)
 
-    def _go_on(self, engine: Engine) -> str:
-        """Take over where this run was interrupted, if it was; returns the ledger's chain there. Collective."""
+    def _resume(self, engine: Engine) -> str:
+        """Resume an interrupted or forked run, if this is one. Return the ledger's chain at that step. Collective."""
         reset_optimizer = False
         if self.checkpoint is not None and self.origin is None:
             found: ResumePoint | None = verified(self.checkpoint, self.world, self.run)
@@ -207,7 +207,7 @@ class Trainer:
         return GENESIS if found is None else str(found.manifest["chain"])
 
     def _rewind(self, found: ResumePoint | None) -> None:
-        """The run folder, to where we go on."""
+        """Remove what the run folder has after the step that the run resumes from."""
         if found is not None and found.ours:
             lost = self.run.rewind(self.first_step, found.manifest, found.led)
         else:
@@ -221,7 +221,7 @@ class Trainer:
             self.run_log.warn(reason)
 
     def _before_training(self, engine: Engine) -> None:
-        """Make an evaluation that a stop kept from being made after its step was saved, or else try one. Collective."""
+        """Make the evaluation that is missing if the run stopped between a save and it, else a trial. Collective."""
         if self.eval_dataset is None:
             return
         step = self.first_step
@@ -249,7 +249,7 @@ class Trainer:
         saver.save(steps_done, engine.strategy.shards(), manifest)
 
     def _stop(self, engine: Engine, saver: Saver, steps_done: int, saved: bool) -> None:
-        """Save, where that is not just done, put the job back into SLURM's queue, and end with exit code 75."""
+        """Save unless that is just done, requeue the SLURM job if needed, and raise Preempted (exit code 75)."""
         if not saved:
             self._save(engine, saver, steps_done)
         saver.wait()
@@ -258,7 +258,7 @@ class Trainer:
         self.run_log.event("preempted", step=steps_done, requeue=requeue)
         self.run_log.close("preempted")
         stopped = f"{self.run.path}: asked to stop; saved after step {steps_done}"
-        if requeue and self.world.is_rank_0:  # before a task ends, or srun would end the others
+        if requeue and self.world.is_rank_0:  # before a process ends, because srun would then kill the others
             self.run_log.say(f"{stopped}, {slurm.requeue(str(self.world.job))}")
         self.world.shutdown()
         raise Preempted(stopped if requeue else f"{stopped}, start it again to go on")
@@ -277,7 +277,7 @@ class Trainer:
         return engine.base_rate * learning_rate_factor(clock, optim.schedule, optim.warmup_steps, self.plan.num_steps)
 
     def _seconds(self, engine: Engine, step: int) -> dict[str, float]:
-        """Where a step's time went, and now and then what else is known of it."""
+        """Return the time of a step's parts, and once every 100 steps also memory and communication."""
         seconds = engine.clock.seconds()
         return {**seconds, **timing.sampled(engine)} if (step - self.first_step) % timing.EVERY_STEPS == 1 else seconds
 

@@ -225,5 +225,5 @@ def test_a_save_that_does_not_fit_the_grace_period(mark: str, tmp_path: Path) ->
     said, _ = launcher.communicate(timeout=100)
     warnings = [line for line in said.splitlines() if line.startswith("warning: a save takes ")]
     assert len(warnings) == 1, said
-    assert "but only 0.01 s lie between being asked to stop and being killed" in warnings[0]
+    assert "but a run is killed 0.01 s after it is asked to stop" in warnings[0]
     assert events(tmp_path / "runs" / "run").count("warning") == 1

@@ -128,7 +128,7 @@ def warnings(run: Path) -> list[str]:
     [
         ("new", r"forward made the buffer 1\.0\.b, which a new model does not have"),
         ("none", r"forward made the buffer 1\.0\.b, which a new model does not have"),
-        ("shape", r"forward made the buffer 1\.0\.b one of the shape \[4\], where a new model has the shape \[2\]"),
+        ("shape", r"forward made the buffer 1\.0\.b a tensor of shape \[4\], but a new model has shape \[2\]"),
     ],
 )
 def test_a_buffer_of_which_no_checkpoint_could_be_loaded(tmp_path: Path, how: str, said: str) -> None:
