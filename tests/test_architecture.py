@@ -59,7 +59,7 @@ def section(heading: str) -> str:
     return PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
-def test_the_layers_are_those_that_the_imports_keep() -> None:
+def test_the_page_lists_the_layers_of_test_imports() -> None:
     listed = re.search(r"(?:^    \S.*\n)+", PAGE, re.MULTILINE)
     assert listed is not None
     shown = [set(line.strip().split(", ")) for line in listed.group().splitlines()]

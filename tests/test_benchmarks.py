@@ -17,7 +17,7 @@ def test_peers_compute_the_same_and_take_turns(run: Run) -> None:
         assert f"| {contender} |" in said
 
 
-def test_those_who_resume_where_they_were_are_told_from_those_who_do_not(run: Run) -> None:
+def test_the_benchmark_detects_who_resumes_at_the_right_sample(run: Run) -> None:
     script = ROOT / "benchmarks" / "resuming.py"
     said = check(run("python", script, "--only", "late", "--rounds", 1, "--small", timeout=850))
     assert "## late: resumed at step " in said

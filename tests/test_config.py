@@ -30,7 +30,7 @@ def test_defaults_then_file_then_overrides(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_the_configs_that_come_along_are_valid_and_survive_a_dump(path: Path, tmp_path: Path) -> None:
+def test_the_configs_of_the_repository_are_valid_and_can_be_dumped(path: Path, tmp_path: Path) -> None:
     config = Config.load(path)
     (tmp_path / "again.yaml").write_text(config.dump())
     assert Config.load(tmp_path / "again.yaml") == config
@@ -47,7 +47,7 @@ def test_the_configs_that_come_along_are_valid_and_survive_a_dump(path: Path, tm
         st.lists(st.integers(0, 9)),
     ),
 )
-def test_a_dump_reads_back_as_it_was(
+def test_a_dump_reads_back_to_an_equal_config(
     tmp_path_factory: pytest.TempPathFactory, lr: float, precision: str, argument: object
 ) -> None:
     config = Config.from_dict(
@@ -68,7 +68,7 @@ def test_an_override_of_the_length_replaces_the_files(tmp_path: Path) -> None:
     assert "epochs: 2 and steps: 3" in message(tmp_path, "train: {epochs: 5}", "train={epochs: 2, steps: 3}")
 
 
-def test_words_are_words_and_numbers_numbers(tmp_path: Path) -> None:
+def test_scalars_are_read_without_surprises(tmp_path: Path) -> None:
     config = load(tmp_path, "train: {steps: 1, mixed_precision: no}\ntask: {target: a:B, x: off, y: 1e-3, z: true}")
     assert config.train.mixed_precision == "no"
     assert config.task is not None
@@ -117,14 +117,12 @@ STEPS = "train: {steps: 1}\n"
         ("x: !!python/object/apply:os.system [ls]", (), ["not valid YAML"]),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(
-    tmp_path: Path, text: str, overrides: tuple[str, ...], parts: list[str]
-) -> None:
+def test_errors_are_one_line(tmp_path: Path, text: str, overrides: tuple[str, ...], parts: list[str]) -> None:
     line = message(tmp_path, text, *overrides)
     assert [part for part in parts if part not in line] == [], line
 
 
-def test_a_config_that_is_not_there() -> None:
+def test_a_missing_config_file() -> None:
     with pytest.raises(ConfigError, match=r"nowhere.yaml: cannot read the config: No such file"):
         Config.load("nowhere.yaml")
 
@@ -144,14 +142,14 @@ def test_a_run_is_named_after_its_file(tmp_path: Path, file: str, name: str) -> 
 
 
 @pytest.mark.parametrize("file", ["обучение.yaml", "模型 2.yaml", "-.yaml"])
-def test_a_file_that_cannot_name_a_run_is_named_instead(tmp_path: Path, file: str) -> None:
+def test_a_file_name_that_cannot_name_a_run_is_refused(tmp_path: Path, file: str) -> None:
     (tmp_path / file).write_text(STEPS)
     with pytest.raises(ConfigError, match=rf"{file}: the run cannot be named after the file.*name=my-run"):
         Config.load(tmp_path / file)
     assert Config.load(tmp_path / file, ["name=mine"]).name == "mine"
 
 
-def test_function_leaves_out_what_only_changes_speed() -> None:
+def test_the_identity_has_no_keys_that_only_change_speed() -> None:
     base = {"train": {"steps": 1}, "task": {"target": "a:B"}}
     one = Config.from_dict(base)
     other = Config.from_dict({**base, "data": {"num_workers": 3}, "eval": {"every_steps": 9}, "name": "x"})

@@ -143,7 +143,7 @@ STEPS = "train: {steps: 1}\n"
     ],
     ids=range(25),
 )
-def test_what_the_fuzzer_found(tmp_path: Path, text: str, said: str) -> None:
+def test_errors_that_the_fuzzer_found(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "my.yaml").write_text(f"{STEPS}{text}")
     with pytest.raises(ConfigError) as error:
         Config.load(tmp_path / "my.yaml")
@@ -151,7 +151,7 @@ def test_what_the_fuzzer_found(tmp_path: Path, text: str, said: str) -> None:
     assert str(error.value).isprintable()
 
 
-def test_values_that_only_python_has() -> None:
+def test_values_that_yaml_cannot_hold_are_refused() -> None:
     values: dict[str, Any] = {"train": {"steps": 1}, "task": {"target": "a:B"}}
     loop: list[Any] = []
     loop.append(loop)
@@ -170,7 +170,7 @@ def test_values_that_only_python_has() -> None:
     assert given.task.arguments == {"x": [1, "a/b"]}
 
 
-def test_words_that_this_yaml_reads_as_they_stand(tmp_path: Path) -> None:
+def test_words_that_stay_strings(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(
         f"{STEPS}task: {{target: a:B, date: 2026-01-01, octal: 017, hex: 0x10, time: 1:30, big: 1_000, e: 1e3, "
         "s: '1e3', on: &a [1], off: *a, far: -.inf}"

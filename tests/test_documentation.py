@@ -66,7 +66,7 @@ def test_distrib_installs_into_an_environment_of_ones_own(mark: str, tmp_path: P
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_are_valid(page: Path) -> None:
     for target, anchor in LINK.findall(page.read_text()):
         if "://" not in target:
             linked = page.parent / target
@@ -91,7 +91,7 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_tables_are_whole(page: Path) -> None:
+def test_tables_have_a_header(page: Path) -> None:
     """Each run of lines that begin with | has its header line: a blank line within a table would cut it in two."""
     for table in re.findall(r"(?:^\|.*\n?)+", _without_blocks(page), re.MULTILINE):
         rows = table.splitlines()

@@ -73,7 +73,7 @@ def test_a_missing_library_is_one_line(
     assert sorted(path.name for path in tmp_path.iterdir()) == before, "work had started"
 
 
-def test_rows_that_a_task_of_ones_own_reads(run: Run, tmp_path: Path) -> None:
+def test_a_users_task_that_reads_rows_needs_the_extra(run: Run, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "reads.py").write_text(
         "import distrib\n"
@@ -89,7 +89,7 @@ def test_rows_that_a_task_of_ones_own_reads(run: Run, tmp_path: Path) -> None:
     )
 
 
-def test_a_metric_is_all_that_needs_torchmetrics(run: Run, tmp_path: Path) -> None:
+def test_only_metrics_need_torchmetrics(run: Run, tmp_path: Path) -> None:
     config = yaml.safe_load((ROOT / "configs" / "diabetes.yaml").read_text())
     del config["task"]["metrics"]
     (tmp_path / "diabetes.yaml").write_text(yaml.safe_dump(config))
@@ -97,7 +97,7 @@ def test_a_metric_is_all_that_needs_torchmetrics(run: Run, tmp_path: Path) -> No
     assert (tmp_path / "runs/diabetes/summary.json").exists()
 
 
-def test_the_base_install_does_all_but_compare(run: Run, tmp_path: Path) -> None:
+def test_the_base_install_runs_all_commands_but_compare(run: Run, tmp_path: Path) -> None:
     (tmp_path / "own.json").write_text(json.dumps(OWN_TASK))
     hidden = hiding(tmp_path, *OPTIONAL)
     check(run("distrib", "explain", "own.json", **hidden))
@@ -109,7 +109,7 @@ def test_the_base_install_does_all_but_compare(run: Run, tmp_path: Path) -> None
     assert (tmp_path / "exported/model.safetensors").exists()
 
 
-def test_no_module_needs_one_to_be_imported(run: Run, tmp_path: Path) -> None:
+def test_every_module_imports_without_extras(run: Run, tmp_path: Path) -> None:
     program = (
         "import importlib, pkgutil, sys, distrib\n"
         "for module in pkgutil.walk_packages(distrib.__path__, 'distrib.'):\n"

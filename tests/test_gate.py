@@ -38,7 +38,7 @@ def gate(request: pytest.FixtureRequest, store: TCPStore) -> tuple[Gate, str, in
     return gate, request.param, server.getsockname()[1]
 
 
-def test_who_knows_the_key_reaches_the_store(gate: tuple[Gate, str, int], store: TCPStore) -> None:
+def test_the_right_key_reaches_the_store(gate: tuple[Gate, str, int], store: TCPStore) -> None:
     _, host, port = gate
     relay = Relay(host, port, KEY, 10, "rank 0")
     far = TCPStore(LOOPBACK, relay.open(0), 2, False, timedelta(seconds=10), wait_for_workers=False)
@@ -49,7 +49,7 @@ def test_who_knows_the_key_reaches_the_store(gate: tuple[Gate, str, int], store:
     assert far.get("from-here") == b"y"
 
 
-def test_one_port_leads_to_the_store_of_each_round(gate: tuple[Gate, str, int]) -> None:
+def test_one_relay_port_serves_the_stores_of_all_rounds(gate: tuple[Gate, str, int]) -> None:
     """However often the ranks start again, no listener and no thread is left behind."""
     there, host, port = gate
     relay, way = Relay(host, port, KEY, 10, "rank 0"), 0
@@ -71,7 +71,7 @@ def test_another_key_is_refused_on_both_sides(gate: tuple[Gate, str, int]) -> No
     assert there.refused == {host}
 
 
-def test_a_gate_that_does_not_know_the_key_is_not_believed() -> None:
+def test_a_gate_without_the_key_is_refused() -> None:
     """It lets everybody in, to see what they send."""
     server = listen(LOOPBACK, 0)
 
@@ -86,7 +86,7 @@ def test_a_gate_that_does_not_know_the_key_is_not_believed() -> None:
         Relay(LOOPBACK, server.getsockname()[1], KEY, 10, "rank 0")
 
 
-def test_a_gate_that_goes_away_before_it_answers_is_tried_again(store: TCPStore) -> None:
+def test_a_gate_that_closes_before_it_answers_is_retried(store: TCPStore) -> None:
     """As one that is started again; it has not refused anybody."""
     server = listen(LOOPBACK, 0)
     port = server.getsockname()[1]
@@ -102,7 +102,7 @@ def test_a_gate_that_goes_away_before_it_answers_is_tried_again(store: TCPStore)
     Relay(LOOPBACK, port, KEY, 10, "rank 0")
 
 
-def test_another_program_at_the_port_is_no_gate() -> None:
+def test_another_program_at_the_port_is_detected() -> None:
     server = listen(LOOPBACK, 0)
 
     def greet() -> None:
@@ -117,7 +117,7 @@ def test_another_program_at_the_port_is_no_gate() -> None:
 
 @given(st.binary(max_size=200))
 @settings(max_examples=50)
-def test_junk_reaches_no_store(gate: tuple[Gate, str, int], junk: bytes) -> None:
+def test_other_bytes_never_reach_the_store(gate: tuple[Gate, str, int], junk: bytes) -> None:
     _, host, port = gate
     with socket.create_connection((host, port), timeout=10) as stranger, suppress(ConnectionError):
         stranger.sendall(junk)
@@ -157,14 +157,14 @@ def test_endpoints(text: str, found: tuple[str, int] | None) -> None:
     assert found is None or endpoint(*found) == text
 
 
-def test_the_address_by_which_loopback_is_reached() -> None:
+def test_the_own_address_towards_loopback() -> None:
     assert own_address("127.0.0.1", 1) == "127.0.0.1"
     assert own_address("localhost", 1) in ("127.0.0.1", "::1")
     with pytest.raises(LaunchError, match=r"rendezvous at nowhere\.invalid:1 failed"):
         own_address("nowhere.invalid", 1)
 
 
-def test_the_rendezvous_is_where_others_look_whichever_interface_gloo_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rendezvous_address_ignores_gloos_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     addresses = [
         (interface, one.address)
         for interface, several in psutil.net_if_addrs().items()

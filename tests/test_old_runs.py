@@ -47,7 +47,7 @@ def test_a_finished_run(run: Run, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_that_was_interrupted_goes_on(run: Run, folder: Path, processes: int) -> None:
+def test_an_interrupted_run_resumes(run: Run, folder: Path, processes: int) -> None:
     """To the same end, though the order in which two processes add up differs from that of one."""
     shutil.rmtree(folder / "runs")
     at = interrupted(RUN, folder / "runs" / "first", after=4)
@@ -64,7 +64,7 @@ def test_another_run_begins_from_its_checkpoint(run: Run, folder: Path) -> None:
     assert [line["step"] for line in lines(folder / "fork")] == [4, 5, 6, 7]
 
 
-def test_it_is_compared_with_a_run_of_today(run: Run, folder: Path) -> None:
+def test_it_can_be_compared_with_a_new_run(run: Run, folder: Path) -> None:
     check(run("distrib", "launch", "--processes", 2, "first.yaml", "--run-dir", "today"))
     torch.testing.assert_close(torch.tensor(losses(folder / "today")), torch.tensor(losses(RUN)), rtol=1e-5, atol=0)
     said = check(run("distrib", "compare", "runs/first", "today"))

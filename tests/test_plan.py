@@ -16,7 +16,7 @@ def config(batch: int, micro: int, **train: int) -> Config:
 
 
 @given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 9), st.integers(1, 5), st.integers(0, 500))
-def test_the_numbers_fit_together(micro: int, accum: int, world: int, epochs: int, extra: int) -> None:
+def test_batch_sizes_and_steps_are_consistent(micro: int, accum: int, world: int, epochs: int, extra: int) -> None:
     batch = micro * accum * world
     plan = RunPlan.create(config(batch, micro, epochs=epochs), world, batch + extra)
     assert plan.grad_accum_steps * plan.micro_batch_size * world == batch
@@ -28,7 +28,7 @@ def test_the_numbers_fit_together(micro: int, accum: int, world: int, epochs: in
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 12))
-def test_what_does_not_divide_is_refused_with_values_that_do(batch: int, micro: int, world: int) -> None:
+def test_batch_sizes_that_do_not_divide_are_refused_with_suggestions(batch: int, micro: int, world: int) -> None:
     assume(batch % micro or (batch // micro) % world)
     with pytest.raises(ConfigError) as error:
         window_size(config(batch, micro), world)

@@ -8,7 +8,7 @@ from conftest import free_port
 from distrib.processes.heartbeat import enter
 
 
-def test_by_the_name_of_their_own_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_find_the_store_by_their_machines_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a SLURM job of several tasks a node. The name may lead to loopback, where rank 0 does not listen."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")  # put back afterwards

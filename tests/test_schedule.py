@@ -8,7 +8,7 @@ NAMES = st.sampled_from(["constant", "linear", "cosine"])
 
 
 @given(NAMES, st.integers(0, 50), st.integers(1, 500))
-def test_it_rises_to_one_and_never_leaves_zero_to_one(name: str, warmup: int, extra: int) -> None:
+def test_the_factor_stays_between_0_and_1_and_reaches_1(name: str, warmup: int, extra: int) -> None:
     steps = warmup + extra
     factors = [learning_rate_factor(update, name, warmup, steps) for update in range(steps)]
     assert factors[:warmup] == sorted(factors[:warmup])
@@ -22,7 +22,7 @@ def test_it_rises_to_one_and_never_leaves_zero_to_one(name: str, warmup: int, ex
         assert learning_rate_factor(steps, name, warmup, steps) == pytest.approx(0, abs=1e-15)
 
 
-def test_landmarks() -> None:
+def test_values_at_known_steps() -> None:
     assert learning_rate_factor(50, "linear", 0, 100) == 0.5
     assert learning_rate_factor(50, "cosine", 0, 100) == pytest.approx(0.5)
     assert learning_rate_factor(25, "cosine", 0, 100) == pytest.approx(0.853553390593)

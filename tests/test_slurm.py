@@ -19,20 +19,20 @@ STEP = {
 }
 
 
-def test_a_task_of_a_step_is_a_member() -> None:
+def test_a_task_of_an_srun_step_is_a_rank() -> None:
     world = World.detect(STEP)
     assert (world.rank, world.local_rank, world.world_size, world.local_world_size) == (5, 1, 7, 3)
     assert (world.launcher, world.host, world.job) == ("slurm", "n2", "17")
 
 
-def test_another_launcher_inside_a_step_counts() -> None:
+def test_a_launcher_started_by_srun_takes_precedence() -> None:
     """torchrun and distrib launch, started by srun on each node."""
     torchrun = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
     world = World.detect({**STEP, **torchrun})
     assert (world.rank, world.world_size, world.launcher) == (1, 2, "torchrun")
 
 
-def test_what_looks_like_a_step_and_is_none() -> None:
+def test_a_batch_script_or_a_single_task_is_no_rank() -> None:
     batch = {key: value for key, value in STEP.items() if "STEP" not in key}  # the batch script itself
     batch["SLURM_NTASKS"] = "7"
     assert World.detect(batch).world_size == 1
@@ -45,14 +45,14 @@ def test_a_task_that_sees_one_gpu_takes_that() -> None:
     assert World.detect({**STEP, "SLURM_GPUS_PER_TASK": "a100:1"}).local_rank == 0
 
 
-def test_the_job_as_its_commands_name_it() -> None:
+def test_job_ids_of_jobs_and_arrays() -> None:
     """Number 17 is that of the array too, where this task was the last to start."""
     assert in_job({**STEP, "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "4"}) == "17_4"
     assert in_job({**STEP, "SLURM_JOB_ID": "18", "SLURM_JOB_ID_HET_GROUP_0": "17"}) == "17"
     assert in_job({"SLURM_JOB_ID": "17"}) is None
 
 
-def test_steps_that_share_a_node_meet_at_ports_of_their_own() -> None:
+def test_steps_on_one_node_use_different_ports() -> None:
     from distrib.processes.slurm import as_member
 
     ports = {as_member({**STEP, "SLURM_JOB_ID": str(job)})["MASTER_PORT"] for job in range(1000)}

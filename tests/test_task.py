@@ -63,14 +63,14 @@ def test_a_task_that_cannot_be_built(task: dict[str, Any], parts: list[str]) -> 
     "target",
     ["builtins:breakpoint", "os:abort", "os:system", "subprocess:run", "shutil:rmtree", "importlib:import_module"],
 )
-def test_a_part_of_python_is_never_called(target: str) -> None:
+def test_targets_in_pythons_library_are_refused(target: str) -> None:
     with pytest.raises(ConfigError, match=f"{target} is a part of Python itself, not a"):
         find(target, "task", Task)
     with pytest.raises(ConfigError, match=f"{target} is a part of Python itself, not a"):
         find(target, "task.model", nn.Module, factories=True)
 
 
-def test_what_may_make_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_functions_that_may_make_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "test.py").write_text(  # the name of a package of Python's own
         "import functools\n"
         "from os import abort\n"
@@ -96,7 +96,7 @@ def test_what_may_make_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             find(name, "task.model", nn.Module, factories=True)
 
 
-def test_no_task_at_all() -> None:
+def test_a_missing_task_is_refused() -> None:
     with pytest.raises(ConfigError, match="task: missing"):
         load_task(None)
 
@@ -144,7 +144,7 @@ def test_blocks_are_the_outermost_repeated_children() -> None:
     assert Task().blocks(model) == [*encoder.layers, *encoder.heads.values()]
 
 
-def test_children_that_are_not_repeated_are_no_blocks() -> None:
+def test_children_that_do_not_repeat_are_not_blocks() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()

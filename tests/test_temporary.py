@@ -39,7 +39,7 @@ def making_socket(more: str, **env: str) -> "subprocess.Popen[str]":
     return subprocess.Popen([sys.executable, "-c", MAKES_SOCKET + more], env=environ, stdout=subprocess.PIPE, text=True)
 
 
-def test_of_the_dead_alone(folder: Path) -> None:
+def test_only_folders_of_dead_processes_are_removed(folder: Path) -> None:
     """A process that is killed leaves its folder, and the next removes it: but none of one that lives, nor a folder
     that only has such a name."""
     (folder / "distrib-a notes").mkdir()
@@ -60,7 +60,7 @@ def test_of_the_dead_alone(folder: Path) -> None:
         lives.communicate()
 
 
-def test_a_worker_of_one_that_lives_keeps_it(folder: Path) -> None:
+def test_an_ending_worker_does_not_remove_the_folder(folder: Path) -> None:
     """The folder is a process's own and not its children's, who end without removing it."""
     forks = """
 import os, sys
@@ -74,7 +74,7 @@ print(temporary.folder().exists())
     assert not [*folder.iterdir()]
 
 
-def test_a_run_that_is_killed(folder: Path, tmp_path: Path, mark: str) -> None:
+def test_the_folder_of_a_killed_run_is_removed(folder: Path, tmp_path: Path, mark: str) -> None:
     config = {
         "name": "run",
         "task": {"target": "tasks:Masked"},

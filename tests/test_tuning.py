@@ -14,7 +14,7 @@ from conftest import Run, check
 from distrib.processes.tuning import no_collection, run_as_batch, threads
 
 
-def test_cores_are_shared() -> None:
+def test_threads_share_the_cores() -> None:
     own = threads(1)
     assert 1 <= own <= len(os.sched_getaffinity(0))
     assert threads(10**6) == 1
@@ -41,7 +41,7 @@ for step in range(4):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
 @pytest.mark.parametrize("asked_otherwise", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}])
-def test_what_a_step_frees_is_kept_for_the_next_unless_the_user_has_set_it(asked_otherwise: dict[str, str]) -> None:
+def test_freed_memory_is_kept_unless_the_user_has_set_malloc(asked_otherwise: dict[str, str]) -> None:
     environment = {**os.environ, **asked_otherwise}
     done = subprocess.run([sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True, check=True)
     first, *_, last = map(int, done.stdout.split())
@@ -66,14 +66,14 @@ world.shutdown()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="policies are Linux's")
-def test_gloos_threads_do_not_interrupt_one_another(run: Run, tmp_path: Path) -> None:
+def test_threads_of_a_run_use_sched_batch(run: Run, tmp_path: Path) -> None:
     (tmp_path / "policies.py").write_text(POLICIES)
     said = check(run("distrib", "launch", "--processes", 2, "policies.py"))
     assert f"policies: {[{os.SCHED_BATCH}] * 2}" in said
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="policies are Linux's")
-def test_a_policy_that_the_user_chose_stays() -> None:
+def test_a_scheduling_policy_of_the_user_is_kept() -> None:
     before = os.sched_getscheduler(0)
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     try:
@@ -84,7 +84,7 @@ def test_a_policy_that_the_user_chose_stays() -> None:
 
 
 @pytest.mark.parametrize("collects", [True, False])
-def test_garbage_is_collected_as_before_afterwards(collects: bool) -> None:
+def test_garbage_collection_is_restored(collects: bool) -> None:
     before = gc.isenabled()
     (gc.enable if collects else gc.disable)()
     try:

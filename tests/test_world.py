@@ -11,7 +11,7 @@ from distrib.processes.exit import without_local_rank
 JOINED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
-def test_alone() -> None:
+def test_without_a_launcher() -> None:
     world = World.detect({})
     assert (world.rank, world.world_size, world.launcher, world.is_rank_0) == (0, 1, "plain", True)
 
@@ -24,7 +24,7 @@ def test_alone() -> None:
         ({"DISTRIB_LAUNCHER": "distrib"}, "distrib"),
     ],
 )
-def test_a_member(more: dict[str, str], launcher: str) -> None:
+def test_a_rank_of_each_launcher(more: dict[str, str], launcher: str) -> None:
     world = World.detect({**JOINED, **more})
     assert (world.rank, world.local_rank, world.world_size, world.launcher) == (1, 1, 2, launcher)
     assert not world.is_rank_0
@@ -43,7 +43,7 @@ def test_a_member(more: dict[str, str], launcher: str) -> None:
         ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, {}),  # left from elsewhere: FSDP was not asked for
     ],
 )
-def test_what_accelerate_was_told_is_known(told: dict[str, str], asked: dict[str, str]) -> None:
+def test_the_configuration_of_accelerate_launch_is_read(told: dict[str, str], asked: dict[str, str]) -> None:
     assert World.detect({**JOINED, **told}).asked == asked
 
 
@@ -97,5 +97,5 @@ def test_a_local_rank_before_the_arguments(monkeypatch: pytest.MonkeyPatch) -> N
     assert without_local_rank([]) == []
 
 
-def test_one_srun_task_is_no_world() -> None:
+def test_a_single_srun_task_is_one_process() -> None:
     assert World.detect({"SLURM_STEP_NUM_TASKS": "1"}).world_size == 1

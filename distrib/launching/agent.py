@@ -1,5 +1,5 @@
-"""torch's elastic agent, as `distrib launch` needs it: nodes keep the ranks they were given, ranks hear what the
-launcher hears, and what the user must mend is not restarted."""
+"""torch's elastic agent, adapted for `distrib launch`: it passes signals on to the ranks, and does not restart them
+after an error of the user."""
 
 import os
 import signal
@@ -19,28 +19,29 @@ from distrib.processes import heartbeat
 from distrib.processes.lifetimes import STOP_SIGNALS
 from distrib.processes.signals import INTERRUPTED, LEAVE_SIGNALS, SAVED
 
-USER_CODES = (2, SAVED)  # a member that ends so has said why, and would do so again
+USER_CODES = (2, SAVED)  # a process that exits with one of these has printed why, and would exit so again
 _SECONDS_TO_FOLLOW = 10.0
 
 
 class StoppedBeforeRanks(Exception):  # noqa: N818, it is a signal
-    """Asked to stop while there was no rank yet to pass it on to."""
+    """The launcher was asked to stop before it had started a rank."""
 
 
 class Agent(LocalElasticAgent):
-    """Watches this machine's ranks. `grace`: seconds that they have to save when they are asked to stop."""
+    """Starts and monitors this machine's ranks. `grace`: seconds they have to save after a request to stop."""
 
     def __init__(self, *args: Any, grace: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.grace = grace
-        self.asked: signal.Signals | None = None  # to stop, first by this
+        self.asked: signal.Signals | None = None  # the first signal that asked to stop
         self.interrupts = 0
         self.killed = False
         self._deadline = 0.0
         self._looked = 0.0
 
     def start_watchdog(self, lost: str) -> None:
-        """Say `lost` and end all where node 0's store does not answer: torch waits for it in C++, without an end."""
+        """Print `lost` and kill the ranks if node 0's store does not answer, because torch waits for it without a
+        timeout."""
         threading.Thread(target=self._watchdog, args=(lost,), daemon=True).start()
 
     def _watchdog(self, lost: str) -> None:
@@ -56,7 +57,7 @@ class Agent(LocalElasticAgent):
                 os._exit(1)
 
     def handle(self, number: int, _frame: Any) -> None:
-        """Pass a signal on to the ranks, which save and end; on a second SIGINT end them at once."""
+        """Pass a signal on to the ranks, which save and end. On a second SIGINT, kill them at once."""
         self.interrupts += number == signal.SIGINT
         if self.interrupts > 1:
             self._kill_ranks()
@@ -70,14 +71,14 @@ class Agent(LocalElasticAgent):
                 os.kill(rank, number)
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        """Count a restart on all machines, also on those whose ranks were only ended for the sake of the others."""
+        """Count a restart on every machine, also if its own ranks had not failed."""
         super()._rendezvous(worker_group)
         rendezvous = worker_group.spec.rdzv_handler
         assert isinstance(rendezvous, NodeRendezvous), "as launch made it"
         self._remaining_restarts = worker_group.spec.max_restarts - rendezvous.round
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        if self.asked is not None:  # while those before were being ended, to start again
+        if self.asked is not None:  # the request came during a restart
             raise StoppedBeforeRanks
         workers: dict[int, Any] = super()._start_workers(worker_group)
         return workers
@@ -101,7 +102,7 @@ class Agent(LocalElasticAgent):
         return result
 
     def left(self, result: RunResult) -> signal.Signals | None:
-        """The signal that asked the ranks to stop, if one of them died of it, which none does while it trains."""
+        """Return the signal that ended a rank before it trained; None otherwise. While it trains, a rank handles it."""
         for failure in result.failures.values():
             if self.asked is not None and failure.exitcode in (*(-number for number in STOP_SIGNALS), INTERRUPTED):
                 return self.asked
@@ -110,7 +111,8 @@ class Agent(LocalElasticAgent):
         return None
 
     def _hurry_after_failure(self) -> None:
-        """Where a rank has failed the others soon do so too, but for one that hangs: torch gives it 30 s."""
+        """Kill the ranks 10 s after one has failed. Most fail soon after it, but torch waits 30 s for one that
+        hangs."""
         for pid in self._pcontext.pids().values() if self._pcontext is not None else ():
             with suppress(ChildProcessError):
                 ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -126,17 +128,17 @@ class Agent(LocalElasticAgent):
 
 
 def say(what: str) -> None:
-    """What the ranks cannot say themselves."""
+    """Print a message that the ranks cannot print."""
     print(f"distrib launch: {what}", file=sys.stderr, flush=True)
 
 
 def first_failure(result: RunResult) -> tuple[int, ProcessFailure]:
-    """The rank that ended first, and how."""
+    """Return the rank that failed first, and its failure."""
     return min(result.failures.items(), key=lambda item: item[1].timestamp)
 
 
 def how(failure: ProcessFailure) -> str:
-    """As part of a sentence."""
+    """Describe a failure, as part of a sentence."""
     if failure.exitcode >= 0:
         return f"failed with exit code {failure.exitcode}"
     number = signal.Signals(-failure.exitcode)
@@ -146,11 +148,11 @@ def how(failure: ProcessFailure) -> str:
 def _kill(ranks: list[int]) -> None:
     for rank in ranks:
         with suppress(ProcessLookupError):
-            os.killpg(rank, signal.SIGKILL)  # each leads a group, of its workers
+            os.killpg(rank, signal.SIGKILL)  # a rank's workers are in its process group
 
 
 def _ranks() -> list[int]:
-    """The processes that this one started and that still run."""
+    """Return the process ids of this machine's running ranks."""
     return [child.pid for child in psutil.Process().children() if _runs(child)]
 
 

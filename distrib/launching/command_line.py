@@ -1,4 +1,4 @@
-"""The command line: usage errors in one line; `distrib launch` takes its own options and train's."""
+"""Runs the command line: prints usage errors as one line, and lets `distrib launch` accept train's options too."""
 
 import copy
 import functools
@@ -13,13 +13,13 @@ from typer.core import TyperCommand
 from distrib.errors import CommandLineError
 from distrib.processes.exit import run_as_member, without_local_rank
 
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of the click that this Typer uses, its own or click's
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # Typer uses click, or its own copy of click
 
 
 def run_app(app: typer.Typer) -> NoReturn:
     """Run the command that sys.argv names, and exit with its code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a locale's letters do not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")  # so that printing never raises, whatever the locale
     try:
         code = app(args=without_local_rank(sys.argv[1:]) or ["--help"], prog_name="distrib", standalone_mode=False)
     except UsageError as error:
@@ -28,13 +28,13 @@ def run_app(app: typer.Typer) -> NoReturn:
 
 
 def show_sign_of_life(what: str) -> None:
-    """Print a line at once where a person waits at a terminal: the libraries take seconds to import."""
+    """Print a line at once if stderr is a terminal, because importing the libraries takes seconds."""
     if sys.stderr.isatty() and "RANK" not in os.environ:
         print(f"distrib: {what}", file=sys.stderr, flush=True)
 
 
 def refuse(error: Any) -> NoReturn:
-    """A usage error as one line, like every other error of the user's. Raises CommandLineError."""
+    """Turn a usage error into an error of one line. Raises CommandLineError."""
     message = " ".join(error.format_message().split()).rstrip(".")
     if "." in getattr(error, "option_name", ""):
         message += ". A config key is written without dashes, key=value"
@@ -43,12 +43,12 @@ def refuse(error: Any) -> NoReturn:
 
 
 class LaunchCommand(TyperCommand):
-    """Takes the options of `train`, a Typer command's function, beside its own: one added there is known here.
+    """A command that also accepts the options of `train`, which it reads from that command's function.
 
-    Behind a script, or behind -m MODULE, everything belongs to the script.
+    All arguments after a script, or after -m MODULE, are passed to it unchanged.
     """
 
-    train: Any  # the function; set by a subclass
+    train: Any  # the Typer command's function; set by a subclass
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -59,12 +59,13 @@ class LaunchCommand(TyperCommand):
             copy.copy(param) for param in self.train_command.params if param.param_type_name == "option"
         ]
         for option in self.train_options:
-            option.expose_value = False  # launch hands them on, as they were given
+            option.expose_value = False  # launch passes them on as they were given
             option.rich_help_panel = "Options of distrib train"  # type: ignore[attr-defined]
         self.params += self.train_options
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Sort what is given: own options, then what the processes get. `ctx.obj`: train's arguments, if it trains."""
+        """Split the arguments into launch's options and those of the processes. Set `ctx.obj` to train's parameters, if
+        the processes run `distrib train`."""
         parser = self.make_parser(ctx)
         parser.allow_interspersed_args = False
         values, _, order = parser.parse_args(list(args))
@@ -91,7 +92,7 @@ class LaunchCommand(TyperCommand):
 
 
 def _tokens(option: Any, value: Any) -> list[str]:
-    """An option as it is given on a command line; `value`: as the parser read it."""
+    """Return an option as it is written on a command line. `value`: as the parser read it."""
     name = max(option.opts, key=len)
     if option.is_flag:
         return [name if value else max(option.secondary_opts, key=len)]

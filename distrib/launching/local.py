@@ -1,5 +1,5 @@
-"""`distrib launch`: several processes on this machine, and on others where it is started too, over torch's own elastic
-agent."""
+"""`distrib launch`: starts one process for each rank on this machine, with torch's elastic agent. For a run on several
+machines, it is started on each."""
 
 import logging
 import os
@@ -29,20 +29,20 @@ from distrib.processes.variables import check_threads
 
 @dataclass(frozen=True)
 class Options:
-    """Of `distrib launch`, by the names that it has there; times are in seconds."""
+    """The options of `distrib launch`, under their names there. Times are in seconds."""
 
     processes: int = 1  # on this machine
     port: int | None = None
     nodes: int = 1
     node_rank: int | None = None
     rendezvous: str | None = None  # HOST:PORT of node 0
-    rendezvous_key: str | None = field(default=None, repr=False)  # on several machines, the same on all
+    rendezvous_key: str | None = field(default=None, repr=False)  # for several machines, the same on all
     max_restarts: int = 0
     grace: float = 30.0
     join_timeout: float = 300.0
 
     def check(self) -> None:
-        """Raises LaunchError where they do not fit together, or this machine."""
+        """Raise LaunchError if the options contradict each other, or do not fit this machine."""
         check_threads(os.environ)
         devices = torch.accelerator.device_count()
         if self.processes < 1:
@@ -75,18 +75,18 @@ class Options:
 
 
 def default_processes() -> int:
-    """One for each accelerator of this machine, else 1."""
+    """Return the number of accelerators of this machine, at least 1."""
     return max(1, torch.accelerator.device_count())
 
 
 def train_command(arguments: Sequence[str], config: Config, world_size: int) -> list[str]:
-    """Return what each rank runs for a config. Raises ConfigError if so many processes cannot share its batches."""
+    """Return the command of each rank for a config. Raises ConfigError if the batch size does not fit `world_size`."""
     window_size(config, max(1, world_size))
     return ["-m", "distrib", "train", *arguments]
 
 
 def script_command(arguments: Sequence[str], module: bool) -> list[str]:
-    """What each rank runs for a script or module of the user's. Raises LaunchError where there is no such script."""
+    """Return the command of each rank for the user's script or module. Raises LaunchError if the script is missing."""
     if not module and not Path(arguments[0]).is_file():
         raise LaunchError(f"{arguments[0]}: there is no such script in {Path.cwd()}")
     return ["-m", "distrib.processes.exit", *(["-m"] if module else []), *arguments]
@@ -95,23 +95,22 @@ def script_command(arguments: Sequence[str], module: bool) -> list[str]:
 def launch(arguments: Sequence[str], options: Options) -> int:
     """Start `python *arguments` once for each rank of this machine, wait for all, and return the exit code.
 
-    When one rank ends with an error the others are ended too, on all machines. Raises LaunchError before any process
-    is started.
+    If one rank fails, the ranks of all machines are ended. Raises LaunchError before any process is started.
     """
     options.check()
-    os.environ.pop(gate.KEY, None)  # the ranks need no key, nor what they start
+    os.environ.pop(gate.KEY, None)  # keep the key from the ranks and their child processes
     os.environ.setdefault("OMP_NUM_THREADS", str(tuning.threads(options.processes)))
     os.environ.update(
         DISTRIB_LAUNCHER="distrib",
         **{LAUNCHER: str(os.getpid())},
         DISTRIB_GRACE=f"{options.grace:g}",
         DISTRIB_JOIN_TIMEOUT=f"{options.join_timeout:g}",
-        TORCHELASTIC_SIGNALS_TO_HANDLE="SIGQUIT",  # the others are handled here
+        TORCHELASTIC_SIGNALS_TO_HANDLE="SIGQUIT",  # this module handles the others
     )
     if not torch.accelerator.device_count():
-        # or a script with an Accelerator of its own would make each process a world of its own
+        # without it, an Accelerator in the user's script would take each process for a run of its own
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it ourselves, in one line
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # distrib reports failures in one line
     rendezvous = _rendezvous(options)
     spec = WorkerSpec(
         role="default",
@@ -122,7 +121,7 @@ def launch(arguments: Sequence[str], options: Options) -> int:
         max_restarts=options.max_restarts,
         monitor_interval=0.1,
     )
-    logs = DefaultLogsSpecs(os.devnull)  # the ranks write where we do; it needs no folder below /tmp
+    logs = DefaultLogsSpecs(os.devnull)  # ranks share the launcher's output, so torch needs no folder for logs
     agent = Agent(spec, logs, grace=options.grace)
     if options.node_rank:
         agent.start_watchdog(f"node 0's launcher at {options.rendezvous} does not answer; ending all")
@@ -154,7 +153,7 @@ def launch(arguments: Sequence[str], options: Options) -> int:
 
 
 def _outcome(agent: Agent, result: RunResult, options: Options) -> int:
-    """The exit code of a launch whose ranks have ended; says what they could not say themselves."""
+    """Return the exit code after the ranks have ended, and print why they ended if they could not."""
     if not result.is_failed():
         return 0
     rank, failure = first_failure(result)
@@ -167,7 +166,7 @@ def _outcome(agent: Agent, result: RunResult, options: Options) -> int:
         nothing_to_save(left)
         return SAVED
     if failure.exitcode in USER_CODES:
-        if options.node_rank and failure.exitcode == SAVED:  # rank 0 said it on another machine
+        if options.node_rank and failure.exitcode == SAVED:  # rank 0 has printed it, but on another machine
             say("asked to stop; saved, start it again to go on")
         return failure.exitcode
     say(f"rank {rank} {how(failure)}; all processes were ended")
@@ -175,12 +174,12 @@ def _outcome(agent: Agent, result: RunResult, options: Options) -> int:
 
 
 def _rendezvous(options: Options) -> NodeRendezvous:
-    """Where the launchers of all machines meet; on one machine nothing listens but on loopback.
+    """Make the rendezvous of the launchers. With one machine, it listens on loopback only.
 
-    Raises LaunchError if node 0's cannot be reached, or has another key.
+    Raises LaunchError if node 0 cannot be reached, or has another key.
     """
     if options.nodes == 1:
-        _talk_over(network.LOOPBACK)
+        _use_interface_of(network.LOOPBACK)
         return NodeRendezvous(0, 1, options.join_timeout, port=options.port or 0)
     found = network.parse_endpoint(options.rendezvous or "")
     assert found is not None, "checked"
@@ -189,7 +188,7 @@ def _rendezvous(options: Options) -> NodeRendezvous:
     os.environ[KEPT_AT] = network.endpoint(host, port)
     if options.node_rank == 0:
         address = network.own_address(host, port)
-        _talk_over(address)
+        _use_interface_of(address)
         try:
             door = gate.Gate(network.listen(address, port), options.rendezvous_key)
         except OSError as error:
@@ -197,14 +196,14 @@ def _rendezvous(options: Options) -> NodeRendezvous:
                 f"--rendezvous: port {port} cannot be used: {error.strerror or error}; choose another, the same on all"
             ) from None
         return NodeRendezvous(0, options.nodes, options.join_timeout, gate=door)
-    # First wait: where machines start together, node 0's name may not be known yet.
+    # The relay waits first: if machines start together, node 0's name may not resolve yet.
     relay = gate.Relay(host, port, options.rendezvous_key, options.join_timeout, "node 0's distrib launch")
-    _talk_over(network.own_address(host, port))
+    _use_interface_of(network.own_address(host, port))
     return NodeRendezvous(options.node_rank or 0, options.nodes, options.join_timeout, relay=relay)
 
 
-def _talk_over(address: str) -> None:
-    """Have the ranks' gloo listen on the interface of this address alone; on one machine NCCL's bootstrap too."""
+def _use_interface_of(address: str) -> None:
+    """Make gloo use only the interface that has this address. For loopback, also NCCL's bootstrap."""
     if (interface := network.interface_of(address)) is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         if address == network.LOOPBACK:

@@ -1,7 +1,8 @@
-"""Where the launchers of a job's machines meet, round by round, and each round's store for the ranks.
+"""The rendezvous of the launchers of a job's machines, and the store for the ranks.
 
-A round is a start of all ranks: the first, or one after a crash. What launchers tell one another is JSON in a store;
-nothing is read as a pickle, unlike in torch's dynamic rendezvous (docs/decisions/0019).
+A round is a start of all ranks: the first one, or a restart after a crash. Each round has its own store for the ranks.
+Launchers exchange JSON through a store. Nothing is unpickled, unlike in torch's dynamic rendezvous
+(docs/decisions/0019).
 """
 
 import json
@@ -21,13 +22,13 @@ from distrib.processes.gate import Gate, Relay
 from distrib.processes.network import LOOPBACK, keep_store, listen
 
 _CLOSED = "closed"
-_SECONDS_TO_ANSWER = 30.0  # for node 0's launcher, to another's question
+_SECONDS_TO_ANSWER = 30.0  # timeout of a request to node 0's store
 _SECONDS_TO_LEAVE = 15.0
 _SECONDS_BETWEEN_LOOKS = 0.1
 
 
 class NodeRendezvous(RendezvousHandler):
-    """Each node's ranks follow from the `--node-rank` that its user gave. `hosts`: of the nodes, when they have met."""
+    """A rendezvous in which `--node-rank` decides the ranks of each node. `hosts`: of all nodes, once they have met."""
 
     def __init__(
         self,
@@ -38,19 +39,19 @@ class NodeRendezvous(RendezvousHandler):
         relay: Relay | None = None,
         port: int = 0,
     ) -> None:
-        """`seconds`: for all nodes to come, in each round. `gate` on node 0 of several, `relay` on the others; `port`
-        is the ranks' on one machine."""
+        """`seconds`: how long each round waits for all nodes. With several nodes, node 0 has a `gate` and the others a
+        `relay`. With one, `port` is where the store for the ranks listens; 0 means any free port."""
         self.round = -1
         self.hosts: Sequence[str] = ()
         self.node_rank, self._nodes, self._seconds = node_rank, nodes, seconds
         self._gate, self._relay, self._port = gate, relay, port
         self._me = json.dumps({"host": socket.gethostname(), "launcher": uuid.uuid4().hex})
-        self._has_place = False  # among the others; a second launcher of one node rank has none
-        self._kept: TCPStore | None = None  # the ranks' of this round
+        self._has_place = False  # whether the others count this launcher; not if its node rank was taken
+        self._kept: TCPStore | None = None  # the store for the ranks in this round
         self._store: Store = HashStore() if nodes == 1 else self._launchers_store()
 
     def whom_it_refused(self) -> str:
-        """As the end of a sentence."""
+        """Name the addresses that were refused for lack of the key, as the end of a sentence."""
         if self._gate is None or not self._gate.refused:
             return ""
         return f"; somebody without the --rendezvous-key came from {', '.join(sorted(self._gate.refused)[:4])}"
@@ -63,13 +64,13 @@ class NodeRendezvous(RendezvousHandler):
 
     @property
     def use_agent_store(self) -> bool:
-        return True  # the ranks' store is kept here, by node 0
+        return True  # node 0's launcher keeps the store for the ranks
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Wait for all nodes. Raises LaunchError if two launchers gave the same node rank."""
         self.round += 1
         store = PrefixStore(str(self.round), self._store)
-        self._kept = None  # the port must be free before it is taken again
+        self._kept = None  # close the last round's store, so that its port is free
         if self.node_rank == 0:
             try:
                 server = listen(LOOPBACK, self._port)
@@ -99,11 +100,11 @@ class NodeRendezvous(RendezvousHandler):
         self._wait_for(nodes, store)
         self.hosts = [json.loads(value)["host"] for value in store.multi_get(nodes)]
         if self._relay is not None:
-            port = self._port = self._relay.open(self.round + 1, self._port)  # one port for all rounds
+            port = self._port = self._relay.open(self.round + 1, self._port)  # the same port in all rounds
         return RendezvousInfo(store, self.node_rank, self._nodes, RendezvousStoreInfo(LOOPBACK, port))
 
     def num_nodes_waiting(self) -> int:
-        """Return 1 if another node has begun the next round, because its ranks failed."""
+        """Return 1 if another node has begun the next round because its ranks failed."""
         return int(self._nodes > 1 and self._store.check([f"{self.round + 1}/begun"]))
 
     def is_closed(self) -> bool:
@@ -113,7 +114,7 @@ class NodeRendezvous(RendezvousHandler):
         _tell(self._store, _CLOSED, "")
 
     def shutdown(self) -> bool:
-        """Leave the others; none can begin another round. Node 0 keeps the store, so it leaves last."""
+        """Close the rendezvous, so that no node begins another round. Node 0 leaves last, because it has the store."""
         if self._nodes == 1 or not self._has_place:
             return True
         with suppress(DistError):
@@ -125,7 +126,7 @@ class NodeRendezvous(RendezvousHandler):
         return True
 
     def _launchers_store(self) -> TCPStore:
-        """Node 0 keeps it, and gives it number 0 at the gate."""
+        """Return the store of the launchers. Node 0 keeps it, as store number 0 behind the gate."""
         if self._gate is not None:
             store = keep_store(listen(LOOPBACK, 0), self._nodes, _SECONDS_TO_ANSWER)
             self._gate.stores[0] = store.port
@@ -153,7 +154,9 @@ class NodeRendezvous(RendezvousHandler):
 
 
 def _tell(store: Store, key: str, value: str) -> None:
-    """Set a key that must be in the store before this process ends: `set` returns when the bytes are on their way, and
-    they go through threads of this process. The store answers a question after what came before it."""
+    """Set a key, and wait until it is in the store, so that this process may end.
+
+    `set` alone returns before that. The store handles requests in order, so the answer to `check` comes after `set`.
+    """
     store.set(key, value)
     store.check([key])

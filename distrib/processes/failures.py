@@ -1,4 +1,4 @@
-"""Why a rank failed: by itself, or for want of another that did."""
+"""Finds out whether a rank failed by itself, or only because another rank had failed."""
 
 import os
 import socket
@@ -8,14 +8,14 @@ from torch.distributed import DistError
 from distrib.processes.heartbeat import Heartbeat, joined
 from distrib.tracebacks import format_error
 
-_explained: tuple[BaseException, str | None, bool] | None = None  # the failure that was looked into last
+_explained: tuple[BaseException, str | None, bool] | None = None  # the last result of lost_to_others, with its error
 
 
 def lost_to_others(error: BaseException) -> tuple[str | None, bool]:
-    """Which rank's end made this one fail with `error`, in words, if another's did; and whether the failure began here.
+    """Return why another rank made this one fail with `error`, or None; and whether the failure began on this rank.
 
-    The first rank to fail says so in the job's store before its connections close, so that those who fail only for want
-    of it can tell. The first call for an error may take some seconds.
+    The first rank that fails records this in the job's store before its connections close, so the others can read it
+    there. The first call for an error may take some seconds.
     """
     global _explained
     me = joined()
@@ -27,8 +27,9 @@ def lost_to_others(error: BaseException) -> tuple[str | None, bool]:
 
 
 def _explain(me: Heartbeat, error: BaseException) -> tuple[str | None, bool]:
-    said, collective = str(error).lower(), is_collective(error)
-    waited, lost = collective and ("timed out" in said or "timeout" in said), collective and "connection" in said
+    message, collective = str(error).lower(), is_collective(error)
+    waited = collective and ("timed out" in message or "timeout" in message)
+    lost = collective and "connection" in message
     first = me.claim_failure(began_here=not (waited or lost))
     if first not in (None, me.name(me.rank)):
         return f", because {first} had failed", False
@@ -40,8 +41,10 @@ def _explain(me: Heartbeat, error: BaseException) -> tuple[str | None, bool]:
 
 
 def report_failure(error: BaseException) -> tuple[str, bool]:
-    """What this process should print of the exception that ended it, and whether the failure began here: one line of
-    those who fail for want of another, so that the traceback that matters comes once."""
+    """Return what to print about the exception that ends this process, and whether the failure began on this rank.
+
+    If another rank failed first, it is one line, so that only the traceback of the cause is printed.
+    """
     me = joined()
     name = f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()}" if me is None else me.name(me.rank)
     why, began_here = lost_to_others(error)
@@ -51,6 +54,8 @@ def report_failure(error: BaseException) -> tuple[str, bool]:
 
 
 def is_collective(error: BaseException) -> bool:
-    """Was it raised by a collective, and so for want of another rank?"""
-    said = str(error).lower()
-    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and ("gloo" in said or "nccl" in said))
+    """Return whether a collective raised the error, which means that another rank is missing."""
+    message = str(error).lower()
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and ("gloo" in message or "nccl" in message)
+    )

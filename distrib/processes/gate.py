@@ -1,9 +1,9 @@
-"""The gate in front of a job's store: from other machines only those come in who prove that they know the job's key.
+"""Authentication for a job's store: connections from other machines must prove that they know the job's key.
 
-torch's TCPStore asks nobody who they are, so it listens on loopback alone. The machine that keeps it has a gate on the
-interface that leads to the others; each other one has a relay on its loopback, which proves the key and then passes
-bytes on. Both sides prove it (HMAC-SHA256 of two nonces), and the key itself is never sent. What is passed on is
-neither encrypted nor signed: docs/launchers.md says what is trusted.
+torch's TCPStore has no authentication, so it listens on loopback only. The machine that keeps it has a gate on the
+network interface towards the other machines. Each other machine has a relay on its loopback, which proves the key to
+the gate and then forwards bytes. Both sides prove the key with an HMAC-SHA256 of two nonces; the key itself is never
+sent. Forwarded bytes are neither encrypted nor signed: docs/launchers.md describes what is trusted.
 """
 
 import asyncio
@@ -23,26 +23,26 @@ KEY = "DISTRIB_RENDEZVOUS_KEY"
 SHORTEST_KEY = 16
 _HELLO = b"distrib rendezvous 1\n"
 _NONCE = 32
-_REFUSED = bytes(32)  # in the place of the keeper's proof; a gate that went away says nothing
+_REFUSED = bytes(32)  # sent instead of the keeper's proof, so that a refusal differs from a closed connection
 _SECONDS_TO_PROVE = 10.0
-_FILES = 65_536  # a forwarded connection takes two, the store a third
+_FILES = 65_536  # a forwarded connection takes two file descriptors, and a third in the store
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 def check_key(key: str) -> None:
-    """Raises LaunchError if the key is too short to be a secret."""
+    """Raise LaunchError if the key is too short to be a secret."""
     if len(key) < SHORTEST_KEY:
         raise LaunchError(f"--rendezvous-key: it has {len(key)} characters, give {SHORTEST_KEY} or more")
 
 
 class Gate:
-    """Listens at `server`; who proves the key is connected with one of the stores of this machine."""
+    """Accepts connections on `server`, and forwards each that proves the key to one of this machine's stores."""
 
     def __init__(self, server: socket.socket, key: str) -> None:
-        self.stores: dict[int, int] = {}  # number: port on loopback
-        self.refused: set[str] = set()  # addresses from which somebody came without the key
+        self.stores: dict[int, int] = {}  # number -> port on loopback
+        self.refused: set[str] = set()  # addresses of connections without the key
         self._key = key.encode()
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         files = _FILES if most == resource.RLIM_INFINITY else min(_FILES, most)
@@ -58,7 +58,7 @@ class Gate:
             await _forward((reader, writer), await asyncio.open_connection(LOOPBACK, port))
 
     async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int | None:
-        """The number of the store that the other side wants; None if it does not know the key."""
+        """Return the number of the store that the other side requests; None if it does not know the key."""
         ours = secrets.token_bytes(_NONCE)
         writer.write(_HELLO + ours)
         theirs = await reader.readexactly(_NONCE)
@@ -71,17 +71,22 @@ class Gate:
 
 
 class Relay:
-    """The way from this machine through the gate at `host`. Raises LaunchError when nobody answers there within
-    `seconds`, and at once if they have another key."""
+    """Opens ports on loopback that lead through the gate at `host` to its stores.
+
+    The constructor waits for the gate. It raises LaunchError if there is no answer within `seconds`, and at once if the
+    gate has another key. `who`: the name of the gate's owner in messages.
+    """
 
     def __init__(self, host: str, port: int, key: str, seconds: float, who: str) -> None:
         self._host, self._port, self._key, self._who = host, port, key.encode(), who
-        self._leads_to: dict[int, int] = {}  # port on loopback: number of a store
+        self._leads_to: dict[int, int] = {}  # port on loopback -> number of a store
         asyncio.run(self._wait(seconds))
 
     def open(self, number: int, port: int = 0) -> int:
-        """Return a port on loopback that leads to the store of this number: a new one, or `port`, if this has opened
-        it before; who comes there from now on reaches this store."""
+        """Return a port on loopback that leads to the store of this number.
+
+        `port`: one that this relay has opened before, to redirect its later connections; 0 means a new port.
+        """
         if port == 0:
             server = listen(LOOPBACK, 0)
             port = server.getsockname()[1]
@@ -98,7 +103,7 @@ class Relay:
                 return
             except (OSError, asyncio.TimeoutError) as error:
                 if time.monotonic() > deadline:
-                    reason = error if isinstance(error, OSError) else OSError(None, "it accepts, but says nothing")
+                    reason = error if isinstance(error, OSError) else OSError(None, "it accepts, but sends nothing")
                     raise no_answer(self._host, self._port, seconds, reason, self._who) from None
             await asyncio.sleep(0.2)
 
@@ -136,13 +141,13 @@ def _proof(key: bytes, who: bytes, *parts: bytes) -> bytes:
 def _serve(
     server: socket.socket, handle: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 ) -> None:
-    """Accept connections in a thread of its own, for as long as this process lives."""
+    """Accept connections in a daemon thread, until this process ends."""
 
     async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await handle(reader, writer)
         except (OSError, EOFError, asyncio.TimeoutError, LaunchError):
-            pass  # junk, or an end that the other side sees
+            pass  # not a client of ours, or a connection that ended
         finally:
             writer.close()
 
@@ -154,7 +159,7 @@ def _serve(
 
 
 async def _forward(one: Connection, other: Connection) -> None:
-    """Pass bytes on in both directions until either side ends."""
+    """Forward bytes in both directions until one side closes."""
     pumps = [asyncio.ensure_future(_pump(one[0], other[1])), asyncio.ensure_future(_pump(other[0], one[1]))]
     try:
         await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)

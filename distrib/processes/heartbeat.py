@@ -1,6 +1,6 @@
-"""Who came, who is still there, and where each rank is: what ranks tell one another over the job's store.
+"""The ranks' heartbeats over the job's store: which ranks have joined, which are alive, and what line each is at.
 
-Collectives cannot say that: where a rank is missing they wait, for half an hour or for ever, and do not know for whom.
+Collectives cannot tell this: if a rank is missing, they wait for half an hour or for ever, without naming it.
 """
 
 import json
@@ -18,18 +18,18 @@ from distrib.errors import LaunchError
 from distrib.processes import gate
 from distrib.processes.network import LOOPBACK, address_of, endpoint, keep_store, listen, own_address, wait_for_answer
 
-KEPT_AT = "DISTRIB_STORE_AT"  # where the store is that distrib launch keeps, if its ranks go through a relay
-SILENCE = 60.0  # seconds after which a rank that is not heard of is held to be gone
-_BEAT = 2.0  # seconds between two signs of life
+KEPT_AT = "DISTRIB_STORE_AT"  # the address of distrib launch's store, if its ranks reach it through a relay
+SILENCE = 60.0  # seconds without a heartbeat after which a rank counts as lost
+_BEAT = 2.0  # seconds between two heartbeats
 _FAILED, _JOINED = "failed", "joined"
-_joined: "Heartbeat | None" = None  # this process's, for as long as it lives
+_joined: "Heartbeat | None" = None  # this process's, once it has joined
 
 
 class Heartbeat:
-    """One rank's place at the store. `everyone` is what each rank said of itself, in rank order."""
+    """One rank's heartbeat. `everyone`: host and versions of each rank, in rank order, after `join`."""
 
     def __init__(self, store: Store, store_host: str, rank: int, world_size: int, host: str) -> None:
-        """`keeper`: who keeps the store, in words."""
+        """`store_host`: a name in messages for the process that keeps the store."""
         self.store_host, self.rank, self.world_size, self.host = store_host, rank, world_size, host
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store when it restarts
         self._store = PrefixStore(f"distrib/{start}", store)
@@ -38,14 +38,17 @@ class Heartbeat:
         self._heard, self._silent = 0.0, store_host
 
     def join(self, versions: dict[str, str | None], seconds: float, one_a_host: bool = False) -> None:
-        """Wait until all ranks have come, the first time. Raises LaunchError: who is missing, has other versions than
-        rank 0, or shares its host although it was told of none that does (`one_a_host`)."""
+        """Wait until all ranks have joined. Later calls return at once.
+
+        Raises LaunchError if ranks are missing, have other versions than rank 0, or if two are on one host although
+        `one_a_host` is true.
+        """
         global _joined
         if self.everyone:
             return
         me = {"host": self.host, "versions": versions, "one_a_host": one_a_host}
         if self._store.add(f"count/{self.rank}", 1) > 1:
-            raise LaunchError(f"two processes say that they are {self.name(self.rank)}; give each a rank of its own")
+            raise LaunchError(f"two processes have been started as {self.name(self.rank)}; give each its own rank")
         self._store.set(f"beat/{self.rank}", json.dumps([0, _whereabouts()]))
         self._store.set(f"came/{self.rank}", json.dumps(me))
         if self.rank == 0:
@@ -55,7 +58,7 @@ class Heartbeat:
             outcome = json.loads(self._store.get(_JOINED))
         except RuntimeError as error:
             raise LaunchError(
-                f"rank 0 of {self.world_size} did not come within {seconds:g} s: {_first(error)}"
+                f"rank 0 of {self.world_size} did not join within {seconds:g} s: {_first(error)}"
             ) from None
         if isinstance(outcome, str):
             raise LaunchError(outcome)
@@ -63,35 +66,36 @@ class Heartbeat:
         _joined = self
 
     def name(self, rank: int) -> str:
-        """As it stands in messages."""
+        """Return a rank's name for messages."""
         host = self.host if rank == self.rank else self.everyone[rank]["host"] if self.everyone else None
         return f"rank {rank} of {self.world_size}" + (f" on {host}" if host else "")
 
     def watch(self) -> None:
-        """Give signs of life from now on, and end this process when the next rank's stay away."""
+        """Start to send heartbeats, and end this process if the next rank's heartbeats stop."""
         if self._watching is None:
             self._watching, self._heard = threading.Event(), time.monotonic()
             for part in (self._exchange, self._judge):
                 threading.Thread(target=part, args=(self._watching,), daemon=True).start()
 
     def stop(self) -> None:
-        """No more signs of life: from here on the ranks go their own ways."""
+        """Stop sending and watching heartbeats."""
         if self._watching is not None:
             self._watching.set()
             self._watching = None
 
     def claim_failure(self, began_here: bool) -> str | None:
-        """The rank that failed first, in words; that is this one, if none did before and `began_here`."""
+        """Return the name of the rank that failed first. If none has and `began_here`, record this rank as the
+        first."""
         try:
             first = self._store.get(_FAILED).decode() if self._store.check([_FAILED]) else None
             if first is None and began_here:
                 first = self._store.compare_set(_FAILED, "", self.name(self.rank)).decode()
-        except RuntimeError:  # the store went away with the process that kept it
+        except RuntimeError:  # the process that kept the store has ended
             return None
         return first
 
     def missing(self) -> str:
-        """Who is gone, in words: those whose signs of life stay away. Takes a few seconds."""
+        """Return the names of the ranks whose heartbeats have stopped. Takes a few seconds."""
         try:
             before = self._beats()
             time.sleep(2 * _BEAT)
@@ -102,7 +106,7 @@ class Heartbeat:
         return _few([self.name(rank) for rank in gone]) or "another rank"
 
     def whereabouts(self) -> str:
-        """Where in their programs the ranks' main threads are, in words: one that hangs is not where the others are."""
+        """Describe which line each rank's main thread is at. A rank that hangs is at another line than the others."""
         try:
             beats = self._beats()
         except RuntimeError:
@@ -113,7 +117,7 @@ class Heartbeat:
         return "; ".join(f"at {place}: {_few(names)}" for place, names in places.items())
 
     def _count(self, seconds: float) -> list[dict[str, Any]] | str:
-        """Rank 0's part: what each rank said of itself, or what is wrong."""
+        """On rank 0: wait for all ranks, and return host and versions of each, or what is wrong."""
         keys = [f"came/{rank}" for rank in range(self.world_size)]
         try:
             self._store.wait(keys, timedelta(seconds=seconds))
@@ -122,8 +126,8 @@ class Heartbeat:
             absent = [rank for rank in range(self.world_size) if rank not in came]
             hosts = sorted({json.loads(self._store.get(keys[rank]))["host"] for rank in came})
             return (
-                f"rank {', '.join(map(str, absent))} of {self.world_size} did not come within {seconds:g} s; the "
-                f"others are on {', '.join(hosts)}; see what the missing ones said, and whether they were started"
+                f"rank {', '.join(map(str, absent))} of {self.world_size} did not join within {seconds:g} s; the "
+                f"others are on {', '.join(hosts)}; check that the missing ones were started, and what they printed"
             )
         everyone = [json.loads(value) for value in self._store.multi_get(keys)]
         on_host: dict[str, int] = {}
@@ -146,13 +150,13 @@ class Heartbeat:
         return self._store.clone()  # type: ignore[attr-defined,no-any-return]
 
     def _beats(self) -> list[bytes]:
-        store = self._own_connection()  # the main thread's may be waiting for something
+        store = self._own_connection()  # the main thread's connection may be blocked in a request
         store.set_timeout(timedelta(seconds=2 * _BEAT))
         beats: list[bytes] = store.multi_get([f"beat/{rank}" for rank in range(self.world_size)])
         return beats
 
     def _exchange(self, done: threading.Event) -> None:
-        """Give signs of life, and look for the next rank's. Where a machine is cut off this may block for good."""
+        """Send heartbeats, and read the next rank's. If this machine loses the network, this may block for ever."""
         store = self._own_connection()
         neighbour, seen, beat = (self.rank + 1) % self.world_size, b"", 1
         while not done.wait(_BEAT):
@@ -168,7 +172,7 @@ class Heartbeat:
             beat += 1
 
     def _judge(self, done: threading.Event) -> None:
-        """End this process when there is silence; not where it only did not listen, because it was suspended."""
+        """End this process if it has read no new heartbeat for `SILENCE` seconds, unless it was suspended itself."""
         woke = time.monotonic()
         while not done.wait(_BEAT):
             slept, woke = time.monotonic() - woke, time.monotonic()
@@ -176,8 +180,8 @@ class Heartbeat:
                 self._heard = woke
             elif woke - self._heard > SILENCE:
                 print(
-                    f"{self.name(self.rank)} stopped: {self._silent} has not been heard of for {SILENCE:g} s; started "
-                    "again, the run goes on from its newest checkpoint",
+                    f"{self.name(self.rank)} stopped: {self._silent} has not been heard of for {SILENCE:g} s; start "
+                    "the run again, and it resumes from its newest checkpoint",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -185,20 +189,20 @@ class Heartbeat:
 
 
 def joined() -> Heartbeat | None:
-    """This process's, where it has joined the others before: a script may train several times."""
+    """Return this process's heartbeat if it has joined before, because a script may train several times."""
     return _joined
 
 
 def enter(host: str, port: int, rank: int, world_size: int, node: str, seconds: float, one_machine: bool) -> Heartbeat:
-    """Find the job's store, or keep it as rank 0 where no launcher does. `one_machine`: it is known that all ranks are
-    on this one.
+    """Connect to the job's store. If no launcher keeps one, rank 0 does.
 
-    Sets MASTER_ADDR and MASTER_PORT to where this process finds it. Raises LaunchError.
+    `one_machine`: all ranks are known to be on this machine. Sets MASTER_ADDR and MASTER_PORT to where this process
+    reaches the store. Raises LaunchError.
     """
     kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    key = os.environ.pop(gate.KEY, None)  # what this process starts needs none
+    key = os.environ.pop(gate.KEY, None)  # keep it from child processes
     if one_machine:
-        key = None  # nothing listens but on loopback
+        key = None  # the store listens on loopback only
     elif key is not None:
         gate.check_key(key)
         if kept_by_launcher:
@@ -227,7 +231,7 @@ def enter(host: str, port: int, rank: int, world_size: int, node: str, seconds: 
 
 
 def _keep(host: str, port: int, world_size: int, seconds: float, key: str | None) -> TCPStore:
-    """Keep the job's store where the others look for it; if there is a key, on loopback behind a gate."""
+    """Start the job's store where the other ranks expect it. If there is a key, it is on loopback behind a gate."""
     try:
         server = listen(own_address(host, port), port)
         if key is not None:
@@ -241,7 +245,7 @@ def _keep(host: str, port: int, world_size: int, seconds: float, key: str | None
 
 
 def _whereabouts() -> str:
-    """Of the main thread: the innermost line that is not torch's."""
+    """Return the line that the main thread is at: the innermost one outside torch."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None and "/torch/" in frame.f_code.co_filename:
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""No process is left behind: what the kernel can promise about parents and children."""
+"""Ties the lifetimes of parent and child processes together, so that no process is left behind."""
 
 import ctypes
 import gc
@@ -9,8 +9,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LAUNCHER = "DISTRIB_LAUNCHER_PID"  # the process number of distrib launch, for the ranks that it starts
-# What terminals, users and clusters send to a process that shall end.
+LAUNCHER = "DISTRIB_LAUNCHER_PID"  # the process id of distrib launch, for the ranks that it starts
+# Signals with which terminals, users and clusters ask a process to end.
 STOP_SIGNALS = (
     signal.SIGTERM,
     signal.SIGINT,
@@ -23,19 +23,20 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def shield_worker(_worker_id: int) -> None:
-    """A DataLoader's `worker_init_fn`."""
+    """Shield a DataLoader's worker. For use as `worker_init_fn`."""
     shield()
-    from multiprocessing import parent_process  # loaded long since; elsewhere it would take its time
+    from multiprocessing import parent_process  # loaded already in a worker; slow to import in other processes
 
     rank = parent_process()
-    if rank is not None and not rank.is_alive():  # it ended before it could be promised
+    if rank is not None and not rank.is_alive():  # it ended before die_with_parent took effect
         os._exit(1)
 
 
 def shield(parent: int | None = None) -> None:
-    """Leave signals to the rank, which may need this process to reach the end of a step and save; end when it ends.
+    """Ignore stop signals in this helper process, and end when its rank ends.
 
-    Collect garbage, which a rank that forks within a step has put off.
+    The rank handles the signals, and may need this process until it has finished the step and saved. Garbage collection
+    is enabled again, in case the rank had disabled it when it forked.
     """
     gc.enable()
     for number in STOP_SIGNALS:
@@ -46,7 +47,7 @@ def shield(parent: int | None = None) -> None:
 
 @contextmanager
 def stop_signals_held() -> Iterator[None]:
-    """Start processes within that call `shield`: until then no signal that is sent to all processes ends them."""
+    """Block stop signals, while starting processes that call `shield`. It unblocks them when they are ignored."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -55,15 +56,15 @@ def stop_signals_held() -> Iterator[None]:
 
 
 def ignore_sigterm() -> None:
-    """From now on, in the main thread: SIGTERM does nothing here."""
+    """Ignore SIGTERM from now on, if called in the main thread."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel end this process when its parent ends, even by SIGKILL. Linux only.
+    """Let the kernel kill this process when its parent ends, even by SIGKILL (prctl PR_SET_PDEATHSIG). Linux only.
 
-    `parent`: its process number, if it is known; then this process ends too if its parent ended before this call.
+    `parent`: the parent's process id, if known. Then this process also ends if the parent ended before this call.
     """
     if sys.platform == "linux":
         parent = parent or os.getppid()
@@ -73,10 +74,10 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def die_with_launcher() -> None:
-    """End with distrib launch, torchrun or accelerate launch, if one of them started this process.
+    """End this process with its launcher, if distrib launch, torchrun or accelerate launch started it.
 
-    A rank does this first, before it imports torch for a second or more: until then nobody would end it.
+    A rank calls this before it imports torch, which takes seconds, so that it never outlives a killed launcher.
     """
-    launcher = os.environ.pop(LAUNCHER, None)  # what this process starts has another parent
+    launcher = os.environ.pop(LAUNCHER, None)  # not valid for child processes
     if launcher is not None or "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(None if launcher is None else int(launcher))

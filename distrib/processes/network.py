@@ -1,6 +1,6 @@
-"""Addresses of this machine, and listening sockets on one of them.
+"""Addresses of this machine, and sockets that listen on one of them.
 
-torch's TCPStore would listen on all interfaces and ask nobody who they are: here it gets a socket of ours.
+torch's TCPStore would listen on all interfaces, without authentication. So it is given a socket that listens on one.
 """
 
 import ipaddress
@@ -16,7 +16,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from distrib.errors import LaunchError
 
 LOOPBACK = "127.0.0.1"
-_NOBODYS = ("192.0.2.1", "2001:db8::1")  # RFC 5737, RFC 3849
+_UNASSIGNED = ("192.0.2.1", "2001:db8::1")  # addresses for documentation, RFC 5737 and RFC 3849
 
 
 def parse_endpoint(endpoint: str) -> tuple[str, int] | None:
@@ -45,7 +45,7 @@ def listen(address: str, port: int) -> socket.socket:
 
 
 def keep_store(server: socket.socket, world_size: int, seconds: float) -> TCPStore:
-    """Keep a TCPStore that listens on `server`."""
+    """Start a TCPStore that listens on `server`."""
     address, port = server.getsockname()[:2]
     return TCPStore(
         address,
@@ -60,25 +60,27 @@ def keep_store(server: socket.socket, world_size: int, seconds: float) -> TCPSto
 
 
 def own_address(host: str, port: int) -> str:
-    """Return the address by which this machine reaches `host`, and is reached from there. Raises LaunchError.
+    """Return this machine's address on the interface towards `host`. Raises LaunchError.
 
-    GLOO_SOCKET_IFNAME has no say: it names gloo's interface, and the others look for the rendezvous at `host`.
+    GLOO_SOCKET_IFNAME is ignored, because the other ranks connect to the rendezvous at `host`.
     """
     try:
         address = _address_towards(host, port)
     except OSError as error:
         raise LaunchError(f"rendezvous at {endpoint(host, port)} failed: {error.strerror or error}") from None
     if _is_loopback(address) and host != "localhost" and not _is_loopback(host):
-        # Our own name, which Debian gives 127.0.1.1. What others reach is where packets to anywhere would leave.
-        for other in _NOBODYS:
+        # `host` is this machine's own name, which Debian maps to 127.0.1.1. Others reach the default route's address.
+        for other in _UNASSIGNED:
             with suppress(OSError):
                 return _address_towards(other, 9)
     return address
 
 
 def address_of(host: str, port: int) -> str:
-    """Return where rank 0 on `host` listens for this process. On its own machine that name may lead to loopback, as
-    Debian has it, where rank 0 does not listen. Raises LaunchError."""
+    """Return the address where rank 0 on `host` listens. Raises LaunchError.
+
+    On rank 0's own machine, Debian maps the name `host` to loopback, but rank 0 does not listen there.
+    """
     with suppress(OSError):
         if _is_loopback(_address_towards(host, port)):
             return own_address(host, port)
@@ -94,7 +96,7 @@ def interface_of(address: str) -> str | None:
 
 
 def wait_for_answer(host: str, port: int, seconds: float, who: str) -> None:
-    """Return when somebody listens there. Raises LaunchError that names `who` should."""
+    """Wait until a program listens there. Raises LaunchError after `seconds`. `who`: the program, for the message."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -107,7 +109,7 @@ def wait_for_answer(host: str, port: int, seconds: float, who: str) -> None:
 
 
 def no_answer(host: str, port: int, seconds: float, error: OSError, who: str) -> LaunchError:
-    # asyncio's own words say less than the system's; those for a name that is not known have a number below 0
+    # strerror is clearer than asyncio's message; errors of name resolution have negative numbers
     reason = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror or error
     return LaunchError(
         f"rendezvous at {endpoint(host, port)} failed: no answer within {seconds:g} s ({reason}); "
@@ -116,7 +118,7 @@ def no_answer(host: str, port: int, seconds: float, error: OSError, who: str) ->
 
 
 def _address_towards(host: str, port: int) -> str:
-    """Raises OSError."""
+    """Return the local address of a socket connected to `host`. Raises OSError."""
     problem: OSError | None = None
     for family, _, _, _, where in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
         try:

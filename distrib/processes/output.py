@@ -1,6 +1,6 @@
-"""Standard output and error that cannot be written: a pipe without a reader, a terminal that is gone, a full disk.
+"""Handles standard output and error that cannot be written: a closed pipe, a closed terminal, a full disk.
 
-A run trains on, because its folder keeps everything. A command that only shows something ends, as other programs do.
+A training run continues, because its run folder has everything. A command that only prints ends, as other programs do.
 """
 
 import errno
@@ -12,13 +12,13 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-problems: list[str] = []  # what could not be written and why, once for each stream; for the run folder
-_PASSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # there may be room again later
+problems: list[str] = []  # one message for each stream that could not be written, for the run folder
+_TEMPORARY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a later write may succeed
 _ends_with_reader = False
 
 
 class _Stream(io.FileIO):
-    """A file descriptor to which a write never fails."""
+    """A file descriptor whose writes never raise an OSError."""
 
     problem: str | None = None
 
@@ -31,7 +31,7 @@ class _Stream(io.FileIO):
                 return memoryview(data).nbytes
             if written is not None:
                 return written
-            select.select([], [self], [])  # another program has made it non-blocking
+            select.select([], [self], [])  # wait: another program has made the descriptor non-blocking
 
     def _failed(self, error: OSError) -> None:
         if _ends_with_reader and error.errno == errno.EPIPE:
@@ -44,17 +44,17 @@ class _Stream(io.FileIO):
         if self.problem is None:
             self.problem = problem
             problems.append(problem)
-        if error.errno not in _PASSES:  # for writers that are not Python's, too
+        if error.errno not in _TEMPORARY:  # also for code that writes to the descriptor without Python
             _discard(self.fileno())
 
 
 def keep_writable() -> None:
-    """From now on no write to sys.stdout or sys.stderr raises an OSError or UnicodeEncodeError.
+    """Make sys.stdout and sys.stderr never raise an OSError or UnicodeEncodeError.
 
-    Streams that are not the process's own, such as a notebook's, stay as they are.
+    Streams that replace the process's own, such as a notebook's, are left unchanged.
     """
     closed = [descriptor for descriptor in range(3) if not _is_open(descriptor)]
-    for descriptor in closed:  # or the next file that is opened would be taken for standard output
+    for descriptor in closed:  # otherwise the next opened file would get a standard stream's number
         _discard(descriptor)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
@@ -82,7 +82,7 @@ def keep_writable() -> None:
 
 
 def end_with_reader() -> None:
-    """From now on this process ends when its output cannot be written, with SIGPIPE's exit code if nobody reads it."""
+    """Make this process end if its output cannot be written; if the reader is gone, with SIGPIPE's exit code."""
     global _ends_with_reader
     _ends_with_reader = True
 
@@ -96,7 +96,7 @@ def _is_open(descriptor: int) -> bool:
 
 
 def _discard(descriptor: int) -> None:
-    """Have the descriptor, and those of programs that inherit it, lead nowhere."""
+    """Redirect the descriptor, also for programs that inherit it, to /dev/null."""
     null = os.open(os.devnull, os.O_RDWR)
     if null != descriptor:
         os.dup2(null, descriptor)

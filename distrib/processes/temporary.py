@@ -1,4 +1,4 @@
-"""A folder for the temporary files of libraries, which would stay for good when their process is killed."""
+"""A folder for the temporary files of libraries, which is removed even if the process was killed."""
 
 import fcntl
 import os
@@ -10,31 +10,36 @@ from pathlib import Path
 from distrib.errors import ConfigError
 
 _PREFIX = "distrib-"
-_SOCKET_PATH = 107 if sys.platform == "linux" else 103  # sun_path of unix(7), without its final null
+_SOCKET_PATH = 107 if sys.platform == "linux" else 103  # longest sun_path of unix(7), without its final null
 _LOCK = "held-while-its-process-lives"
 _AFTER_SOCKETS = -101  # multiprocessing removes its own folder at -100
 
-_own: tuple[int, Path] | None = None  # the process that made it, and where
+_own: tuple[int, Path] | None = None  # the process id that made the folder, and its path
 
 
 def check_length(num_workers: int) -> None:
-    """Raises ConfigError if workers could not be reached: torch makes sockets below the temporary folder, whose whole
-    path the kernel limits, and a worker that finds its path too long hangs."""
+    """Raise ConfigError if the temporary folder's path is too long for the sockets of workers.
+
+    torch makes these sockets in the temporary folder. The kernel limits the length of their paths, and a worker whose
+    path is too long hangs.
+    """
     folder = tempfile.gettempdir()
     longest = _SOCKET_PATH - len(f"/{_PREFIX}12345678/pymp-12345678/listener-12345678")  # as they are named
     if num_workers and len(os.fsencode(folder)) > longest:
         raise ConfigError(
-            f"data.num_workers: {num_workers}, but the sockets of workers cannot have paths as long as below the "
-            f"temporary folder {folder}; set TMPDIR to one of at most {longest} characters, such as /tmp"
+            f"data.num_workers: {num_workers}, but the path of the temporary folder {folder} is too long for the "
+            f"sockets of workers; set TMPDIR to one of at most {longest} characters, such as /tmp"
         )
 
 
 def folder() -> Path:
-    """Return this process's folder below the temporary one: made by the first call, and removed when the process ends,
-    or, if it is killed, by the next process that calls this."""
+    """Return this process's folder in the temporary folder. The first call makes it.
+
+    It is removed when the process ends, or if the process is killed, by the next process that calls this function.
+    """
     global _own
     if _own is None:
-        from multiprocessing import util  # not by every command
+        from multiprocessing import util  # imported late, because not every command needs it
 
         _remove_those_of_the_dead()
         _own = os.getpid(), _make()
@@ -43,7 +48,7 @@ def folder() -> Path:
 
 
 def put_worker_sockets_there() -> None:
-    """Have multiprocessing make the sockets of this process and of its workers in `folder`."""
+    """Make multiprocessing create the sockets of this process and its workers in `folder`."""
     from multiprocessing import util
 
     before, tempfile.tempdir = tempfile.tempdir, str(folder())
@@ -64,7 +69,7 @@ def _make() -> Path:
         made = Path(tempfile.mkdtemp(prefix=_PREFIX))
         lock = os.open(made / _LOCK, os.O_CREAT | os.O_RDWR)
         fcntl.flock(lock, fcntl.LOCK_EX)  # held by this process, and by the workers that it forks
-        if made.exists():  # else another removed it, before it had its lock
+        if made.exists():  # otherwise another process has removed it before it was locked
             return made
         os.close(lock)
 

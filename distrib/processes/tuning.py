@@ -1,4 +1,4 @@
-"""How a process uses the machine that it shares with its like: its cores and memory, and when it collects garbage."""
+"""Tunes a process that shares a machine with other ranks: threads, malloc, scheduling and garbage collection."""
 
 import ctypes
 import gc
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_LARGEST_MMAP_THRESHOLD = 32 * 2**20  # to which glibc by itself goes up, by what is freed
+_LARGEST_MMAP_THRESHOLD = 32 * 2**20  # the largest value to which glibc itself raises the threshold
 
 
 def threads(processes: int) -> int:
-    """For each of so many processes on this machine: its share of the physical cores that we may run on."""
-    import psutil  # not by every command: `distrib --help` needs this file too
+    """Return the number of threads for each of `processes` processes: its share of the usable physical cores."""
+    import psutil  # imported late, because `distrib --help` imports this file
 
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min(allowed, psutil.cpu_count(logical=False) or allowed)
@@ -21,10 +21,10 @@ def threads(processes: int) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep what a step frees, of which the next makes the same again: on a CPU, tensors lie in it.
+    """Stop glibc from returning freed memory to the OS after each step; the next step allocates the same sizes.
 
-    glibc alone gives the end of its heap back as soon as a step is over, to be given it anew, page by page, in the next
-    one. Tensors from 32 MB on it goes on to give back. Where the user has set it, it stays as it was set.
+    Otherwise each step would get the end of the heap again page by page. This holds for CPU tensors below 32 MB; glibc
+    still returns larger ones. If the user has set an option of malloc, nothing is changed.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return
@@ -34,21 +34,20 @@ def keep_freed_memory() -> None:
 
 
 def run_as_batch() -> None:
-    """Have this thread, and those that it starts from now on, wait for a core rather than take it from one another:
-    SCHED_BATCH, see sched(7). Where the user has chosen a policy (chrt), it stays.
+    """Use SCHED_BATCH (sched(7)), so that this thread and those it starts do not preempt each other when they wake.
 
-    gloo's thread for the network, when it wakes, may take the core from the thread that is sending. That one holds the
-    lock which the other then spins for (gloo/transport/tcp/pair.cc, `handleEvents`), without an end until the
-    scheduler looks again: 4 ms, where the whole step takes one.
+    Otherwise gloo's network thread may preempt the thread that is sending, and then spin for a lock that this thread
+    holds (gloo/transport/tcp/pair.cc, `handleEvents`) until the scheduler's next tick: 4 ms, while a step may take 1
+    ms. If the user has chosen a policy (chrt), nothing is changed.
     """
     if sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER:
-        with suppress(OSError):  # a sandbox that forbids it costs time, nothing else
+        with suppress(OSError):  # a sandbox may forbid it; then steps are only slower
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Garbage is collected after, not within: in a step all ranks would wait for the one that does."""
+    """Disable garbage collection in the body: in a step, all ranks would wait for the rank that collects."""
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -1,6 +1,6 @@
-"""scikit-learn's diabetes data: 442 patients, ten measurements each, and how far the disease went in a year.
+"""scikit-learn's diabetes data: ten measurements of each of 442 patients, and the progression of the disease in a year.
 
-Just a Dataset and an nn.Module, for `distrib.tasks.supervised:Supervised` (see configs/diabetes.yaml).
+A Dataset and an nn.Module, for `distrib.tasks.supervised:Supervised` (see configs/diabetes.yaml).
 """
 
 import torch
@@ -11,7 +11,10 @@ from distrib.extras import require
 
 
 class Diabetes(TensorDataset):
-    """`split`: train, or eval for every fifth patient. Inputs and target are standardised by the training split."""
+    """Samples (inputs of shape (10,), target), standardised with the training split's mean and deviation.
+
+    `split`: train or eval. Every fifth patient is in eval.
+    """
 
     def __init__(self, split: str) -> None:
         require("examples", "task.train_dataset: this dataset")
@@ -25,7 +28,7 @@ class Diabetes(TensorDataset):
 
 
 class Regressor(nn.Module):
-    """Shape (batch, 10) to (batch,)."""
+    """A network that maps inputs of shape (batch, 10) to predictions of shape (batch,)."""
 
     def __init__(self, hidden: int = 64) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from distrib.task import Loss, Task
 
 
 class Digits(Task):
-    """Tell ten digits apart; every fifth image is held out. `network` is cnn or mlp."""
+    """Classify images of ten digits. Every fifth image is held out for evaluation. `network`: cnn or mlp."""
 
     def __init__(self, network: str = "cnn", hidden: int = 128, dropout: float = 0.0) -> None:
         if network not in NETWORKS:

@@ -1,7 +1,7 @@
-"""Hugging Face's models on local data, by config alone: causal language models and classifiers of sequences.
+"""Tasks for Hugging Face models on local data: causal language models and sequence classifiers.
 
-Needs `pip install 'distrib[huggingface]'`. Other Auto classes have losses and samples of their own: derive from
-`HuggingFace`.
+They need `pip install 'distrib[huggingface]'`. For another Auto class, derive a task from `HuggingFace`, with its loss
+and its samples.
 """
 
 import sys
@@ -23,16 +23,16 @@ Encoded = list[tuple[Sequence[int], int]]
 
 
 class HuggingFace(Task):
-    """What the tasks here share: model, tokenizer, data, export.
+    """Base class with model, tokenizer, data and export.
 
-    `model`: the folder of a model, whose weights training begins with; or a config, as a mapping with its `model_type`
-    or as the path of a config.json: then with random ones, from the run's seed. `tokenizer`: its folder, by default the
-    model's, or `bytes`. `files`: globs of json, jsonl, csv, tsv, parquet, arrow and text files, or a folder of
-    `Dataset.save_to_disk`. `eval_files`: likewise; without them one row in 20 is held out, by its hash.
+    `model`: the folder of a pretrained model; or, for random initial weights, a config: a mapping with its
+    `model_type`, or the path of a config.json. `tokenizer`: a folder (default: the model's), or `bytes`. `files`: globs
+    of json, jsonl, csv, tsv, parquet, arrow and text files, or a folder that `Dataset.save_to_disk` wrote.
+    `eval_files`: likewise; if None, one row in 20 is held out, chosen by its hash.
     """
 
-    auto_class: str  # of transformers
-    new_head = False  # may be made for a model that has none
+    auto_class: str  # name of a class of transformers
+    new_head = False  # whether a pretrained model without a head gets a new, random one
 
     def __init__(
         self,
@@ -43,21 +43,21 @@ class HuggingFace(Task):
         context_length: int,
         columns: Columns,
     ) -> None:
-        """`columns`: what is read of each row, and what may stand there."""
+        """`columns`: the columns to read, each with its allowed types. Raises ConfigError."""
         if isinstance(context_length, bool) or not isinstance(context_length, int) or context_length < 2:
             raise ConfigError(f"task.context_length: {context_length!r}; give a whole number, 2 or more")
         pretrained.require_installed()
         self.files, self.eval_files, self.context_length, self.columns = files, eval_files, context_length, columns
         self.config, self.folder = pretrained.find_config(model)
         self.tokenizer = pretrained.find_tokenizer(tokenizer, self.folder)
-        if isinstance(model, dict):  # an architecture's usual numbers are of another vocabulary
+        if isinstance(model, dict):  # an architecture's defaults are for another vocabulary
             own = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
             for name, value in {"vocab_size": len(self.tokenizer), **own}.items():
                 setattr(self._text_config, name, model.get(name, value))
         if len(self.tokenizer) > self._text_config.vocab_size:
             raise ConfigError(
-                f"task.tokenizer: it has {len(self.tokenizer)} tokens, and the model {self._text_config.vocab_size}; "
-                "they do not belong together"
+                f"task.tokenizer: it has {len(self.tokenizer)} tokens, the model has {self._text_config.vocab_size}; "
+                "give the model's own tokenizer"
             )
         longest = getattr(self._text_config, "max_position_embeddings", None)
         if longest is not None and context_length > longest:
@@ -65,7 +65,7 @@ class HuggingFace(Task):
 
     @property
     def _text_config(self) -> Any:
-        """Where the vocabulary stands, also in a config of several parts."""
+        """The part of the config that has the vocabulary, also if the config has several parts."""
         return self.config.get_text_config()
 
     @property
@@ -85,7 +85,7 @@ class HuggingFace(Task):
     def train_dataset(self) -> Documents:
         samples = self._samples("train")
         if len(samples) == 0:  # type: ignore[arg-type]
-            raise ConfigError("task.files: there is nothing to train on in what is not held out; give more rows")
+            raise ConfigError("task.files: all rows are held out, so there is nothing to train on; give more rows")
         return samples
 
     def eval_dataset(self) -> Documents | None:
@@ -96,15 +96,15 @@ class HuggingFace(Task):
         return pretrained.build(self._auto_class, self.config, self.folder, self.new_head)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Matrices and embeddings, not biases and normalisations."""
+        """Apply weight decay to matrices and embeddings, not to biases and normalisation weights."""
         return parameter.dim() > 1
 
     def export(self, weights: dict[str, Tensor], folder: Path) -> None:
-        """A folder that `from_pretrained` reads, with the tokenizer beside the weights."""
+        """Write a folder that `from_pretrained` reads, with weights, config and tokenizer."""
         pretrained.export(self._auto_class, self.config, self.tokenizer, self.folder, weights, folder)
 
     def _settings(self) -> dict[str, Any]:
-        """What `_encode` depends on besides the tokenizer."""
+        """Return the settings besides the tokenizer that `_encode` depends on."""
         return {}
 
     def _encode(self, rows: list[Row]) -> Encoded:
@@ -119,12 +119,12 @@ class HuggingFace(Task):
 
 
 class CausalLM(HuggingFace):
-    """Predict the next token: AutoModelForCausalLM.
+    """Trains an AutoModelForCausalLM to predict the next token.
 
-    A document is the text of a row, with the special tokens that the tokenizer puts before a text, and its eos_token;
-    where the text has them already, as from a chat template, they are not put there twice. With `prompt_column`
-    the loss is of the text, which follows the prompt, alone. `packing` fills windows of `context_length` with
-    documents, which do not see one another; without it, none holds two.
+    A document is the text of a row, after the special tokens with which the tokenizer begins a text, and followed by
+    its eos_token. If the text has these tokens already, as from a chat template, they are not added again. With
+    `prompt_column`, the text follows the prompt, and the loss counts only the text. With `packing`, a window of
+    `context_length` tokens holds several documents, which do not attend to each other; without it, only one.
     """
 
     auto_class = "AutoModelForCausalLM"
@@ -148,7 +148,7 @@ class CausalLM(HuggingFace):
         columns: Columns = dict.fromkeys(_named(**prompt, text_column=text_column), (str,))
         super().__init__(model, files, eval_files, tokenizer, context_length, columns)
         if self.tokenizer.eos_token_id is None:
-            raise ConfigError("task.tokenizer: it has no eos_token to end a document with; give one that has")
+            raise ConfigError("task.tokenizer: it has no eos_token to end a document with; give one that has it")
         self._special_tokens = pretrained.SpecialTokens(self.tokenizer)
 
     def _encode(self, rows: list[Row]) -> Encoded:
@@ -167,7 +167,7 @@ class CausalLM(HuggingFace):
         if self._prompts_too_long:
             print(
                 f"task.prompt_column: {self._prompts_too_long} row(s) have a prompt longer than task.context_length "
-                f"{self.context_length}; their answers are learnt without the whole prompt, in other windows",
+                f"{self.context_length}; the model learns their answers without the whole prompt, in later windows",
                 file=sys.stderr,
             )
         return folder
@@ -175,7 +175,7 @@ class CausalLM(HuggingFace):
     def _settings(self) -> dict[str, Any]:
         if self.prompt_column is None:
             return {"special_tokens": "once"}
-        # The context is in it so that another one packs again, and prints which prompts are too long.
+        # With another context_length, rows are packed again, so that the message about long prompts is printed.
         return {"special_tokens": "once", "prompt": self.prompt_column, "context_length": self.context_length}
 
     def _samples(self, split: str) -> Documents:
@@ -205,10 +205,10 @@ class CausalLM(HuggingFace):
 
 
 class SequenceClassification(HuggingFace):
-    """Say of which class a text is: AutoModelForSequenceClassification.
+    """Trains an AutoModelForSequenceClassification to predict the class of a text.
 
-    `classes`: their names, or how many there are; a label is a name or a number from 0. A model that classifies already
-    has its own. Texts are cut at `context_length` tokens.
+    `classes`: their names, or how many; leave it out for a model that is a classifier already. A label is a class name
+    or a number from 0. Texts are truncated to `context_length` tokens.
     """
 
     auto_class = "AutoModelForSequenceClassification"
@@ -232,7 +232,7 @@ class SequenceClassification(HuggingFace):
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if self.tokenizer.pad_token is None:
-            raise ConfigError("task.tokenizer: it has neither a pad_token nor an eos_token to fill up with; give one")
+            raise ConfigError("task.tokenizer: it has neither a pad_token nor an eos_token to pad with; give one")
         if self._text_config.pad_token_id is None:
             self._text_config.pad_token_id = self.tokenizer.pad_token_id
         self.classes = self._classes(classes)
@@ -247,7 +247,7 @@ class SequenceClassification(HuggingFace):
         own = [self.config.id2label[number] for number in range(self.config.num_labels)] if trained else None
         if own is not None:
             if given is not None and names != own and given != len(own):
-                raise ConfigError(f"task.classes: {given!r}; leave it out, the model tells apart {', '.join(own)}")
+                raise ConfigError(f"task.classes: {given!r}; leave it out, the model's classes are {', '.join(own)}")
             return own
         if not isinstance(names, list) or len(names) < 2 or len(set(names)) < len(names):
             raise ConfigError(f"task.classes: {given!r}; give the names of the classes, or how many: 2 or more")
@@ -256,7 +256,7 @@ class SequenceClassification(HuggingFace):
     def _encode(self, rows: list[Row]) -> Encoded:
         texts = [row[self.text_column] for row in rows]
         tokens = self._tokenize(texts, truncation=True, max_length=self.context_length)
-        filler = [self.tokenizer.pad_token_id]  # of a text without any token
+        filler = [self.tokenizer.pad_token_id]  # for a text without any token
         return [(ids or filler, self._class(row[self.label_column])) for ids, row in zip(tokens, rows, strict=True)]
 
     def _class(self, label: str | int) -> int:
@@ -295,6 +295,6 @@ def _named(**columns: Any) -> list[str]:
 
 
 def _nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each sample the cross-entropy, summed over what is counted, and the number of it: (batch,) each."""
+    """Return each sample's cross-entropy in nats, summed over its counted targets, and their number: (batch,) each."""
     nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=NOT_COUNTED, reduction="none")
     return nats.view_as(targets).sum(1), (targets != NOT_COUNTED).sum(1)

@@ -1,6 +1,6 @@
-"""A GPT on bytes: GPT-2's decoder and initialisation (Radford et al., 2019), with rotary positions (Su et al., 2021).
+"""A byte-level GPT: GPT-2's decoder and initialisation (Radford et al., 2019) with rotary positions (Su et al., 2021).
 
-Attention stays within a document, so that a document's loss does not depend on what it is packed beside.
+A token attends only to its own document, so a document's loss does not depend on the documents packed with it.
 """
 
 import math
@@ -18,9 +18,10 @@ from distrib.task import Loss, Task
 
 
 class LanguageModel(Task):
-    """Predict the next byte of `text`: files by their globs, each a document; `stdlib` is Python's own library.
+    """Trains a GPT to predict the next byte of text files.
 
-    One document in 20 is held out, by its hash. `dropout` is of the embeddings and of what each layer adds.
+    `text`: globs of files, each of which is a document; `stdlib` means Python's library. One document in 20 is held
+    out, chosen by its hash. `dropout` is applied to the embeddings and to the output of each sublayer.
     """
 
     def __init__(
@@ -80,14 +81,14 @@ class LanguageModel(Task):
         return {"bits_per_byte": nats / math.log(2) / count if count else math.nan}
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Matrices and the embedding, not biases and normalisations."""
+        """Apply weight decay to matrices and the embedding, not to biases and normalisation weights."""
         return parameter.dim() > 1
 
 
 def _nats(logits: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each sample the cross-entropy, summed over the bytes that are predicted, and their number: (batch,) each.
+    """Return each sample's cross-entropy in nats, summed over its target bytes, and their number: (batch,) each.
 
-    A separator is no byte of a document, so what comes before it has nothing to predict.
+    A separator is not a target, because it is not a byte of a document.
     """
     targets = batch[:, 1:]
     nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=SEPARATOR, reduction="none")
@@ -95,7 +96,7 @@ def _nats(logits: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class GPT(nn.Module):
-    """Tokens, shape (batch, length), to the logits of the token that follows each, (batch, length, VOCABULARY)."""
+    """A decoder that maps tokens (batch, length) to logits of the next tokens (batch, length, VOCABULARY)."""
 
     def __init__(self, layers: int, heads: int, width: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -107,15 +108,15 @@ class GPT(nn.Module):
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         self.head.weight = self.embedding.weight
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:  # what is added 2 * layers times starts out so much smaller
+            if parameter.dim() > 1:  # GPT-2 scales the residual projections down, because 2 * layers of them add up
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if name.endswith("out.weight") else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor) -> Tensor:
         document = (tokens == SEPARATOR).cumsum(1)
-        # Also where a window holds one document, and causal attention would do: only the device knows, and would be
-        # waited for. What it costs stands in docs/language-model.md.
+        # A window with one document would only need a causal mask, but finding that out would wait for the device.
+        # docs/language-model.md has the cost.
         mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]
         rotation = rotary(tokens.shape[1], self.embedding.embedding_dim // self.heads, tokens.device)
         x = self.dropout(self.embedding(tokens))
@@ -126,7 +127,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each added to what comes in, shape (batch, length, width)."""
+    """Self-attention and a feed-forward layer with residual connections, shape (batch, length, width)."""
 
     def __init__(self, heads: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -143,17 +144,17 @@ class Block(nn.Module):
         qkv = self.attention_in(self.attention_norm(x)).unflatten(2, (3, self.heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (batch, heads, length, width / heads) each
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        heard = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        x = x + self.dropout(self.attention_out(heard.transpose(1, 2).flatten(2)))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        x = x + self.dropout(self.attention_out(attended.transpose(1, 2).flatten(2)))
         hidden = F.gelu(self.feed_forward_in(self.feed_forward_norm(x)), approximate="tanh")
         result: Tensor = x + self.dropout(self.feed_forward_out(hidden))
         return result
 
 
 def rotary(length: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angle at each position, for each pair of a head's channels: (length, width / 2) each.
+    """Return cosine and sine of the rotary angles, shape (length, width / 2) each. `width`: of a head.
 
-    Computed in each forward: a buffer would be sent to every rank in each step.
+    They are computed in each forward, because a buffer would be sent to every rank in each step.
     """
     frequencies = 10_000.0 ** (-torch.arange(0, width, 2, device=device) / width)
     angles = torch.arange(length, device=device)[:, None] * frequencies
@@ -161,6 +162,6 @@ def rotary(length: int, width: int, device: torch.device) -> tuple[Tensor, Tenso
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs of channels (i, i + width / 2), so that products of two depend on their distance alone."""
+    """Rotate the channel pairs (i, i + width / 2), so that dot products depend only on the distance of positions."""
     left, right = x.chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1).type_as(x)

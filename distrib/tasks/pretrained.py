@@ -1,5 +1,8 @@
-"""Models and tokenizers of Hugging Face's `transformers`, from this machine alone: nothing is downloaded, no code that
-comes with a model is run, and weights are read from safetensors, which hold no code."""
+"""Loads models and tokenizers of Hugging Face's `transformers` from local files.
+
+Nothing is downloaded, no code that comes with a model is run, and weights are read only from safetensors files, which
+cannot hold code.
+"""
 
 import copy
 import difflib
@@ -22,7 +25,7 @@ from distrib.errors import ConfigError
 from distrib.extras import require
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
-_ROUNDING = 1e-3  # of what logits differ by, at most; where documents see one another they differ by 1e-2 or more
+_ROUNDING = 1e-3  # largest difference of logits by rounding; if documents attend to each other, it is 1e-2 or more
 
 
 def require_installed() -> None:
@@ -31,17 +34,17 @@ def require_installed() -> None:
     import datasets
     import transformers
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or it warns wherever a process that has used it forks
-    # Each rank would draw bars of its own, and most of what is warned of is refused here, or none of the user's doing.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # otherwise tokenizers warns at each fork
+    # Each rank would draw its own progress bar. Warnings are about errors that are checked here, or about library code.
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
 
 
 def find_config(model: Any) -> tuple[Any, Path | None]:
-    """The model's config, and where its weights lie; nowhere: it begins with random ones.
+    """Return the model's config, and the folder with its weights, or None for random weights. Raises ConfigError.
 
-    `model`: the local folder of a model, or for random weights a config, as a mapping or as a JSON file's path.
+    `model`: the local folder of a model; or, for random weights, a config as a mapping or as the path of a JSON file.
     """
     from transformers import AutoConfig
 
@@ -62,8 +65,8 @@ def find_config(model: Any) -> tuple[Any, Path | None]:
     if not any((path / f"model.safetensors{suffix}").exists() for suffix in ("", ".index.json")):
         if pickled := sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth")):
             raise ConfigError(
-                f"task.model: {path} has its weights in {pickled[0]}, a pickle, which can run code; convert what you "
-                "trust: AutoModel….from_pretrained(…).save_pretrained(…) writes model.safetensors"
+                f"task.model: {path} has its weights in {pickled[0]}, a pickle, which can run code; if you trust it, "
+                "convert it: AutoModel….from_pretrained(…).save_pretrained(…) writes model.safetensors"
             )
         raise ConfigError(
             f"task.model: {path} has no model.safetensors; for random weights give {path / 'config.json'}"
@@ -80,7 +83,7 @@ def _made_config(values: dict[str, Any]) -> Any:
         usual = type(config)()
     known = {*usual.to_dict(), *usual.attribute_map}
     for name in values:
-        if name not in known:  # transformers would keep it, and nothing would look at it
+        if name not in known:  # transformers would store it, and ignore it
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f", did you mean {close[0]}?" if close else ""
             raise ConfigError(f"task.model.{name}: {values['model_type']} has no such key{hint}")
@@ -88,20 +91,23 @@ def _made_config(values: dict[str, Any]) -> Any:
 
 
 def _require_known(values: dict[str, Any]) -> None:
-    """An architecture that transformers has: code that comes with a model is not run."""
+    """Raise ConfigError if transformers does not have the architecture, because code of a model is not run."""
     from transformers import CONFIG_MAPPING
 
     if "model_type" not in values:
-        raise ConfigError("task.model: the config has no model_type; it says which architecture, for example llama")
+        raise ConfigError("task.model: the config has no model_type; give the architecture, for example llama")
     kind = str(values["model_type"])
     if kind not in CONFIG_MAPPING:
         close = difflib.get_close_matches(kind, CONFIG_MAPPING.keys(), n=1)
         hint = f"did you mean {close[0]}?" if close else "and code that comes with a model is not run"
-        raise ConfigError(f"task.model.model_type: {kind!r} is none that transformers has, {hint}")
+        raise ConfigError(f"task.model.model_type: transformers has no {kind!r}, {hint}")
 
 
 def find_tokenizer(tokenizer: Any, model_folder: Path | None) -> Any:
-    """From a local folder, by default the model's; `bytes` is ByT5's, without its extra ids, which needs no files."""
+    """Load a tokenizer from a local folder, by default the model's. Raises ConfigError.
+
+    `bytes` means ByT5's tokenizer without its extra ids, which needs no files.
+    """
     from transformers import AutoTokenizer, ByT5Tokenizer
 
     if tokenizer == "bytes":
@@ -109,14 +115,14 @@ def find_tokenizer(tokenizer: Any, model_folder: Path | None) -> Any:
     if tokenizer is None and model_folder is None:
         raise ConfigError("task.tokenizer: missing, and task.model is a config; give a local folder, or bytes")
     path = model_folder if tokenizer is None else _path(tokenizer, "task.tokenizer")
-    assert path is not None, "one of the two is given"
+    assert path is not None, "checked above"
     _require_folder(path, "task.tokenizer", "tokenizer_config.json")
     with refused("task.tokenizer"):
         return AutoTokenizer.from_pretrained(path, **_LOCAL)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 of what it would be saved as."""
+    """Return the SHA-256 of the files that the tokenizer is saved as."""
     digest = hashlib.sha256()
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -126,10 +132,10 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 class SpecialTokens:
-    """Puts a tokenizer's special tokens around a text's tokens, once: a chat template may have written them."""
+    """Adds a tokenizer's special tokens to a text's tokens, unless they are there, as from a chat template."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """Find the tokens that the tokenizer puts before a text, such as Llama's <s>. Raises ConfigError."""
+        """Find the tokens with which the tokenizer begins a text, such as Llama's <s>. Raises ConfigError."""
         self._tokenizer = tokenizer
         whole, text = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
         starts = [start for start in range(len(whole) - len(text) + 1) if whole[start : start + len(text)] == text]
@@ -138,11 +144,12 @@ class SpecialTokens:
         self._first: list[int] = whole[: starts[0]]
 
     def begun(self, tokens: list[int]) -> list[int]:
-        """Return a text's tokens with the first special tokens before them."""
+        """Return a text's tokens, with the special tokens that begin a text."""
         return tokens if tokens[: len(self._first)] == self._first else [*self._first, *tokens]
 
     def ended(self, tokens: list[int]) -> list[int]:
-        """Return a text's tokens with the eos_token behind them, in place of one that white space follows."""
+        """Return a text's tokens, with the eos_token at the end. If one is followed by white space only, cut that
+        off."""
         end, text = self._tokenizer.eos_token_id, tokens
         if end not in text:
             return [*tokens, end]
@@ -152,8 +159,11 @@ class SpecialTokens:
 
 
 def build(auto_class: Any, config: Any, folder: Path | None, new_head: bool = False) -> nn.Module:
-    """In fp32: with the weights in `folder`, else with random ones, from torch's generator. On torch's meta device it
-    has no weights either way. Raises ConfigError where the folder lacks some; those of a `new_head` are random."""
+    """Return the model in fp32, with the weights in `folder`, or with random ones from torch's generator.
+
+    On torch's meta device it has no weights. With `new_head`, weights of the head that the folder lacks are random.
+    Raises ConfigError if the folder lacks others.
+    """
     config = copy.deepcopy(config)
     with refused("task.model"):
         if folder is None or torch.get_default_device().type == "meta":
@@ -167,14 +177,14 @@ def build(auto_class: Any, config: Any, folder: Path | None, new_head: bool = Fa
             if missing:
                 raise ConfigError(f"task.model: {folder} lacks {len(missing)} of the weights, first {missing[0]}")
     for part in (model.config, model.config.get_text_config()):
-        part.use_cache = False  # of keys and values, for generation
+        part.use_cache = False  # the key-value cache is only for generation
     return model  # type: ignore[no-any-return]
 
 
 def require_order(model: Any, packed: bool) -> None:
-    """Raises ConfigError where a prediction depends on what follows, or, `packed`, on another document beside it.
+    """Raise ConfigError if a prediction depends on later tokens, or with `packed`, on another document in the window.
 
-    Found by trying: architectures differ in what they make of positions that begin anew, and none says so.
+    This is tested with a forward, because an architecture's config does not tell how it treats positions that restart.
     """
     tokens = torch.arange(3, 11)[None]
     positions = {"position_ids": torch.arange(4).repeat(2)[None]}
@@ -183,14 +193,14 @@ def require_order(model: Any, packed: bool) -> None:
     model.eval()
     with torch.no_grad(), refused("task.model"):
         if _differ(model(tokens).logits[:, :-1], model(tokens[:, :-1]).logits):
-            raise ConfigError(f"task.model: {name} sees what it is to predict; where it has is_decoder, make it true")
+            raise ConfigError(f"task.model: {name} attends to later tokens; if it has is_decoder, set it to true")
     if packed:
         with torch.no_grad(), refused("task.packing"):
             beside = model(tokens, **positions).logits[:, 4:]
             if _differ(beside, model(tokens[:, 4:], position_ids=positions["position_ids"][:, 4:]).logits):
                 raise ConfigError(
-                    f"task.packing: {name} does not keep documents apart that are packed into one window; give "
-                    "packing: false, which gives each windows of its own"
+                    f"task.packing: {name} lets documents in one window attend to each other; set packing: false, "
+                    "which gives each document its own windows"
                 )
     model.train(training)
 
@@ -202,8 +212,8 @@ def _differ(one: Tensor, other: Tensor) -> bool:
 def export(
     auto_class: Any, config: Any, tokenizer: Any, source: Path | None, weights: dict[str, Tensor], folder: Path
 ) -> None:
-    """Write a folder that `from_pretrained` of the Auto classes reads, under the names that transformers has."""
-    # It asks DeepSpeed about a model that is none of its own.
+    """Write a folder that `from_pretrained` reads, with transformers' file names. Raises ConfigError."""
+    # transformers imports DeepSpeed here, which logs this line.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     with torch.device("meta"), refused("task.model"):
         model = auto_class.from_config(copy.deepcopy(config), dtype=torch.float32)
@@ -216,15 +226,15 @@ def export(
 
 @contextmanager
 def refused(key: str) -> Iterator[None]:
-    """What a library says to what the user gave, in one line that names the config's key."""
+    """Turn a library's error about the user's input into a ConfigError of one line that names the config's key."""
     from huggingface_hub.errors import StrictDataclassError
 
     usual = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError)
     try:
         yield
     except (*usual, SafetensorError, StrictDataclassError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{key}: {said[:300]}") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{key}: {reason[:300]}") from None
 
 
 def _path(given: Any, key: str) -> Path:
@@ -236,7 +246,7 @@ def _path(given: Any, key: str) -> Path:
 def _require_folder(path: Path, key: str, file: str) -> None:
     if not path.is_dir():
         raise ConfigError(
-            f"{key}: {str(path)!r} is no folder here, and nothing is downloaded; fetch what is on the Hub before: "
+            f"{key}: {str(path)!r} is not a local folder, and nothing is downloaded; fetch a model from the Hub first: "
             "hf download ORGANISATION/NAME --local-dir FOLDER"
         )
     if not (path / file).exists():

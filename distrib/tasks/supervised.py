@@ -1,4 +1,4 @@
-"""For whoever has just an nn.Module and a Dataset: name them in the config, with a loss and metrics."""
+"""A task made of an nn.Module, Datasets, a torch loss and torchmetrics metrics that the config names."""
 
 import difflib
 import inspect
@@ -16,18 +16,18 @@ from distrib.task import Loss, Task
 
 T = TypeVar("T")
 
-_CLASSIFIERS = (nn.CrossEntropyLoss, nn.NLLLoss)  # their mean is over what ignore_index leaves, by class weight
+_CLASSIFIERS = (nn.CrossEntropyLoss, nn.NLLLoss)  # their mean is weighted by class, and leaves out ignore_index
 _TARGET_HAS_OTHER_SHAPE = (*_CLASSIFIERS, nn.MultiMarginLoss)
 
 
 class Supervised(Task):
-    """Batches are (input, target); the model maps one to the other.
+    """Trains a model on batches (input, target): the loss compares its output with the target.
 
-    `model`, `train_dataset`, `eval_dataset`: `{target: "module:Class", …}` with keyword arguments, as for a task.
-    `model` and the datasets may also be made by a function of yours, or by one that is annotated to return them.
-    `loss`: a torch.nn class that takes (output, target), by name, or `{name: CrossEntropyLoss, …}` with arguments.
-    `metrics`: for each metric of your naming a torchmetrics class, by name or `{name: R2Score, …}` with arguments;
-    with its module where torchmetrics itself does not hold it, `torchmetrics.classification:MulticlassAccuracy`.
+    `model`, `train_dataset`, `eval_dataset`: `{target: "module:Class", …}` with keyword arguments, as for a task. The
+    target may also be a function: your own, or one that is annotated to return a model or dataset. `loss`: the name of
+    a torch.nn class that takes (output, target), or `{name: CrossEntropyLoss, …}` with arguments. `metrics`: maps a
+    name of your choice to a torchmetrics class, by its name or as `{name: R2Score, …}` with arguments. A class in a
+    submodule needs its full name, `torchmetrics.classification:MulticlassAccuracy`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Supervised(Task):
         return _built(self._model, nn.Module, "task.model")
 
     def loss(self, output: Tensor, batch: Any) -> Loss:
-        """The sum and the count whose quotient over one batch is torch's own mean."""
+        """Return a sum and a count whose quotient, for one batch, is the mean that torch computes."""
         target = batch[1]
         if output.shape != target.shape and not isinstance(self._loss, _TARGET_HAS_OTHER_SHAPE):
             raise ConfigError(
@@ -85,7 +85,7 @@ class Supervised(Task):
 
 
 def _checked(spec: Any, kind: type[Any], key: str) -> dict[str, Any]:
-    """The form `{target: module:Class, …}`, its target importable: found out before anything is built."""
+    """Check that `spec` has the form `{target: module:Class, …}` and can be imported, before anything is built."""
     if not isinstance(spec, dict) or not isinstance(spec.get("target"), str):
         raise ConfigError(f"{key}: {spec!r}: write {{target: module:Class, …}} with the arguments of the class")
     find(spec["target"], f"{key}.target", kind, factories=True)
@@ -97,7 +97,7 @@ def _find_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     import torchmetrics
 
     return {
-        # Only rank 0 computes metrics, over the whole set: syncing would wait for ranks that never come.
+        # Only rank 0 computes metrics, over the whole set, so synchronising them would wait for ever.
         key: _by_name(torchmetrics, value, torchmetrics.Metric, f"task.metrics.{key}", sync_on_compute=False)
         for key, value in metrics.items()
     }
@@ -110,7 +110,7 @@ def _built(spec: dict[str, Any], kind: type[T], key: str) -> T:
 
 
 def _by_name(module: ModuleType, spec: Any, base: type[Any], key: str, **fixed: Any) -> Any:
-    """A class of `module`, or module:Class, that derives from `base`, by name or as `{name: …, arguments}`."""
+    """Construct a subclass of `base` from its name in `module` or as module:Class, or from `{name: …, arguments}`."""
     arguments = dict(spec) if isinstance(spec, dict) else {"name": spec}
     name = arguments.pop("name", None)
     classes: dict[Any, Any] = {n: c for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, base)}
@@ -120,7 +120,7 @@ def _by_name(module: ModuleType, spec: Any, base: type[Any], key: str, **fixed: 
     if name not in classes:
         close = difflib.get_close_matches(str(name), classes, n=1)
         hint = f", did you mean {close[0]}?" if close else f"; for example {', '.join(sorted(classes)[:3])}"
-        what = f"is not a {base.__name__.strip('_')} in {module.__name__}, and no module:Class"
+        what = f"is not a {base.__name__.strip('_')} in {module.__name__}, and not of the form module:Class"
         raise ConfigError(f"{key}: {name!r} {what}{hint}")
     if twice := arguments.keys() & fixed.keys():
         raise ConfigError(f"{key}.{twice.pop()}: is decided by distrib; leave it out")

@@ -76,7 +76,7 @@ def test_windows_of_documents(documents: list[Document], length: int, packed: bo
 
 @settings(max_examples=50)
 @given(documents=DOCUMENTS.filter(bool), filler=st.integers(0, 100))
-def test_classified_documents_are_filled_up_to_the_longest(documents: list[Document], filler: int) -> None:
+def test_documents_of_a_batch_are_padded_to_the_longest(documents: list[Document], filler: int) -> None:
     with TemporaryDirectory() as folder:
         batch = Classified(written(folder, documents), "train", filler).__getitems__(list(range(len(documents))))
         longest = max(len(tokens) for tokens, _ in documents)
@@ -87,7 +87,7 @@ def test_classified_documents_are_filled_up_to_the_longest(documents: list[Docum
             assert batch["labels"][row] == number
 
 
-def test_a_worker_gets_the_path_and_not_the_tokens(tmp_path: Path) -> None:
+def test_a_dataset_is_pickled_by_path_without_its_tokens(tmp_path: Path) -> None:
     folder = written(str(tmp_path), [(list(range(50_000)), 1)])
     for dataset in (TokenWindows(folder, "train", 64, True), Classified(folder, "train", 0)):
         sent = pickle.dumps(dataset)
@@ -96,7 +96,7 @@ def test_a_worker_gets_the_path_and_not_the_tokens(tmp_path: Path) -> None:
             np.testing.assert_array_equal(value, dataset[0][key])
 
 
-def test_a_window_that_is_not_there(tmp_path: Path) -> None:
+def test_an_index_out_of_range_raises_index_error(tmp_path: Path) -> None:
     windows = TokenWindows(written(str(tmp_path), [([1, 2, 3], 1)]), "train", 2, True)
     assert len(list(windows)) == 1
     with pytest.raises(IndexError):

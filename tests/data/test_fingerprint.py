@@ -40,7 +40,7 @@ def changed(sample: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", SAMPLES)
-def test_a_print_is_of_the_content(kind: str) -> None:
+def test_a_print_changes_with_the_content(kind: str) -> None:
     found = sample_print(SAMPLES[kind]())
     assert found == sample_print(SAMPLES[kind]())
     assert same(found, json.loads(json.dumps(found)))
@@ -48,7 +48,7 @@ def test_a_print_is_of_the_content(kind: str) -> None:
 
 
 @given(st.lists(st.floats(allow_nan=True, width=32), max_size=40), st.integers(0, 2**32))
-def test_rounding_is_no_other_sample(values: list[float], seed: int) -> None:
+def test_prints_tolerate_rounding(values: list[float], seed: int) -> None:
     """Other numbers of threads sum in another order: here, each number is off by some units in its last place."""
     array = np.array(values, dtype=np.float32)
     away = np.random.default_rng(seed).integers(-3, 4, len(array)).astype(np.float32)
@@ -59,7 +59,7 @@ def test_rounding_is_no_other_sample(values: list[float], seed: int) -> None:
 
 
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=2, max_size=20, unique=True), st.data())
-def test_another_order_is_another_sample(values: list[float], data: st.DataObject) -> None:
+def test_a_print_changes_with_the_order_of_values(values: list[float], data: st.DataObject) -> None:
     first, second = data.draw(st.lists(st.integers(0, len(values) - 1), min_size=2, max_size=2, unique=True))
     swapped = list(values)
     swapped[first], swapped[second] = swapped[second], swapped[first]
@@ -102,7 +102,7 @@ class Opened(Augmented):
         return torch.tensor(index)
 
 
-def test_draws_of_a_sample_are_those_of_training() -> None:
+def test_a_fingerprint_reads_samples_with_the_seeds_of_training() -> None:
     first, second = (fingerprint(Augmented(), seed=1) for _ in range(2))
     assert difference(first, second, "before") is None
     assert difference(fingerprint(Augmented(), seed=2), first, "before") is not None, "they are in the print"
@@ -117,7 +117,7 @@ def test_samples_that_vary_or_cannot_be_read_are_not_compared(workers: int) -> N
     assert difference(fingerprint(Strange(), 0, workers), fingerprint(Augmented(), 0), "before") is None
 
 
-def test_what_differs() -> None:
+def test_a_difference_names_the_dataset_and_the_sample() -> None:
     numbers = torch.arange(455)
     before = fingerprint(TensorDataset(numbers), 0)
     assert (
@@ -129,14 +129,14 @@ def test_what_differs() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 8, 9])
-def test_small_sets_are_read_whole_or_nearly(size: int) -> None:
+def test_most_samples_of_a_small_set_are_read(size: int) -> None:
     found = fingerprint(TensorDataset(torch.arange(size)), 0)
     assert found is not None
     assert {"0", str(size - 1)} <= found["samples"].keys()
     assert len(found["samples"]) == min(size, 8)
 
 
-def test_streams_have_none() -> None:
+def test_a_stream_has_no_fingerprint() -> None:
     class Stream(IterableDataset[Any]):
         def __iter__(self) -> Any:
             raise AssertionError("a stream gives each sample once")
@@ -145,7 +145,7 @@ def test_streams_have_none() -> None:
     assert fingerprint(None, 0) is None
 
 
-def test_a_worker_reads_if_there_are_workers(tmp_path: Path) -> None:
+def test_a_worker_process_reads_the_samples(tmp_path: Path) -> None:
     dataset = Opened(tmp_path / "readers")
     fingerprint(dataset, 0, 2)
     readers = set((tmp_path / "readers").read_text().split())

@@ -56,7 +56,7 @@ def flat(read: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_samples_randomness_is_its_own(num_workers: int) -> None:
+def test_random_numbers_depend_only_on_epoch_and_sample(num_workers: int) -> None:
     """Whoever reads it: one process or two, with workers or without, from the start or later."""
     alone = flat(windows(Augmented()))
     assert flat(windows(Augmented(), num_workers=num_workers)) == alone
@@ -67,7 +67,7 @@ def test_a_samples_randomness_is_its_own(num_workers: int) -> None:
     assert first != again  # the next epoch augments differently
 
 
-def test_workers_change_nothing_and_leave_the_models_generator_alone() -> None:
+def test_workers_change_neither_samples_nor_the_models_generator() -> None:
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
@@ -75,7 +75,7 @@ def test_workers_change_nothing_and_leave_the_models_generator_alone() -> None:
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_batches_are_read_whole_where_the_dataset_can() -> None:
+def test_a_dataset_with_getitems_reads_whole_batches() -> None:
     indices = [batch[0].tolist() for _, batches in windows(Augmented()) for batch in batches]
     whole = [batch["index"].tolist() for _, batches in windows(Whole()) for batch in batches]
     listed = [batch for _, batches in windows(Listed()) for batch in batches]
@@ -84,7 +84,7 @@ def test_batches_are_read_whole_where_the_dataset_can() -> None:
     assert all(torch.equal(batch[0], -batch[1]) for batch in listed)
 
 
-def test_the_digest_is_of_what_was_read() -> None:
+def test_the_windows_digest_matches_the_samples_read() -> None:
     ranks = [windows(Augmented(), world_size=2, rank=rank) for rank in (0, 1)]
     for (alone, _), (first, _), (second, _) in zip(windows(Augmented()), *ranks, strict=True):
         assert (first.digest + second.digest) % 2**64 == alone.digest
@@ -93,7 +93,7 @@ def test_the_digest_is_of_what_was_read() -> None:
     assert digest(np.arange(10, 12, dtype=np.uint64), indices) == window.digest  # step 2, second half
 
 
-def test_reading_ahead_changes_nothing() -> None:
+def test_the_prefetcher_keeps_the_order() -> None:
     """What is copied ahead comes in the same order, as the same samples, one for each that was read."""
     dataset = TensorDataset(torch.arange(10))
     options = {"global_batch_size": 4, "micro_batch_size": 2, "stop": 7}

@@ -23,7 +23,7 @@ def test_each_epoch_is_a_permutation(size: int, seed: int, epoch: int) -> None:
 
 
 @given(st.integers(12, 5000), SEEDS, st.integers(0, 10**6))
-def test_each_epoch_and_each_seed_is_another(size: int, seed: int, epoch: int) -> None:
+def test_epochs_and_seeds_have_different_orders(size: int, seed: int, epoch: int) -> None:
     # 12! permutations: two equal ones by chance would take more examples than are ever tried
     this = sample_indices(positions(epoch * size, size), size, seed).tolist()
     assert this != sample_indices(positions((epoch + 1) * size, size), size, seed).tolist()
@@ -31,13 +31,13 @@ def test_each_epoch_and_each_seed_is_another(size: int, seed: int, epoch: int) -
 
 
 @given(SIZES, SEEDS, st.integers(0, 10**9), st.integers(1, 300), st.integers(0, 300))
-def test_seek_equals_walk(size: int, seed: int, first: int, count: int, skip: int) -> None:
+def test_any_position_can_be_computed_directly(size: int, seed: int, first: int, count: int, skip: int) -> None:
     walked = sample_indices(positions(first, skip + count), size, seed)[skip:]
     assert sample_indices(positions(first + skip, count), size, seed).tolist() == walked.tolist()
 
 
 @given(SIZES, st.integers(0, 10**6))
-def test_without_shuffling_the_order_is_the_datasets(size: int, first: int) -> None:
+def test_without_shuffling_the_order_is_that_of_the_dataset(size: int, first: int) -> None:
     indices = sample_indices(positions(first, 50), size, 0, shuffle=False)
     assert indices.tolist() == [position % size for position in range(first, first + 50)]
 
@@ -55,7 +55,7 @@ def test_huge_datasets_cost_no_memory(size: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("size", [3, 5, 6, 7, 13, 300])
-def test_every_sample_is_as_likely_at_every_place(size: int) -> None:
+def test_every_sample_is_equally_likely_at_every_position(size: int) -> None:
     epochs = 40_000 if size < 100 else 4_000
     indices = sample_indices(positions(0, size * epochs), size, seed=1).reshape(epochs, size)
     counts = np.stack([np.bincount(indices[:, place], minlength=size) for place in range(size)])

@@ -70,7 +70,7 @@ def write(folder: Path, kind: str, rows: list[dict[str, Any]]) -> str:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "arrow", "saved"])
-def test_every_kind_of_file_gives_its_rows(tmp_path: Path, kind: str) -> None:
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
     folder = packed(write(tmp_path / "train", kind, ROWS), write(tmp_path / "eval", kind, ROWS[1:]))
     expected = [(row["text"], row["label"]) for row in ROWS]
     assert unpacked(folder, "train") == expected
@@ -110,7 +110,7 @@ def test_a_suffix_names_the_kind_in_either_case(
     assert "read as text" not in capsys.readouterr().err
 
 
-def test_what_is_read_as_text_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_are_read_as_text_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.jsnl").write_text('{"text": "a"}')
     (tmp_path / "b.md").write_text("b")
     (tmp_path / "c.txt").write_text("c")
@@ -129,7 +129,7 @@ def test_rows_are_held_out_by_their_content(tmp_path: Path) -> None:
     assert set(unpacked(again, "eval")) == {(row["text"], row["label"]) for row in rows[::-2]} & set(held)
 
 
-def test_what_is_packed_is_kept_by_content_and_settings(
+def test_packed_rows_are_cached_by_content_and_settings(
     tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = write(tmp_path / "rows", "jsonl", ROWS)
@@ -152,7 +152,7 @@ def packs(queue: Any, gate: Any, files: str) -> None:
     queue.put((folder, hashlib.sha256((folder / "train.tokens.npy").read_bytes()).hexdigest()))
 
 
-def test_processes_that_pack_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_concurrent_processes_pack_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     files = write(tmp_path / "rows", "jsonl", [{"text": os.urandom(500).hex(), "label": 0} for _ in range(5000)])
     found = side_by_side(3, packs, files)
     assert len(set(found)) == 1
@@ -179,7 +179,7 @@ def test_processes_that_pack_at_once(tmp_path: Path, capfd: pytest.CaptureFixtur
         ("a.txt", b"\xff\xfe", "a.txt cannot be read as text: 'utf-8' codec"),
     ],
 )
-def test_what_the_files_get_wrong(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+def test_errors_in_files_are_named(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=message) as error:
         packed(str(tmp_path / name))
@@ -187,7 +187,7 @@ def test_what_the_files_get_wrong(tmp_path: Path, name: str, content: str | byte
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_changes_while_it_is_packed(tmp_path: Path, cache: Path) -> None:
+def test_a_file_that_changes_while_packing_is_refused(tmp_path: Path, cache: Path) -> None:
     files = write(tmp_path / "rows", "jsonl", ROWS)
 
     def touching(rows: list[Row]) -> list[tuple[Sequence[int], int]]:
@@ -200,7 +200,7 @@ def test_a_file_that_changes_while_it_is_packed(tmp_path: Path, cache: Path) -> 
     assert [path.suffix for path in cache.iterdir() if path.is_dir()] == [".partial"]
 
 
-def test_what_is_no_file_of_rows(tmp_path: Path) -> None:
+def test_paths_without_rows_are_refused(tmp_path: Path) -> None:
     both = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS)})
     both.save_to_disk(tmp_path / "both")
     (tmp_path / "empty").mkdir()

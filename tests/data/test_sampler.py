@@ -50,14 +50,14 @@ def test_the_global_batches_are_the_same_for_any_number_of_processes(shape: tupl
 
 
 @given(st.integers(1, 100), st.integers(1, 5))
-def test_every_sample_of_every_epoch_stands_once(size: int, epochs: int) -> None:
+def test_every_epoch_has_each_sample_once(size: int, epochs: int) -> None:
     steps = -(-size * epochs // 8)
     indices = list(sampler(size, global_batch_size=8, micro_batch_size=4, stop=steps))
     for epoch in range(epochs):
         assert Counter(indices[epoch * size : (epoch + 1) * size]) == Counter(range(size))
 
 
-def test_seek_continues_where_the_walk_would_be() -> None:
+def test_seek_gives_the_same_samples_as_iterating() -> None:
     shape = {"global_batch_size": 6, "micro_batch_size": 3, "num_replicas": 2, "rank": 1, "stop": 50}
     walked, sought = sampler(17, **shape), sampler(17, **shape)
     sought.seek(40)
@@ -71,14 +71,14 @@ def test_set_epoch_seeks_to_the_epochs_first_whole_step() -> None:
     assert it.start == 8  # positions 30 and on: step 8 begins at 32
 
 
-def test_it_is_torchs_and_drives_a_plain_dataloader() -> None:
+def test_it_works_with_a_plain_dataloader() -> None:
     it = sampler(10, global_batch_size=4, micro_batch_size=2, num_replicas=2, rank=0, stop=5)
     assert isinstance(it, torch.utils.data.DistributedSampler)
     (batches,) = zip(*DataLoader(it.dataset, batch_size=2, sampler=it), strict=True)
     assert [batch.tolist() for batch in batches] == [m.indices.tolist() for m in it.micro_batches()]
 
 
-def test_a_far_step_costs_what_the_first_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_late_step_costs_as_much_as_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     class Huge(torch.utils.data.Dataset[int]):
         def __len__(self) -> int:
             return 10**12

@@ -18,14 +18,14 @@ def fit(folder: Path, task: Masked, **train: Any) -> Path:
     return folder
 
 
-def test_a_stream_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_stream_resumes_where_it_was(tmp_path: Path) -> None:
     """Also beyond its end: 12 steps of 16 samples, of 97."""
     whole = fit(tmp_path / "whole", Streamed())
     assert {line["epoch"] for line in lines(whole)} == {0}
     check_same(fit(interrupted(whole, tmp_path / "run", after=5), Streamed()), whole)
 
 
-def test_a_stream_wants_steps(tmp_path: Path) -> None:
+def test_a_stream_needs_train_steps(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the training set is a stream, which has no length; give train"):
         Trainer(Streamed(), Config.from_dict({"train": {"epochs": 2}}), tmp_path / "run")
 
@@ -47,7 +47,7 @@ class Secret(Tokens):
         (lambda samples: Secret(samples, True), CheckpointError, r"state_dict\(\) of Secret cannot be saved as JSON"),
     ],
 )
-def test_streams_that_do_not_do(tmp_path: Path, dataset: Any, error: Any, said: str) -> None:
+def test_unusable_streams_are_refused(tmp_path: Path, dataset: Any, error: Any, said: str) -> None:
     class Other(Masked):
         def train_dataset(self) -> Any:
             return dataset(super().train_dataset())

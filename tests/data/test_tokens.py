@@ -51,7 +51,7 @@ def held_out(document: bytes) -> bool:
 
 @settings(max_examples=50)
 @given(documents=st.lists(st.binary(max_size=40), min_size=1, max_size=30), length=st.integers(1, 50))
-def test_documents_are_split_by_their_content_and_windows_cover_them(documents: list[bytes], length: int) -> None:
+def test_documents_are_split_by_content_and_windows_cover_them(documents: list[bytes], length: int) -> None:
     with TemporaryDirectory() as folder:
         packed = pack(write(Path(folder), documents))
         assert unpacked(packed, "train") == [document for document in documents if not held_out(document)]
@@ -67,7 +67,7 @@ def test_documents_are_split_by_their_content_and_windows_cover_them(documents: 
             np.testing.assert_array_equal(window, row)
 
 
-def test_what_is_packed_is_kept_by_content(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_packed_text_is_cached_by_content(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     documents = [b"one", b"two", b"three"]
     files = write(tmp_path / "text", documents)
     first = pack(files)
@@ -103,7 +103,7 @@ def packs(queue: Any, gate: Any, files: list[Path]) -> None:
     queue.put((folder, hashlib.sha256((folder / "train.npy").read_bytes()).hexdigest()))
 
 
-def test_processes_that_pack_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_concurrent_processes_pack_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     files = write(tmp_path / "text", [os.urandom(1_000_000) for _ in range(10)])
     found = side_by_side(4, packs, files)
     assert len(set(found)) == 1  # whole, for whoever was first to go on
@@ -120,7 +120,7 @@ def packs_as_far_as(size: int, killed: bool, files: list[Path]) -> None:
 
 
 @pytest.mark.parametrize("killed", [True, False])
-def test_what_is_packed_in_part_is_packed_anew(tmp_path: Path, cache: Path, killed: bool) -> None:
+def test_unfinished_packing_is_repeated(tmp_path: Path, cache: Path, killed: bool) -> None:
     documents = [os.urandom(50_000) for _ in range(20)]
     files = write(tmp_path / "text", documents)
     process = FORK.Process(target=packs_as_far_as, args=(500_000, killed, files))
@@ -133,20 +133,20 @@ def test_what_is_packed_in_part_is_packed_anew(tmp_path: Path, cache: Path, kill
     assert [path for path in cache.iterdir() if path.is_dir()] == [packed]
 
 
-def test_a_worker_gets_the_path_and_not_the_tokens(tmp_path: Path) -> None:
+def test_a_dataset_is_pickled_by_path_without_its_tokens(tmp_path: Path) -> None:
     windows = Windows(pack(write(tmp_path / "text", [bytes(100_000), b"another"])) / "train.npy", 64)
     sent = pickle.dumps(windows)
     assert len(sent) < 1000
     np.testing.assert_array_equal(pickle.loads(sent)[3], windows[3])
 
 
-def test_the_standard_library_is_on_this_machine() -> None:
+def test_stdlib_finds_pythons_library() -> None:
     files = find_text("stdlib")
     assert Path(os.__file__) in files
     assert not [path for path in files if "site-packages" in path.parts]
 
 
-def test_text_that_is_not_there() -> None:
+def test_a_glob_without_files_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"task.text: 'no/such/\*' matches no file, looked for from /"):
         find_text(["stdlib", "no/such/*"])
 

@@ -81,7 +81,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_strategy_goes_on_with_it(stopped: Path, mark: str, tmp_path: Path) -> None:
+def test_every_strategy_resumes_a_compiled_run(stopped: Path, mark: str, tmp_path: Path) -> None:
     for name in CASES:
         shutil.copytree(stopped / "stopped", tmp_path / name)
     (tmp_path / "train.py").write_text(SCRIPT.format(cases=CASES, values=values()))
@@ -96,14 +96,14 @@ def test_every_strategy_goes_on_with_it(stopped: Path, mark: str, tmp_path: Path
         assert tensors(tmp_path / name).keys() == tensors(stopped / "plain").keys()
 
 
-def test_so_do_four_processes(stopped: Path, mark: str, tmp_path: Path) -> None:
+def test_four_processes_resume_a_compiled_run(stopped: Path, mark: str, tmp_path: Path) -> None:
     shutil.copytree(stopped / "stopped", tmp_path / "run")
     run = starter(mark, tmp_path)
     check(run("distrib", "launch", "--processes", 4, "run/config.yaml", "--run-dir", "run"))
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(stopped / "plain"), rtol=ROUNDING)
 
 
-def test_mixed_precision(mark: str, tmp_path: Path) -> None:
+def test_compiled_mixed_precision(mark: str, tmp_path: Path) -> None:
     train = {"mixed_precision": "bf16"}
     (tmp_path / "train.py").write_text(
         SCRIPT.format(cases={"plain": (train, {}), "compiled": ({**train, **MODEL}, {})}, values=values())

@@ -13,7 +13,7 @@ from distrib.training import build
 from distrib.training.commands import evaluate_run
 
 
-def test_data_of_two_ranks(run: Run, tmp_path: Path) -> None:
+def test_different_data_on_two_ranks_are_refused(run: Run, tmp_path: Path) -> None:
     check(run("distrib", "launch", "--processes", 2, ROOT / "tests/distributed/data_cases.py", tmp_path))
     outcomes, second = (json.loads((tmp_path / f"outcomes-{rank}.json").read_text()) for rank in (0, 1))
     assert outcomes == second, "all ranks know why"

@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("worlds")]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
-def test_metrics_are_the_same_bits(world: Callable[[int], Path], processes: int) -> None:
+def test_metrics_have_the_same_bits_on_any_number_of_processes(world: Callable[[int], Path], processes: int) -> None:
     """The task itself asserts that all samples are there, in order."""
     alone = results(world(1))["evaluations"]
     found = results(world(processes))["evaluations"]
@@ -21,7 +21,7 @@ def test_metrics_are_the_same_bits(world: Callable[[int], Path], processes: int)
         assert metrics == alone[f"auto: {case}"], key
 
 
-def test_every_rank_is_told(world: Callable[[int], Path]) -> None:
+def test_every_rank_gets_the_metrics(world: Callable[[int], Path]) -> None:
     assert results(world(2), 1)["evaluations"] == results(world(2), 0)["evaluations"]
 
 

@@ -38,7 +38,7 @@ def write(folder: Path, **changes: object) -> Path:
         (["--processes", "2", "nowhere.py"], "nowhere.py: there is no such script"),
     ],
 )
-def test_what_the_launcher_refuses(run: Run, tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_errors_that_the_launcher_refuses(run: Run, tmp_path: Path, arguments: list[str], said: str) -> None:
     write(tmp_path)
     assert said in refused(run("distrib", "launch", *arguments))
     assert not (tmp_path / "runs").exists()
@@ -57,14 +57,14 @@ def test_what_the_launcher_refuses(run: Run, tmp_path: Path, arguments: list[str
         ("optim.options.alpha=1", "optim.options.alpha: not an option of AdamW"),
     ],
 )
-def test_what_is_refused_before_the_processes_join(tmp_path: Path, override: str, said: str) -> None:
+def test_errors_are_refused_before_the_processes_join(tmp_path: Path, override: str, said: str) -> None:
     config = Config.load(write(tmp_path), [override])
     with pytest.raises(ConfigError, match=re.escape(said)):
         Trainer(load_task(config.task), config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_members_of_a_launch_say_it_once(run: Run, tmp_path: Path) -> None:
+def test_an_error_of_all_ranks_is_printed_once(run: Run, tmp_path: Path) -> None:
     write(tmp_path)
     line = refused(run("distrib", "launch", "--processes", 2, "small.yaml", "data.global_batch_size=128"))
     assert "the training set has only 97 samples" in line
@@ -75,7 +75,7 @@ def test_members_of_a_launch_say_it_once(run: Run, tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "runs" / "small") == ["precious.txt"]
 
 
-def test_a_port_that_is_taken(run: Run, tmp_path: Path) -> None:
+def test_a_taken_port_is_refused(run: Run, tmp_path: Path) -> None:
     config = write(tmp_path)
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -109,7 +109,7 @@ def misbehave(how: str, on_rank: int) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("on_rank", [0, 1])
-def test_a_rank_that_raises_ends_all_and_is_named(run: Run, tmp_path: Path, on_rank: int) -> None:
+def test_a_rank_that_raises_is_named_and_ends_all(run: Run, tmp_path: Path, on_rank: int) -> None:
     result = run("distrib", "launch", "--processes", 2, write(tmp_path, task=misbehave("raise", on_rank)))
     check(result, code=1)
     assert f"rank {on_rank} of 2 on {socket.gethostname()} failed:" in result.stderr
@@ -125,7 +125,7 @@ def test_a_rank_that_raises_ends_all_and_is_named(run: Run, tmp_path: Path, on_r
     assert (event["event"], event["error"]) == ("failed", expected)
 
 
-def test_under_torchrun_the_traceback_comes_once_too(run: Run, tmp_path: Path) -> None:
+def test_torchrun_prints_the_traceback_once(run: Run, tmp_path: Path) -> None:
     train = ["-m", "distrib", "train", write(tmp_path, task=misbehave("raise", 1))]
     result = run(BIN / "torchrun", "--nproc_per_node", 2, *train)
     assert result.returncode == 1
@@ -146,7 +146,7 @@ def test_a_rank_that_is_killed_ends_all(run: Run, tmp_path: Path) -> None:
 THREE = {"data": {"global_batch_size": 12, "micro_batch_size": 4, "num_workers": 1}}
 
 
-def test_a_worker_that_raises_shows_why(run: Run, tmp_path: Path) -> None:
+def test_an_error_in_a_worker_is_shown(run: Run, tmp_path: Path) -> None:
     data = {**CONFIG["data"], "num_workers": 1}  # type: ignore[dict-item]
     task = {"target": "tasks:BrokenData"}
     result = run("distrib", "launch", "--processes", 2, write(tmp_path, task=task, data=data))

@@ -25,7 +25,7 @@ def write(folder: Path, **changes: object) -> Path:
     return folder / "runs" / "run"
 
 
-def test_a_rank_that_hangs_is_named_with_its_place(run: Run, tmp_path: Path) -> None:
+def test_a_hanging_rank_is_named_with_its_line(run: Run, tmp_path: Path) -> None:
     write(
         tmp_path,
         task={"target": "tasks:Misbehaving", "how": "sleep", "on_rank": 1},
@@ -41,7 +41,7 @@ def test_a_rank_that_hangs_is_named_with_its_place(run: Run, tmp_path: Path) -> 
     assert "Traceback" not in result.stderr
 
 
-def test_a_rank_that_wants_more_memory_than_there_is(run: Run, tmp_path: Path) -> None:
+def test_a_rank_that_runs_out_of_memory(run: Run, tmp_path: Path) -> None:
     write(tmp_path, task={"target": "tasks:Misbehaving", "how": "memory", "on_rank": 1})
     result = run("distrib", "launch", "--processes", 2, "run.yaml")
     check(result, code=1)
@@ -63,7 +63,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-def test_a_disk_that_is_full(run: Run, tmp_path: Path, small_disk: Path) -> None:
+def test_a_full_disk(run: Run, tmp_path: Path, small_disk: Path) -> None:
     """It fills up between two saves: the run ends with an error, and goes on when there is room again."""
     write(tmp_path)
     check(run("distrib", "launch", "--processes", 2, "run.yaml"))
@@ -85,7 +85,7 @@ def test_a_disk_that_is_full(run: Run, tmp_path: Path, small_disk: Path) -> None
     check_same(path, tmp_path / "runs" / "run")
 
 
-def test_two_launches_into_one_folder(mark: str, run: Run, tmp_path: Path) -> None:
+def test_a_second_launch_into_one_folder_is_refused(mark: str, run: Run, tmp_path: Path) -> None:
     path = write(tmp_path, task={"target": "tasks:Slow"}, train={"steps": 100_000})
     first = start(mark, tmp_path, "launch", "run.yaml")
     until(lambda: steps_done(path) >= 3, "it does not begin")

@@ -35,7 +35,7 @@ def commands(config: Path) -> dict[str, list[object]]:
 
 
 @pytest.mark.parametrize("launcher", ["distrib", "torchrun", "accelerate"])
-def test_two_processes_join(run: Run, config: Path, tmp_path: Path, launcher: str) -> None:
+def test_each_launcher_starts_two_ranks(run: Run, config: Path, tmp_path: Path, launcher: str) -> None:
     check(run(*commands(config)[launcher]))
     run_dir = tmp_path / "runs" / "small"
     (start,) = json.loads((run_dir / "environment.json").read_text())["starts"]
@@ -43,7 +43,7 @@ def test_two_processes_join(run: Run, config: Path, tmp_path: Path, launcher: st
     assert {line["world_size"] for line in lines(run_dir)} == {2}
 
 
-def test_a_script_may_leave_threads_behind(run: Run, tmp_path: Path) -> None:
+def test_a_script_may_end_with_running_threads(run: Run, tmp_path: Path) -> None:
     """A pool's threads wait for ever, unless they are told that the program is over; others are waited for."""
     (tmp_path / "script.py").write_text(
         "import threading, time\n"
@@ -84,7 +84,7 @@ def test_accelerate_starting_one_process_instead_of_two_is_refused(
     ],
     ids=["fsdp1", "bf16", "dynamo"],
 )
-def test_another_strategy_or_precision_than_the_launchers_is_refused(
+def test_a_strategy_or_precision_that_contradicts_accelerate_is_refused(
     run: Run, config: Path, tmp_path: Path, arguments: list[str], said: str
 ) -> None:
     command = [BIN / "accelerate", "launch", "--config_file", DDP, "--main_process_port", free_port()]
@@ -95,7 +95,7 @@ def test_another_strategy_or_precision_than_the_launchers_is_refused(
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
-def test_auto_follows_accelerates_config_file(run: Run, config: Path, tmp_path: Path, strategy: str) -> None:
+def test_strategy_auto_follows_accelerates_config_file(run: Run, config: Path, tmp_path: Path, strategy: str) -> None:
     file = LAUNCH / f"{strategy}.yaml"
     command = [BIN / "accelerate", "launch", "--config_file", file, "--main_process_port", free_port()]
     check(run(*command, "-m", "distrib", "train", config))
@@ -110,7 +110,7 @@ def test_a_config_that_contradicts_accelerates_file_is_refused(run: Run, config:
     assert not (tmp_path / "runs").exists()
 
 
-def test_two_machines(config: Path, tmp_path: Path) -> None:
+def test_accelerate_on_two_machines(config: Path, tmp_path: Path) -> None:
     """launch/multi-node.yaml, both machines being this one."""
     here = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()), "--num_processes", "2"]
     command = [BIN / "accelerate", "launch", "--config_file", LAUNCH / "multi-node.yaml", *here]
@@ -126,7 +126,7 @@ def test_two_machines(config: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", ["test_script", "test_sync"])
-def test_accelerates_own_scripts_find_what_they_expect(run: Run, script: str) -> None:
+def test_accelerates_test_scripts_pass_under_distrib_launch(run: Run, script: str) -> None:
     module = f"accelerate.test_utils.scripts.{script}"
     output = check(run("distrib", "launch", "--processes", 2, "-m", module))
     assert "Num processes: 2" in output if script == "test_script" else "Test `accumulate`" in output
@@ -137,7 +137,7 @@ def test_a_strategy_for_one_process_is_refused_for_two(run: Run, config: Path) -
     assert "strategy.name: single, but distrib started 2 processes" in line
 
 
-def test_a_script_of_the_users_with_arguments(run: Run, tmp_path: Path) -> None:
+def test_launch_of_a_script_with_arguments(run: Run, tmp_path: Path) -> None:
     """Also: several runs in one script, and `Trainer` handing every rank the same summary."""
     (tmp_path / "my_script.py").write_text(
         "import json, sys\n"
@@ -156,7 +156,7 @@ def test_a_script_of_the_users_with_arguments(run: Run, tmp_path: Path) -> None:
         assert (tmp_path / "runs" / name / "summary.json").exists()
 
 
-def test_a_module_of_the_users_and_its_exit_code(run: Run, tmp_path: Path) -> None:
+def test_launch_of_a_module_returns_its_exit_code(run: Run, tmp_path: Path) -> None:
     (tmp_path / "my_module.py").write_text(
         "import os, sys, time\n"
         "assert __name__ == '__main__'\n"
@@ -183,13 +183,13 @@ def test_a_module_of_the_users_and_its_exit_code(run: Run, tmp_path: Path) -> No
         (["-m", "runs.package"], "error: -m: there is no module 'runs.package', neither in {} nor installed"),
     ],
 )
-def test_a_module_that_is_not_there(run: Run, tmp_path: Path, arguments: list[str], expected: str) -> None:
+def test_a_missing_module_is_refused(run: Run, tmp_path: Path, arguments: list[str], expected: str) -> None:
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").touch()
     assert refused(run("distrib", "launch", "--processes", 1, *arguments)) == expected.format(tmp_path)
 
 
-def test_a_script_that_cannot_be_compiled(run: Run, tmp_path: Path) -> None:
+def test_a_syntax_error_in_a_script(run: Run, tmp_path: Path) -> None:
     """As Python itself has it, without the lines that led there."""
     (tmp_path / "script.py").write_text("import os\nprint(os\n")
     result = run("distrib", "launch", "--processes", 1, "script.py")
@@ -203,7 +203,7 @@ def test_a_script_that_cannot_be_compiled(run: Run, tmp_path: Path) -> None:
     ]
 
 
-def test_evaluate_and_a_second_start_of_a_finished_run(run: Run, config: Path, tmp_path: Path) -> None:
+def test_evaluate_and_restart_of_a_finished_run(run: Run, config: Path, tmp_path: Path) -> None:
     check(run("distrib", "launch", config))  # one process, where there is no accelerator
     run_dir = tmp_path / "runs" / "small"
     assert {(line["world_size"], line["strategy"]) for line in lines(run_dir)} == {(1, "single")}

@@ -66,7 +66,9 @@ def test_every_step_equals_the_plain_loops(world: Callable[[int], Path], process
 
 @pytest.mark.parametrize("strategy", SHARDED)
 @pytest.mark.parametrize("processes", SHARDED_WORLDS)
-def test_so_does_every_step_of_every_strategy(world: Callable[[int], Path], processes: int, strategy: str) -> None:
+def test_every_step_of_every_strategy_equals_the_plain_loops(
+    world: Callable[[int], Path], processes: int, strategy: str
+) -> None:
     for optimizer in OPTIMIZERS:
         for window in SHARDED_WINDOWS[optimizer]:
             run = world(processes) / f"{strategy}-{optimizer}-{window}"
@@ -74,7 +76,7 @@ def test_so_does_every_step_of_every_strategy(world: Callable[[int], Path], proc
             assert {line["strategy"] for line in lines(run)} == {strategy}  # and not another one in silence
 
 
-def test_dropout_trains_the_same_on_any_number_of_processes(world: Callable[[int], Path]) -> None:
+def test_dropout_is_the_same_on_any_number_of_processes(world: Callable[[int], Path]) -> None:
     alone, *others = (world(processes) / "dropout" for processes in SHARDED_WORLDS)
     for other in others:
         np.testing.assert_allclose(losses(other), losses(alone), rtol=TOLERANCE)

@@ -15,7 +15,9 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("worlds")]
 
 
 @pytest.mark.parametrize(("processes", "name"), [(world, name) for world in (2, 4) for name in resumed(world)])
-def test_on_as_many_processes_it_is_the_same_bits(world: Callable[[int], Path], processes: int, name: str) -> None:
+def test_a_resume_on_the_same_number_of_processes_has_the_same_bits(
+    world: Callable[[int], Path], processes: int, name: str
+) -> None:
     run = world(processes) / f"{name}-resumed"
     check_same(run, world(processes) / name)
     assert [event["step"] for event in lines(run, "events.jsonl") if event["event"] == "resumed"] == [EVERY]
@@ -47,7 +49,7 @@ def test_one_run_under_four_strategies_on_four_two_and_one_processes(
         np.testing.assert_allclose(value, expected[name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-def test_a_stream_is_not_taken_over_by_another_number_of_processes(
+def test_a_stream_resumes_only_on_the_same_number_of_processes(
     world: Callable[[int], Path], run: Run, tmp_path: Path
 ) -> None:
     folder = interrupted(world(2) / "stream-0", tmp_path / "run", EVERY)
@@ -55,7 +57,7 @@ def test_a_stream_is_not_taken_over_by_another_number_of_processes(
     assert "Tokens is a stream that 2 process(es) had read; 1 cannot continue it" in line
 
 
-def test_ranks_that_read_the_same_samples_of_a_stream_are_noticed(run: Run, tmp_path: Path) -> None:
+def test_a_stream_that_is_not_split_between_ranks_is_refused(run: Run, tmp_path: Path) -> None:
     config = {"task": {"target": "tasks:Streamed", "split": False}, "train": {"steps": 5}}
     (tmp_path / "same.yaml").write_text(yaml.safe_dump(config))
     line = refused(run("distrib", "launch", "--processes", 2, "same.yaml"))

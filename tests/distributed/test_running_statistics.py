@@ -82,7 +82,7 @@ def check_parity(run: Path, centred: bool = True) -> None:
 @pytest.mark.parametrize(
     ("processes", "strategy"), [(world, name) for world, names in BUFFER_STRATEGIES.items() for name in names]
 )
-def test_they_are_those_of_a_plain_loop(world: Callable[[int], Path], processes: int, strategy: str) -> None:
+def test_buffers_equal_those_of_a_plain_loop(world: Callable[[int], Path], processes: int, strategy: str) -> None:
     run = world(processes) / f"buffers-{strategy}"
     check_parity(run)
     (warning,) = [event["reason"] for event in lines(run, "events.jsonl") if event["event"] == "warning"]
@@ -92,7 +92,7 @@ def test_they_are_those_of_a_plain_loop(world: Callable[[int], Path], processes:
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_bitwise_they_are_the_same_bits(world: Callable[[int], Path], processes: int) -> None:
+def test_buffers_of_bitwise_runs_have_the_same_bits(world: Callable[[int], Path], processes: int) -> None:
     check_parity(world(1) / "buffers-bitwise")
     check_same(world(processes) / "buffers-bitwise", world(1) / "buffers-bitwise")
 

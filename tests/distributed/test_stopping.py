@@ -18,7 +18,7 @@ CONFIG = {
 }
 
 
-def test_one_of_the_ranks_is_asked_to_stop(mark: str, tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_stops_all(mark: str, tmp_path: Path) -> None:
     (tmp_path / "slow.yaml").write_text(yaml.safe_dump(CONFIG))
     command = ["launch", "--processes", 2, "slow.yaml", "--run-dir"]
     run = tmp_path / "run"
@@ -98,7 +98,7 @@ except Preempted:
 """
 
 
-def test_each_signal_that_asks_to_stop(run: Run, tmp_path: Path) -> None:
+def test_every_stop_signal(run: Run, tmp_path: Path) -> None:
     """Each ends a start of the run, in one process; the one that nohup ignores does nothing."""
     (tmp_path / "each.py").write_text(EACH_SIGNAL)
     assert check(run(sys.executable, "each.py")).splitlines()[-1] == "all as they should"
@@ -107,7 +107,7 @@ def test_each_signal_that_asks_to_stop(run: Run, tmp_path: Path) -> None:
     assert events(tmp_path / "hung-up")[-1] == "preempted"
 
 
-def test_a_connection_that_is_lost_while_it_starts(mark: str, tmp_path: Path) -> None:
+def test_sighup_while_starting(mark: str, tmp_path: Path) -> None:
     """distrib train alone ends as it does under distrib launch; each signal but SIGTERM and SIGINT goes this way."""
     phased = {**CONFIG, "task": {"target": "tasks:Phased", "folder": str(tmp_path)}}
     (tmp_path / "phased.yaml").write_text(yaml.safe_dump(phased))

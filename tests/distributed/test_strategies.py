@@ -24,7 +24,7 @@ def together(world: Callable[[int], Path]) -> Path:
 
 @pytest.mark.parametrize("strategy", SHARDED)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_precision_is_the_same_under_every_strategy(together: Path, strategy: str, precision: str) -> None:
+def test_all_strategies_agree_in_every_precision(together: Path, strategy: str, precision: str) -> None:
     run, expected = together / f"{strategy}-{precision}", together / f"ddp-{precision}"
     np.testing.assert_allclose(losses(run), losses(expected), rtol=ROUNDING)
     assert [line.get("loss_scale") for line in lines(run)] == [line.get("loss_scale") for line in lines(expected)]
@@ -33,12 +33,12 @@ def test_every_precision_is_the_same_under_every_strategy(together: Path, strate
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_options_change_nothing(together: Path, option: str) -> None:
+def test_options_do_not_change_losses(together: Path, option: str) -> None:
     np.testing.assert_allclose(losses(together / option), losses(together / "ddp-no"), rtol=ROUNDING)
 
 
 @pytest.mark.parametrize("strategy", SHARDED)
-def test_groups_of_a_tasks_own_optimizer(together: Path, strategy: str) -> None:
+def test_parameter_groups_of_a_tasks_optimizer(together: Path, strategy: str) -> None:
     np.testing.assert_allclose(losses(together / f"{strategy}-groups"), losses(together / "ddp-groups"), rtol=ROUNDING)
 
 
@@ -48,13 +48,13 @@ def test_scalars_and_other_memory_formats(together: Path, strategy: str) -> None
     np.testing.assert_allclose(losses(run), losses(expected), rtol=ROUNDING)
 
 
-def test_parameters_that_a_forward_does_not_use(together: Path) -> None:
+def test_unused_parameters_with_find_unused_parameters(together: Path) -> None:
     assert {line["verdict"] for line in lines(together / "ddp-unused")} == {"applied"}
     assert losses(together / "ddp-unused")[-1] < losses(together / "ddp-unused")[0]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
-def test_otherwise_they_are_refused(run: Run, tmp_path: Path, strategy: str) -> None:
+def test_unused_parameters_are_refused(run: Run, tmp_path: Path, strategy: str) -> None:
     """DeepSpeed and fully_shard would reduce gradients of different parameters together, without a word; DDP would
     make the first update with gradients that are not reduced."""
     config = {"task": {"target": "tasks:Unused"}, "data": {"global_batch_size": 16, "micro_batch_size": 4}}
@@ -73,7 +73,7 @@ def test_gradients_in_bf16_are_rounded(together: Path, strategy: str) -> None:
     assert got[0] == exact[0]  # and the totals were not
 
 
-def test_fsdp2s_mixed_precision_policy(together: Path) -> None:
+def test_fsdp2_with_communication_in_bf16(together: Path) -> None:
     """Parameters and gradients travel in bf16: normalisations see rounded weights, which ddp's do not."""
     got, full = losses(together / "fsdp2-compressed-bf16"), losses(together / "ddp-no")
     np.testing.assert_allclose(got, full, rtol=0.003)  # as bf16 alone, see test_verdicts
@@ -82,7 +82,7 @@ def test_fsdp2s_mixed_precision_policy(together: Path) -> None:
 
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
-def test_a_rank_holds_what_the_plan_says(world: Callable[[int], Path], processes: int, strategy: str) -> None:
+def test_memory_of_a_rank_matches_the_plan(world: Callable[[int], Path], processes: int, strategy: str) -> None:
     for rank in range(processes):
         found = results(world(processes), rank)["memory"][strategy]
         assert found["parameters"] == pytest.approx(found["planned_parameters"], rel=0.05)
@@ -92,7 +92,7 @@ def test_a_rank_holds_what_the_plan_says(world: Callable[[int], Path], processes
         assert found["all"] == pytest.approx(planned, rel=0.05)
 
 
-def test_nothing_is_compiled(world: Callable[[int], Path]) -> None:
+def test_deepspeed_compiles_no_extension(world: Callable[[int], Path]) -> None:
     for processes in (1, 2, 4):
         extensions = world(processes) / "extensions"
         assert not extensions.exists() or not list(extensions.rglob("*"))

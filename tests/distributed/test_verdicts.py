@@ -69,7 +69,7 @@ def test_the_first_loss_scale_fits_a_sum(alone: Path, together: Path) -> None:
         ("fp16-inf", 4, "skipped:loss_scale"),
     ],
 )
-def test_what_is_not_finite_on_one_rank_is_skipped_by_all(
+def test_a_non_finite_value_on_one_rank_skips_the_step_on_all(
     together: Path, strategy: str, case: str, step: int, verdict: str
 ) -> None:
     run = together / f"{strategy}-{case}"
@@ -104,7 +104,7 @@ def test_on_nonfinite_stop_ends_the_run(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_window_that_counts_nothing_is_skipped(together: Path, strategy: str) -> None:
+def test_a_window_with_count_0_is_skipped(together: Path, strategy: str) -> None:
     run = together / f"{strategy}-nothing"
     assert {line["verdict"] for line in lines(run)} == {"skipped:no_items"}
     assert {line["loss"] for line in lines(run)} == {None}  # 0.0 would look like a perfect model

@@ -321,7 +321,7 @@ def test_a_rank_that_never_comes(mark: str, run: Run, tmp_path: Path) -> None:
     port = str(free_port())
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     line = refused(run("distrib", "train", "run.yaml", **alone, DISTRIB_JOIN_TIMEOUT="3"))
-    assert "rank 1 of 2 did not come within 3 s; the others are on" in line
+    assert "rank 1 of 2 did not join within 3 s; the others are on" in line
     other = {**alone, "RANK": "1"}
     result = run("distrib", "train", "run.yaml", **other, DISTRIB_JOIN_TIMEOUT="3")
     assert result.returncode == 2
@@ -355,8 +355,8 @@ def test_two_that_say_they_are_the_same_rank(mark: str, tmp_path: Path) -> None:
         started.append(subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=60)[1] for process in started]
     assert [process.returncode for process in started] == [2, 2, 2]
-    assert "rank 2 of 3 did not come within 8 s" in said[0]
-    assert "two processes say that they are rank 1 of 3" in said[1] + said[2]
+    assert "rank 2 of 3 did not join within 8 s" in said[0]
+    assert "two processes have been started as rank 1 of 3" in said[1] + said[2]
 
 
 def test_a_machine_that_never_comes(run: Run, tmp_path: Path) -> None:

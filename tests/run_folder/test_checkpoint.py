@@ -59,7 +59,7 @@ def save(folder: Path, tensors: dict[str, Tensor], step: int = 1, world_size: in
 
 
 @pytest.mark.parametrize("offsets", [(0, 11), (0, 9), (1, 11)])
-def test_ranks_that_leave_a_gap_or_overlap(offsets: tuple[int, int]) -> None:
+def test_shards_with_gaps_or_overlaps_are_refused(offsets: tuple[int, int]) -> None:
     """Not by an assert, which `python -O` leaves out."""
     parts = [
         checkpoint.Part(rank, {"model.w": torch.zeros(10)}, {"model.w": ((20,), offset)})
@@ -75,7 +75,7 @@ def empty(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @on_disk
 @given(writers=st.integers(1, 7), readers=st.integers(1, 7))
-def test_what_any_number_of_ranks_wrote_any_number_reads(tmp_path: Path, writers: int, readers: int) -> None:
+def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path: Path, writers: int, readers: int) -> None:
     tensors = some_tensors()
     path = save(tmp_path, tensors, world_size=writers)
     sizes = [file.stat().st_size for file in path.glob("*.safetensors")]
@@ -90,7 +90,7 @@ def test_what_any_number_of_ranks_wrote_any_number_reads(tmp_path: Path, writers
     shutil.rmtree(path)
 
 
-def test_tensors_that_are_not_contiguous(tmp_path: Path) -> None:
+def test_non_contiguous_tensors_are_saved(tmp_path: Path) -> None:
     tensors = {"model.weight": torch.randn(3, 4).t()}
     read = {"model.weight": torch.empty(3, 4).t()}
     path = save(tmp_path, tensors)
@@ -100,7 +100,7 @@ def test_tensors_that_are_not_contiguous(tmp_path: Path) -> None:
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 10**6), flip=st.integers(1, 255), number=st.integers(0, 2))
-def test_any_byte_changed_in_any_file_is_noticed(tmp_path: Path, place: int, flip: int, number: int) -> None:
+def test_any_changed_byte_is_detected(tmp_path: Path, place: int, flip: int, number: int) -> None:
     path = tmp_path / "step-00000001"
     if not path.exists():
         save(tmp_path, some_tensors(), world_size=2)
@@ -139,7 +139,7 @@ def test_another_models_weights_are_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
-def test_numbers_that_differ_are_not_read_into_one(tmp_path: Path) -> None:
+def test_different_scalars_are_not_loaded_into_a_shared_one(tmp_path: Path) -> None:
     """ZeRO keeps one count of steps for a whole group of parameters."""
     saved = {"optimizer.step.a": torch.tensor(3.0), "optimizer.step.b": torch.tensor(3.0)}
     one = torch.tensor(0.0)
@@ -151,14 +151,14 @@ def test_numbers_that_differ_are_not_read_into_one(tmp_path: Path) -> None:
         checkpoint.load(path, checkpoint.verify(path), dict.fromkeys(saved, replicated(one)))
 
 
-def test_the_newest_are_kept_and_some_for_ever(tmp_path: Path) -> None:
+def test_keep_and_keep_every(tmp_path: Path) -> None:
     for step in range(1, 11):
         save(tmp_path, {"model.weight": torch.zeros(1)}, step)
         checkpoint.prune(tmp_path, keep=2, keep_every=4)
     assert [checkpoint.step_of(path) for path in checkpoint.steps_of(tmp_path)] == [10, 9, 8, 4]
 
 
-def test_a_step_saved_again_takes_the_place_of_a_damaged_one(tmp_path: Path) -> None:
+def test_a_new_save_replaces_a_damaged_checkpoint_of_the_step(tmp_path: Path) -> None:
     path = save(tmp_path, some_tensors())
     (path / "manifest.json").unlink()
     save(tmp_path, some_tensors(1))
@@ -201,7 +201,7 @@ class Fancy(Task):
         (folder / "names.txt").write_text(" ".join(sorted(weights)))
 
 
-def test_a_task_exports_in_its_own_form_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_tasks_own_export_is_atomic(tmp_path: Path) -> None:
     path = save(tmp_path / "run", some_tensors(), tied={"head.weight": "weight"})
     task, out = Fancy(), tmp_path / "out"
     task.full = True
@@ -244,7 +244,7 @@ def test_a_save_does_not_see_later_updates(tmp_path: Path) -> None:
         assert (read == step).all()
 
 
-def test_a_disk_that_refuses_leaves_earlier_checkpoints_whole(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_earlier_checkpoints_valid(tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk: the write fails in the middle, for root too."""
     saved_by(tmp_path, 1, torch.zeros(10))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -314,7 +314,7 @@ def number_of_operations(folder: Path) -> int:
     return len(numbers)
 
 
-def test_every_operation_of_a_save_may_fail_or_be_the_last(tmp_path: Path) -> None:
+def test_a_save_may_fail_or_be_killed_at_every_operation(tmp_path: Path) -> None:
     total = number_of_operations(two_saves(tmp_path / "counted"))
     assert total >= 15
     steps = set()

@@ -200,7 +200,7 @@ def test_any_damage_of_a_small_file(
         shutil.rmtree(folder)
 
 
-def test_what_is_set_aside_is_said(whole: Path, interrupted: Path, tmp_path: Path) -> None:
+def test_files_that_are_set_aside_are_reported(whole: Path, interrupted: Path, tmp_path: Path) -> None:
     """By an event for each file, and by verify, which then finds all in order."""
     run = copy(interrupted, tmp_path)
     for name in ("config.yaml", "environment.json", "evals.jsonl", "events.jsonl"):
@@ -232,7 +232,7 @@ def test_what_is_set_aside_is_said(whole: Path, interrupted: Path, tmp_path: Pat
     fit(tmp_path / "plain")
 
 
-def test_values_that_were_changed_and_can_be_read(interrupted: Path, tmp_path: Path) -> None:
+def test_changed_values_are_restored_from_the_checkpoint(interrupted: Path, tmp_path: Path) -> None:
     """What the checkpoint holds is what the run is."""
     run = copy(interrupted, tmp_path)
     for name, before, after in (
@@ -254,7 +254,9 @@ def test_values_that_were_changed_and_can_be_read(interrupted: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty"])
-def test_another_config_where_the_ledger_is_lost(whole: Path, interrupted: Path, tmp_path: Path, kind: str) -> None:
+def test_another_config_is_refused_if_the_ledger_is_lost(
+    whole: Path, interrupted: Path, tmp_path: Path, kind: str
+) -> None:
     """The checkpoints are the run's own: no other run takes them over."""
     run = copy(interrupted, tmp_path)
     DAMAGES[kind](run / "steps.jsonl", random.Random(0))
@@ -263,7 +265,7 @@ def test_another_config_where_the_ledger_is_lost(whole: Path, interrupted: Path,
     check_goes_on(run, whole, kind)
 
 
-def test_a_changed_config_that_is_given_too(interrupted: Path, tmp_path: Path) -> None:
+def test_a_config_changed_in_the_run_folder_is_refused(interrupted: Path, tmp_path: Path) -> None:
     """As where `distrib train RUN/config.yaml --run-dir RUN` goes on: the checkpoint's copy is the run's config."""
     run = copy(interrupted, tmp_path)
     text = (run / "config.yaml").read_text()
@@ -274,7 +276,7 @@ def test_a_changed_config_that_is_given_too(interrupted: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["missing", "a list"])
-def test_a_fork_that_lost_where_it_began(interrupted: Path, tmp_path: Path, kind: str) -> None:
+def test_a_fork_whose_origin_is_lost_is_refused(interrupted: Path, tmp_path: Path, kind: str) -> None:
     """Before its first save: it is not begun again from random weights."""
     run = tmp_path / "fork"
     fit(run, resume=str(interrupted), fork=True)
@@ -309,7 +311,7 @@ def test_a_last_line_of_many_blocks(tmp_path: Path) -> None:
     assert last_line(file, EVALUATION) == entries[1]
 
 
-def test_a_ledger_that_leads_to_no_checkpoint(whole: Path, interrupted: Path, tmp_path: Path) -> None:
+def test_a_ledger_that_leads_to_no_checkpoint_is_repaired(whole: Path, interrupted: Path, tmp_path: Path) -> None:
     """It goes on at the newest checkpoint, and the steps whose lines are lost are named."""
     run = copy(interrupted, tmp_path)
     ledger = (run / "steps.jsonl").read_text().splitlines(keepends=True)
@@ -363,7 +365,7 @@ def test_a_damaged_manifest_is_passed_over(whole: Path, interrupted: Path, tmp_p
     check_goes_on(run, whole, "other files")
 
 
-def test_checkpoints_from_before_they_held_the_runs_files(whole: Path, interrupted: Path, tmp_path: Path) -> None:
+def test_checkpoints_of_older_versions_without_copies_of_files(whole: Path, interrupted: Path, tmp_path: Path) -> None:
     run = copy(interrupted, tmp_path)
     for manifest in run.rglob("manifest.json"):
         sealed(manifest, lambda manifest: {key: value for key, value in manifest.items() if key != "run"})
@@ -383,7 +385,7 @@ def test_checkpoints_from_before_they_held_the_runs_files(whole: Path, interrupt
     assert "config.yaml: damaged: " in in_one_line(lambda: fit(run))
 
 
-def test_nothing_waits_for_a_fifo(whole: Path, interrupted: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_no_command_blocks_on_a_fifo(whole: Path, interrupted: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """In the place of a file that a run writes before it gives it its name, or that trackers keep."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = copy(interrupted, tmp_path)
@@ -403,7 +405,7 @@ def test_nothing_waits_for_a_fifo(whole: Path, interrupted: Path, tmp_path: Path
     assert not list(run.glob(".*.partial"))
 
 
-def test_a_start_that_lacks_a_key(whole: Path, tmp_path: Path) -> None:
+def test_an_environment_without_a_key_is_reported(whole: Path, tmp_path: Path) -> None:
     run = copy(whole, tmp_path)
     text = (run / "environment.json").read_text()
     (run / "environment.json").write_text(text.replace('"git_commit"', '"git_c0mmit"'))
@@ -420,7 +422,7 @@ def test_a_finished_run_started_again(whole: Path, tmp_path: Path, kind: str) ->
     assert fit(run)["metrics"] == summary["metrics"]
 
 
-def test_a_folder_of_checkpoints_that_is_none(interrupted: Path, tmp_path: Path) -> None:
+def test_a_checkpoints_path_that_is_not_a_folder(interrupted: Path, tmp_path: Path) -> None:
     """Nothing is begun from scratch."""
     run = copy(interrupted, tmp_path)
     shutil.rmtree(run / "checkpoints")
@@ -430,7 +432,7 @@ def test_a_folder_of_checkpoints_that_is_none(interrupted: Path, tmp_path: Path)
     assert len(lines(run)) == STEPS
 
 
-def test_commands_of_a_damaged_run(run: Run, whole: Path, interrupted: Path, tmp_path: Path) -> None:
+def test_commands_on_a_damaged_run(run: Run, whole: Path, interrupted: Path, tmp_path: Path) -> None:
     """As processes: what can be read is shown, one line says what cannot."""
     folder = copy(interrupted, tmp_path)
     (folder / "config.yaml").write_bytes(b"\0\xff")

@@ -18,7 +18,7 @@ def git(*arguments: str) -> bytes:
     return subprocess.run(["git", *options, *arguments], check=True, capture_output=True).stdout
 
 
-def test_commit_and_what_is_changed_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_and_uncommitted_changes_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert identity(None) == {"git_commit": None, "uncommitted": None, "task": None}
     git("init")
@@ -35,13 +35,13 @@ def test_commit_and_what_is_changed_since(tmp_path: Path, monkeypatch: pytest.Mo
     assert identity(None)["uncommitted"] == expected
 
 
-def test_the_tasks_file() -> None:
+def test_the_digest_of_the_tasks_file() -> None:
     assert identity(Masked())["task"] == hashlib.sha256(Path(tasks.__file__).read_bytes()).hexdigest()
     typed = type("Typed", (Masked,), {"__module__": "nowhere"})  # as in an interactive session
     assert identity(typed())["task"] is None
 
 
-def test_each_start_says_it(tmp_path: Path) -> None:
+def test_each_start_records_its_code(tmp_path: Path) -> None:
     Trainer(Masked(), Config.from_dict({"train": {"steps": 1}}), tmp_path / "run").fit()
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["starts"][0]["code"] == identity(Masked())

@@ -41,21 +41,21 @@ def rewrite(run_dir: Path, change: Callable[[list[str]], None]) -> None:
     path.write_text("".join(lines))
 
 
-def test_a_run_in_order(finished: Path, run: Run) -> None:
+def test_a_valid_run(finished: Path, run: Run) -> None:
     found = verify_run(finished)
     assert (found.steps, found.of_steps, found.samples, found.checkpoints) == (STEPS, STEPS, STEPS * 16, 3)
     said = check(run("distrib", "verify", finished))
     assert "12 of 12 steps, all in order, 192 samples where they belong, chain intact, 3 checkpoint(s) whole" in said
 
 
-def test_a_missing_line(run_dir: Path, run: Run) -> None:
+def test_a_missing_ledger_line_is_found(run_dir: Path, run: Run) -> None:
     rewrite(run_dir, lambda lines: lines.pop(4))
     result = run("distrib", "verify", run_dir)
     check(result, code=1)
     assert "steps.jsonl line 5: is of step 5, where step 4 belongs; step 4 is missing before it" in result.stderr
 
 
-def test_a_repeated_line(run_dir: Path) -> None:
+def test_a_repeated_ledger_line_is_found(run_dir: Path) -> None:
     rewrite(run_dir, lambda lines: lines.insert(4, lines[3]))
     with pytest.raises(LedgerError, match="line 5: is of step 3, where step 4 belongs; step 3 is there already"):
         verify_run(run_dir)
@@ -63,7 +63,7 @@ def test_a_repeated_line(run_dir: Path) -> None:
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 10**6), flip=st.integers(1, 127))
-def test_any_character_changed(finished: Path, tmp_path: Path, place: int, flip: int) -> None:
+def test_any_changed_character_is_found(finished: Path, tmp_path: Path, place: int, flip: int) -> None:
     run_dir = tmp_path / "run"
     if not run_dir.exists():
         shutil.copytree(finished, run_dir)
@@ -75,7 +75,7 @@ def test_any_character_changed(finished: Path, tmp_path: Path, place: int, flip:
         verify_run(run_dir)
 
 
-def test_lines_lost_at_the_end(run_dir: Path) -> None:
+def test_lines_missing_at_the_end_are_found(run_dir: Path) -> None:
     rewrite(run_dir, lambda lines: lines.pop())
     with pytest.raises(LedgerError, match=r"step-00000012: the ledger's chain after step 12 is not"):
         verify_run(run_dir)
@@ -86,7 +86,7 @@ def test_lines_lost_at_the_end(run_dir: Path) -> None:
     assert verify_run(run_dir).steps == 11
 
 
-def test_other_samples_under_a_chain_made_to_fit(run_dir: Path) -> None:
+def test_other_samples_with_a_valid_chain_are_found(run_dir: Path) -> None:
     """Who can write the ledger can compute the chain: the samples still are not those that the config means."""
 
     def forge(lines: list[str]) -> None:
@@ -105,7 +105,7 @@ def test_other_samples_under_a_chain_made_to_fit(run_dir: Path) -> None:
         verify_run(run_dir)
 
 
-def test_another_seed_in_the_config(run_dir: Path) -> None:
+def test_another_seed_in_the_config_is_found(run_dir: Path) -> None:
     config = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(config.replace("seed: 5", "seed: 6"))
     with pytest.raises(LedgerError, match=r"config\.yaml: damaged: seed was 5, is 6"):  # the checkpoint knows
@@ -115,7 +115,7 @@ def test_another_seed_in_the_config(run_dir: Path) -> None:
         verify_run(run_dir)
 
 
-def test_a_damaged_checkpoint(run_dir: Path) -> None:
+def test_a_damaged_checkpoint_is_found(run_dir: Path) -> None:
     (run_dir / "checkpoints" / "step-00000005" / "shard-00000.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"step-00000005.*damaged"):
         verify_run(run_dir)

@@ -116,7 +116,7 @@ def total(task: HuggingFace, model: Any, rows: list[str]) -> tuple[Tensor, float
 @settings(max_examples=5)
 @given(rows=st.lists(st.text("abcdefgh ", min_size=1, max_size=10), min_size=2, max_size=4))
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
-def test_a_document_has_the_loss_that_it_has_alone(architecture: str, rows: list[str]) -> None:
+def test_a_documents_loss_does_not_depend_on_packing(architecture: str, rows: list[str]) -> None:
     model, length = sensitive(architecture), 60
     together, count = total(causal(MODELS[architecture], context_length=length), model, rows)
     alone = [total(causal(MODELS[architecture], context_length=length), model, [row]) for row in rows]
@@ -135,7 +135,7 @@ def test_the_loss_is_the_one_that_transformers_computes() -> None:
     torch.testing.assert_close(mine / count, expected, rtol=ROUNDING, atol=0)
 
 
-def test_a_prompt_is_read_and_not_learnt() -> None:
+def test_the_loss_does_not_count_the_prompt() -> None:
     task = causal(tokenizer="bpe", prompt_column="prompt", context_length=40, packing=False)
     batch = task.train_dataset().__getitems__(list(range(100)))
     tokenizer = transformers.AutoTokenizer.from_pretrained("bpe")
@@ -172,7 +172,7 @@ def documents(task: CausalLM, *rows: dict[str, str]) -> list[str]:
     return [task.tokenizer.decode(read.tokens[start:end].astype(np.int64)) for start, end in bounds]
 
 
-def test_special_tokens_stand_once_whether_or_not_a_chat_template_wrote_them(work: Path) -> None:
+def test_special_tokens_are_not_added_twice(work: Path) -> None:
     llama_like(work)
     texts = ("loss", "<s>loss", "loss<|im_end|>", "<s>loss<|im_end|>\n", "loss \n", "")
     found = documents(causal(tokenizer="llama"), *({"text": text} for text in texts))
@@ -188,7 +188,7 @@ def test_special_tokens_stand_once_whether_or_not_a_chat_template_wrote_them(wor
     assert found == ["<s>step<|im_end|>\nloss<|im_end|>", "<s>step loss<|im_end|>"]
 
 
-def test_prompts_that_leave_nothing_to_learn_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_long_prompts_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": "p" * length, "text": "answer"} for length in (5, 24, 25, 60)]  # each in both files
     documents(causal(prompt_column="prompt", packing=False), *rows)
     assert "task.prompt_column: 4 row(s) have a prompt longer than task.context_length 24" in capsys.readouterr().err
@@ -196,7 +196,7 @@ def test_prompts_that_leave_nothing_to_learn_are_counted(capsys: pytest.CaptureF
     assert "2 row(s) have a prompt longer than task.context_length 40" in capsys.readouterr().err
 
 
-def test_how_classifiers_fill_up_does_not_matter() -> None:
+def test_padding_does_not_change_a_classifiers_loss() -> None:
     task = classifier({**MODELS["gpt2"], "n_positions": 128}, tokenizer="bpe", context_length=100)
     torch.manual_seed(0)
     model, samples = task.model().eval(), task.train_dataset()
@@ -214,15 +214,15 @@ def test_how_classifiers_fill_up_does_not_matter() -> None:
     [
         (
             "opt",
-            "task.packing: OPTForCausalLM of opt does not keep documents apart that are packed into one window; give",
+            "task.packing: OPTForCausalLM of opt lets documents in one window attend to each other; set packing: false",
         ),
         (
             "bert",
-            "task.model: BertLMHeadModel of bert sees what it is to predict; where it has is_decoder, make it true",
+            "task.model: BertLMHeadModel of bert attends to later tokens; if it has is_decoder, set it to true",
         ),
     ],
 )
-def test_what_an_architecture_does_not_do(architecture: str, message: str) -> None:
+def test_architectures_that_do_not_fit_are_refused(architecture: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         causal(MODELS[architecture]).model()
     decoder = {"is_decoder": True} if architecture == "bert" else {}
@@ -241,7 +241,7 @@ def test_the_layers_are_the_blocks_and_matrices_decay() -> None:
     assert {"LayerNorm" in name or name.endswith("bias") for name in decaying["param_names"]} == {False}
 
 
-def test_tokens_are_as_wide_as_the_vocabulary_needs_and_found_again() -> None:
+def test_the_dtype_of_tokens_fits_the_vocabulary() -> None:
     assert causal().train_dataset().tokens.dtype == np.uint16
     wide = causal({**MODELS["llama"], "vocab_size": 70_000})
     assert wide.train_dataset().tokens.dtype == np.uint32
@@ -250,7 +250,7 @@ def test_tokens_are_as_wide_as_the_vocabulary_needs_and_found_again() -> None:
     assert causal(tokenizer="bpe", prompt_column="prompt").packed != causal(tokenizer="bpe").packed
 
 
-def test_what_a_config_leaves_out_is_the_tokenizers() -> None:
+def test_missing_config_values_come_from_the_tokenizer() -> None:
     config = causal(tokenizer="bpe").config
     end = transformers.AutoTokenizer.from_pretrained("bpe").eos_token_id
     assert (config.vocab_size, config.eos_token_id, config.pad_token_id) == (300, end, None)
@@ -323,7 +323,9 @@ def classes(strategy: str = "auto", **task: Any) -> dict[str, Any]:
     return config(CLASSIFIER, strategy, **{**given, **task})
 
 
-def test_two_processes_train_the_same_under_every_strategy(run: Run, work: Path, trained: Path, tmp_path: Path) -> None:
+def test_two_processes_have_the_same_losses_under_every_strategy(
+    run: Run, work: Path, trained: Path, tmp_path: Path
+) -> None:
     runs = {strategy: language(strategy) for strategy in ("ddp", "zero3", "fsdp2")}
     runs["classes"] = classes("ddp")
     (tmp_path / "train.py").write_text(SCRIPT.format(runs=runs))
@@ -401,7 +403,7 @@ def perplexity(model: Any, held_out: Any) -> float:
     return math.exp(nats / count)
 
 
-def test_an_interrupted_run_goes_on_and_is_the_same(trained: Path, tmp_path: Path) -> None:
+def test_an_interrupted_hugging_face_run_has_the_same_bits(trained: Path, tmp_path: Path) -> None:
     for name, values in (("language", language()), ("classes", classes())):
         at = interrupted(trained / name, tmp_path / name, after=6)
         loaded = Config.from_dict(values)
@@ -409,7 +411,7 @@ def test_an_interrupted_run_goes_on_and_is_the_same(trained: Path, tmp_path: Pat
         check_same(at, trained / name)
 
 
-def test_a_classifier_goes_out_and_comes_in(trained: Path, tmp_path: Path) -> None:
+def test_an_exported_classifier_can_be_loaded(trained: Path, tmp_path: Path) -> None:
     export_run(trained / "classes", tmp_path / "out")
     classify = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert classify.config.id2label == {0: "without", 1: "with loss"}
@@ -420,7 +422,9 @@ def test_a_classifier_goes_out_and_comes_in(trained: Path, tmp_path: Path) -> No
     right = [classify(sample["input_ids"][None]).logits.argmax() == sample["labels"] for sample in held_out]
     accuracy = float(torch.stack(right).double().mean())
     assert evaluate_run(trained / "classes")["eval/accuracy"] == pytest.approx(accuracy)
-    with pytest.raises(ConfigError, match=r"task.classes: \['a', 'b'\]; leave it out, the model tells apart without, "):
+    with pytest.raises(
+        ConfigError, match=r"task.classes: \['a', 'b'\]; leave it out, the model's classes are without, "
+    ):
         classifier(str(tmp_path / "out"), classes=["a", "b"])
 
 
@@ -456,16 +460,16 @@ def used(arguments: dict[str, Any]) -> None:
     [
         (
             {"model": "org/model"},
-            "task.model: 'org/model' is no folder here, and nothing is downloaded; fetch what ",
+            "task.model: 'org/model' is not a local folder, and nothing is downloaded; fetch ",
         ),
         ({"model": 7}, "task.model: 7; give the path of a local folder"),
         (
             {"model": {"model_type": "lama"}},
-            "task.model.model_type: 'lama' is none that transformers has, did you mean",
+            "task.model.model_type: transformers has no 'lama', did you mean",
         ),
         (
             {"model": {"n_layer": 2}},
-            "task.model: the config has no model_type; it says which architecture, for example",
+            "task.model: the config has no model_type; give the architecture, for example",
         ),
         (
             {"model": {**MODELS["gpt2"], "n_layers": 3}},
@@ -476,10 +480,10 @@ def used(arguments: dict[str, Any]) -> None:
         ({"model": {"model_type": "t5", "d_model": 8}}, "task.model: Unrecognized configuration class"),
         (
             {"model": {**MODELS["llama"], "vocab_size": 99}},
-            "task.tokenizer: it has 259 tokens, and the model 99; they do",
+            "task.tokenizer: it has 259 tokens, the model has 99; give",
         ),
         ({"tokenizer": None}, "task.tokenizer: missing, and task.model is a config; give a local folder, or bytes"),
-        ({"tokenizer": "gpt2"}, "task.tokenizer: 'gpt2' is no folder here, and nothing is downloaded"),
+        ({"tokenizer": "gpt2"}, "task.tokenizer: 'gpt2' is not a local folder, and nothing is downloaded"),
         (
             {"tokenizer": "."},
             "task.tokenizer: . has no tokenizer_config.json; give a folder that save_pretrained wrote",
@@ -493,14 +497,14 @@ def used(arguments: dict[str, Any]) -> None:
         ({"packing": "yes"}, "task.packing: 'yes'; give true or false"),
         (
             {"text_column": "body"},
-            "task.files: rows.jsonl has no column 'body'; it has: text, prompt, label; keys that",
+            "task.files: rows.jsonl has no column 'body'; it has: text, prompt, label; set the",
         ),
         ({"text_column": 3}, "task.text_column: 3; give the name of a column"),
         ({"files": "no.jsonl"}, "task.files: 'no.jsonl' matches no file, looked for from /"),
         ({"eval_files": "no.jsonl"}, "task.eval_files: 'no.jsonl' matches no file, looked for from /"),
     ],
 )
-def test_what_the_config_gets_wrong(arguments: dict[str, Any], message: str) -> None:
+def test_errors_in_the_config_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         used(arguments)
     assert message in str(error.value)
@@ -517,7 +521,7 @@ def test_what_the_config_gets_wrong(arguments: dict[str, Any], message: str) -> 
         ({"label_column": "class"}, "task.files: rows.jsonl has no column 'class'; it has: text, prompt, label"),
     ],
 )
-def test_what_the_config_of_a_classifier_gets_wrong(arguments: dict[str, Any], message: str) -> None:
+def test_errors_in_a_classifiers_config_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         classifier(**arguments).train_dataset()
     assert message in str(error.value)
@@ -531,14 +535,14 @@ def test_what_the_config_of_a_classifier_gets_wrong(arguments: dict[str, Any], m
     )
 )
 @settings(max_examples=50)
-def test_whatever_is_given_is_taken_or_refused_in_a_line(arguments: dict[str, Any]) -> None:
+def test_any_arguments_are_accepted_or_refused_in_one_line(arguments: dict[str, Any]) -> None:
     try:
         causal(**arguments).train_dataset()
     except ConfigError as error:
         assert "\n" not in str(error)  # noqa: PT017, it may also be taken
 
 
-def test_what_a_folder_gets_wrong(saved: Path, tmp_path: Path) -> None:
+def test_errors_in_a_model_folder_are_named(saved: Path, tmp_path: Path) -> None:
     def spoilt(name: str, **changes: Any) -> Path:
         folder = shutil.copytree(saved, tmp_path / name)
         values = json.loads((folder / "config.json").read_text())
@@ -551,7 +555,7 @@ def test_what_a_folder_gets_wrong(saved: Path, tmp_path: Path) -> None:
     (spoilt("damaged") / "model.safetensors").write_bytes(b"x" * 100)
     remote = {"auto_map": {"AutoConfig": "code.Config"}, "model_type": "its_own"}
     for folder, message in (
-        (pickled, "has its weights in pytorch_model.bin, a pickle, which can run code; convert what you trust: "),
+        (pickled, "has its weights in pytorch_model.bin, a pickle, which can run code; if you trust it, convert it: "),
         (bare, "has no model.safetensors; for random weights give .*/bare/config.json"),
         (tmp_path / "damaged", "task.model: "),
         (spoilt("deeper", num_hidden_layers=3), "/deeper lacks 9 of the weights, first model.layers.2"),
@@ -559,7 +563,7 @@ def test_what_a_folder_gets_wrong(saved: Path, tmp_path: Path) -> None:
         (spoilt("quantized", quantization_config={"quant_method": "gptq", "bits": 4}), "are quantized, and cannot be"),
         (
             spoilt("remote", **remote),
-            "'its_own' is none that transformers has, and code that comes with a model is not run",
+            "transformers has no 'its_own', and code that comes with a model is not run",
         ),
     ):
         with pytest.raises(ConfigError, match=message) as error:
@@ -567,7 +571,7 @@ def test_what_a_folder_gets_wrong(saved: Path, tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
-def test_without_the_extra_there_is_one_line(run: Run, tmp_path: Path) -> None:
+def test_a_missing_extra_is_one_line(run: Run, tmp_path: Path) -> None:
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
     here.mkdir()
     elsewhere.mkdir()
@@ -579,7 +583,7 @@ def test_without_the_extra_there_is_one_line(run: Run, tmp_path: Path) -> None:
     )
 
 
-def test_a_folder_of_the_users_that_hides_a_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_users_folder_that_shadows_a_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "datasets").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "datasets", raising=False)
@@ -591,6 +595,6 @@ def test_a_folder_of_the_users_that_hides_a_library_is_named(tmp_path: Path, mon
         pretrained.require_installed()
 
 
-def test_the_config_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_accepts_the_config(capsys: pytest.CaptureFixture[str]) -> None:
     explain_run(Config.load(ROOT / "configs/llama-tiny.yaml", ["task.files=rows.jsonl"]), 2)
     assert "optimizer state, a rank" in capsys.readouterr().out

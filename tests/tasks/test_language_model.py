@@ -64,7 +64,7 @@ def total(model: GPT, sample: Tensor) -> tuple[Tensor, int, list[Tensor]]:
 
 @settings(max_examples=25)
 @given(st.lists(st.binary(min_size=1, max_size=20), min_size=1, max_size=5))
-def test_a_document_has_the_loss_and_the_gradient_that_it_has_alone(documents: list[bytes]) -> None:
+def test_a_documents_loss_and_gradient_do_not_depend_on_packing(documents: list[bytes]) -> None:
     model = gpt()
     together, count, gradients = total(model, row(*documents))
     alone = [total(model, row(document)) for document in documents]
@@ -75,7 +75,7 @@ def test_a_document_has_the_loss_and_the_gradient_that_it_has_alone(documents: l
         torch.testing.assert_close(gradient, torch.stack(parts).sum(0), rtol=0, atol=10 * ROUNDING * largest)
 
 
-def test_a_prediction_depends_on_what_stands_before_it_in_its_document() -> None:
+def test_a_prediction_depends_only_on_earlier_bytes_of_its_document() -> None:
     model = gpt()
     sample = row(b"another", b"document")[:, :-1]
     before = model(sample)
@@ -111,7 +111,7 @@ def test_weight_decay_is_for_matrices() -> None:
     assert not any(name.endswith(".bias") or "norm." in name for name in decaying["param_names"])
 
 
-def test_a_new_model_guesses_and_every_layer_adds_as_much() -> None:
+def test_the_initial_loss_and_the_variance_of_layers() -> None:
     torch.manual_seed(0)
     model = GPT(layers=8, heads=4, width=256)
     assert model.blocks[0].feed_forward_in.weight.std().item() == pytest.approx(0.02, rel=0.02)
@@ -129,14 +129,14 @@ def test_a_new_model_guesses_and_every_layer_adds_as_much() -> None:
         ({"text": "no/such/file"}, "task.text: 'no/such/file' matches no file"),
     ],
 )
-def test_what_the_config_gets_wrong(arguments: dict[str, Any], message: str) -> None:
+def test_errors_in_the_config_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         LanguageModel(**arguments)
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("gpt-*.yaml")), ids=lambda path: path.name)
-def test_the_configs_are_explained(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_accepts_the_configs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     explain_run(Config.load(path), 8 if path.stem != "gpt-tiny" else 2)
     assert "optimizer state, a rank" in capsys.readouterr().out
 
@@ -195,7 +195,7 @@ def plain(language_model: LanguageModel) -> tuple[list[float], GPT]:
     return found, model
 
 
-def test_one_process_and_two_under_every_strategy_train_what_a_plain_loop_trains(run: Run, tmp_path: Path) -> None:
+def test_every_strategy_on_one_and_two_processes_equals_a_plain_loop(run: Run, tmp_path: Path) -> None:
     values = written(tmp_path / "text")
     (tmp_path / "train.py").write_text(SCRIPT.format(strategies=STRATEGIES, config=values))
     check(run("distrib", "launch", "--processes", 2, "train.py", TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions")))
@@ -223,7 +223,7 @@ def test_one_process_and_two_under_every_strategy_train_what_a_plain_loop_trains
     assert evaluate_run(tmp_path / "runs/ddp")["eval/bits_per_byte"] == pytest.approx(bits, rel=ROUNDING)
 
 
-def test_a_run_that_goes_on_is_the_run_that_was_not_interrupted(tmp_path: Path) -> None:
+def test_an_interrupted_language_model_run_has_the_same_bits(tmp_path: Path) -> None:
     values = written(tmp_path / "text")
     values["task"] = {**values["task"], "dropout": 0.1}
     config = Config.from_dict({**values, "checkpoint": {"every_steps": 7, "keep": 3}})

@@ -50,7 +50,7 @@ CASES: list[tuple[Any, torch.Tensor, torch.Tensor]] = [
 
 
 @pytest.mark.parametrize(("loss", "output", "target"), CASES, ids=[f"{n}-{c[0]}" for n, c in enumerate(CASES)])
-def test_total_by_count_is_torchs_own_mean(loss: Any, output: torch.Tensor, target: torch.Tensor) -> None:
+def test_total_divided_by_count_is_torchs_mean(loss: Any, output: torch.Tensor, target: torch.Tensor) -> None:
     arguments = dict(loss) if isinstance(loss, dict) else {"name": loss}
     name = arguments.pop("name")
     tensors = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in arguments.items()}
@@ -76,7 +76,7 @@ def test_total_by_count_is_torchs_own_mean(loss: Any, output: torch.Tensor, targ
         ({"loss": "MSELoss", "eval_dataset": {"target": "nope:X"}}, ["task.eval_dataset.target", "'nope'"]),
     ],
 )
-def test_what_the_config_gets_wrong(arguments: dict[str, Any], parts: list[str]) -> None:
+def test_errors_in_the_config_are_named(arguments: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         task(**arguments)
     assert [part for part in parts if part not in str(error.value)] == [], error.value

@@ -41,7 +41,7 @@ NORMS["uncounted"] = lambda: Uncounted(CHANNELS)
     steps=st.lists(st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=5), min_size=1, max_size=3),
     seed=st.integers(0, 99),
 )
-def test_they_are_as_if_all_micro_batches_ran_in_order(
+def test_statistics_are_as_if_all_micro_batches_ran_in_order(
     kinds: list[str], steps: list[list[list[int]]], seed: int
 ) -> None:
     """Whichever normalisations a micro-batch uses, and however often."""
@@ -131,23 +131,23 @@ def warnings(run: Path) -> list[str]:
         ("shape", r"forward made the buffer 1\.0\.b a tensor of shape \[4\], but a new model has shape \[2\]"),
     ],
 )
-def test_a_buffer_of_which_no_checkpoint_could_be_loaded(tmp_path: Path, how: str, said: str) -> None:
+def test_a_buffer_that_a_checkpoint_could_not_load_is_refused(tmp_path: Path, how: str, said: str) -> None:
     with pytest.raises(TrainingError, match=said):
         fit(tmp_path / "run", how)
 
 
-def test_what_activation_checkpointing_would_run_on_another_value(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"1\.0\.b was changed in a backward\. Activation checkpointing runs"):
+def test_a_buffer_that_forward_reads_and_writes_is_refused_with_activation_checkpointing(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"1\.0\.b was changed in a backward, where activation checkpointing runs"):
         fit(tmp_path / "run", "read", activation_checkpointing=True)
 
 
-def test_one_micro_batch_a_step_is_torchs_own(tmp_path: Path) -> None:
+def test_with_one_micro_batch_buffers_are_those_of_torch(tmp_path: Path) -> None:
     run = fit(tmp_path / "run", "read", micro_batch_size=8)
     np.testing.assert_array_equal(tensors(run)["model.1.0.b"], [6, 6])
     assert warnings(run) == []
 
 
-def test_an_evaluation_leaves_no_trace(tmp_path: Path) -> None:
+def test_an_evaluation_does_not_change_buffers(tmp_path: Path) -> None:
     """Or the run would depend on how often it is evaluated, and by how many processes."""
     run = fit(tmp_path / "run", "always")
     np.testing.assert_array_equal(tensors(run)["model.1.0.b"], [6, 6])  # 6 steps, 3 evaluations of 25 batches
@@ -155,7 +155,10 @@ def test_an_evaluation_leaves_no_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("how", "expected"), [("unsaved", 1), ("cache", 0)])
-def test_a_state_that_is_not_saved_is_warned_of_a_cache_is_not(tmp_path: Path, how: str, expected: int) -> None:
+def test_only_non_persistent_buffers_that_always_change_are_warned_of(tmp_path: Path, how: str, expected: int) -> None:
     found = warnings(fit(tmp_path / "run", how))
     assert len(found) == expected
-    assert all("forward changes the buffer 1.0.b in every step, but not persistent: not saved" in one for one in found)
+    assert all(
+        "forward changes the buffer 1.0.b in every step, but it is not persistent: it is not saved" in one
+        for one in found
+    )

@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def test_the_run_is_the_same(folder: Path) -> None:
+def test_a_compiled_run_has_the_same_losses(folder: Path) -> None:
     """With dropout, accumulation, clipping; and the evaluation, whose last batch is smaller, is not compiled at all."""
     compiled, plain = folder / "compiled", folder / "plain"
     np.testing.assert_allclose(losses(compiled), losses(plain), rtol=ROUNDING)
@@ -58,14 +58,14 @@ def test_the_run_is_the_same(folder: Path) -> None:
     assert "compiling" not in events(plain)
 
 
-def test_the_code_lies_in_the_runs_folder(folder: Path) -> None:
+def test_compiled_code_is_in_the_run_folder(folder: Path) -> None:
     code = folder / "compiled" / "compiled"
     assert len(list(code.rglob("*.so"))) > 1
     assert stat.S_IMODE(code.stat().st_mode) == 0o700
     assert not (folder / "plain" / "compiled").exists()
 
 
-def test_nothing_is_compiled_again(folder: Path, run: Run, tmp_path: Path) -> None:
+def test_a_resumed_run_compiles_nothing_again(folder: Path, run: Run, tmp_path: Path) -> None:
     """A run that goes on finds its code, and then has the same bits."""
     again = tmp_path / "again"
     shutil.copytree(folder / "compiled", again)
@@ -76,7 +76,7 @@ def test_nothing_is_compiled_again(folder: Path, run: Run, tmp_path: Path) -> No
     check_same(again, folder / "compiled")
 
 
-def test_a_run_may_change_its_mind(folder: Path, run: Run, tmp_path: Path) -> None:
+def test_a_run_may_resume_with_another_train_compile(folder: Path, run: Run, tmp_path: Path) -> None:
     """Compiled or not is no part of what is computed: a checkpoint of one is gone on with by the other."""
     shutil.copytree(folder / "plain", tmp_path / "plain")
     shutil.copytree(folder / "compiled", tmp_path / "compiled")
@@ -95,7 +95,9 @@ def test_a_run_may_change_its_mind(folder: Path, run: Run, tmp_path: Path) -> No
     [("Asking", "model", "return x * 2 if x.sum().item() > 0 else x"), ("Counting", "blocks", "recompile_limit")],
     ids=["graph break", "recompilation"],
 )
-def test_what_cannot_be_compiled_ends_the_run(run: Run, tmp_path: Path, task: str, compile: str, why: str) -> None:
+def test_a_forward_that_cannot_be_compiled_ends_the_run(
+    run: Run, tmp_path: Path, task: str, compile: str, why: str
+) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values(task, compile=compile)))
     result = run("distrib", "train", "config.yaml")
     check(result, code=1)
@@ -113,7 +115,7 @@ def test_what_cannot_be_compiled_ends_the_run(run: Run, tmp_path: Path, task: st
         ({"train": {"compile": "model"}, "strategy": {"activation_checkpointing": True}}, "or take blocks"),
     ],
 )
-def test_what_does_not_fit(tmp_path: Path, more: dict[str, Any], said: str) -> None:
+def test_combinations_that_are_refused(tmp_path: Path, more: dict[str, Any], said: str) -> None:
     given = values(compile="blocks")
     given = {**given, **more, "train": {**given["train"], **more["train"]}}
     with pytest.raises(ConfigError) as error:
@@ -122,7 +124,7 @@ def test_what_does_not_fit(tmp_path: Path, more: dict[str, Any], said: str) -> N
     assert "\n" not in str(error.value)
 
 
-def test_a_model_without_blocks(tmp_path: Path) -> None:
+def test_a_model_without_blocks_is_refused(tmp_path: Path) -> None:
     class NoBlocks(Masked):
         def blocks(self, model: Any) -> list[Any]:
             return []
@@ -135,7 +137,9 @@ def test_a_model_without_blocks(tmp_path: Path) -> None:
     ("variable", "value", "said"),
     [("CXX", "no-compiler", "there is no no-compiler; install it"), ("TORCHDYNAMO_DISABLE", "1", "compile nothing")],
 )
-def test_a_machine_that_cannot_compile(run: Run, tmp_path: Path, variable: str, value: str, said: str) -> None:
+def test_a_machine_that_cannot_compile_is_refused(
+    run: Run, tmp_path: Path, variable: str, value: str, said: str
+) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values(compile="model")))
     assert said in refused(run("distrib", "train", "config.yaml", **{variable: value}))
     assert not (tmp_path / "runs").exists()

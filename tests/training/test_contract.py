@@ -101,7 +101,7 @@ def samples(*sizes: int) -> list[Any]:
         ("metrics", lambda self, rows: 0.5, "task.metrics: returned float; return a dict"),
     ],
 )
-def test_what_a_task_must_not_return(tmp_path: Path, method: str, change: Callable[..., Any], said: str) -> None:
+def test_wrong_return_values_are_refused(tmp_path: Path, method: str, change: Callable[..., Any], said: str) -> None:
     with pytest.raises(ConfigError) as error:
         fit(tmp_path / "run", {method: change})
     assert said in str(error.value)
@@ -118,7 +118,7 @@ def test_rows_of_other_length_in_each_batch(tmp_path: Path) -> None:
         fit(tmp_path / "run", change)
 
 
-def test_a_mistake_in_the_users_own_lines_shows_those(tmp_path: Path) -> None:
+def test_an_error_in_user_code_shows_the_users_lines(tmp_path: Path) -> None:
     def predict(self: Task, output: Any, batch: Any) -> Any:
         return {"right": output.argmax(1) == batch["label"]}
 
@@ -132,7 +132,7 @@ def test_a_mistake_in_the_users_own_lines_shows_those(tmp_path: Path) -> None:
     assert last == "TypeError: tuple indices must be integers or slices, not str"
 
 
-def test_metrics_that_need_more_samples_than_a_trial_has(tmp_path: Path) -> None:
+def test_metrics_that_fail_on_few_samples_are_a_warning(tmp_path: Path) -> None:
     def metrics(self: Task, rows: Any) -> Any:
         if len(rows["right"]) < 16:
             raise ValueError("too few")
@@ -144,7 +144,7 @@ def test_metrics_that_need_more_samples_than_a_trial_has(tmp_path: Path) -> None
     assert len(lines(tmp_path / "run", "evals.jsonl")) == 1
 
 
-def test_a_metric_that_needs_more_samples_than_a_trial_has(tmp_path: Path) -> None:
+def test_a_metric_that_is_none_on_few_samples_is_a_warning(tmp_path: Path) -> None:
     fit(tmp_path / "run", {"metrics": lambda self, rows: {"auc": 1.0 if len(rows["right"]) == 16 else None}})
     (warning,) = [event["reason"] for event in lines(tmp_path / "run", "events.jsonl") if event["event"] == "warning"]
     assert warning.startswith("task.metrics failed on a trial with 8 samples: 'auc' is None; give each name one number")
@@ -153,7 +153,7 @@ def test_a_metric_that_needs_more_samples_than_a_trial_has(tmp_path: Path) -> No
     assert len(lines(tmp_path / "never", "steps.jsonl")) == 2
 
 
-def test_a_count_of_numpys_is_what_it_is(tmp_path: Path) -> None:
+def test_a_numpy_count_keeps_its_value(tmp_path: Path) -> None:
     """Weights that sum to 7.5 count 7.5 items, also as float32."""
     found = []
     for number in (float, np.float32, np.array):
@@ -174,7 +174,7 @@ def mean(self: Task, output: Any, batch: Any) -> Loss:
 
 
 @pytest.mark.parametrize("strategy", ["single", "zero2", "zero3", "fsdp2"])
-def test_a_mean_that_is_counted_as_a_sum(tmp_path: Path, strategy: str) -> None:
+def test_a_mean_with_the_batch_size_as_count_is_refused(tmp_path: Path, strategy: str) -> None:
     with pytest.raises(
         ConfigError, match=r"task.loss: its total is a mean over the batch, but its count is the number"
     ):
@@ -202,7 +202,7 @@ def by_the_model(reduction: str) -> dict[str, Callable[..., Any]]:
     }
 
 
-def test_a_mean_that_the_model_itself_computes(tmp_path: Path) -> None:
+def test_a_mean_that_the_model_computes_is_refused(tmp_path: Path) -> None:
     fit(tmp_path / "sum", by_the_model("sum"))
     with pytest.raises(ConfigError, match=r"task.loss: its total is a mean over the batch"):
         fit(tmp_path / "mean", by_the_model("mean"))
@@ -238,7 +238,7 @@ RIGHT: dict[str, Callable[[Tensor, Any], Loss]] = {
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     seed=st.integers(0, 999),
 )
-def test_no_right_loss_is_refused(name: str, size: int, scale: float, dtype: torch.dtype, seed: int) -> None:
+def test_correct_losses_are_accepted(name: str, size: int, scale: float, dtype: torch.dtype, seed: int) -> None:
     class Right(Task):
         def loss(self, output: Tensor, batch: Any) -> Loss:
             return RIGHT[name](output, batch)
@@ -254,7 +254,7 @@ def test_no_right_loss_is_refused(name: str, size: int, scale: float, dtype: tor
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_mean_is_seen_at_any_size_and_precision(size: int, dtype: torch.dtype) -> None:
+def test_a_mean_is_detected_at_any_size_and_precision(size: int, dtype: torch.dtype) -> None:
     module = nn.Linear(3, 2)
     strategy = unwrapped(module)
     check = MeanLossCheck(type("Mean", (Classes,), {"loss": mean})(), strategy, size)
@@ -263,7 +263,7 @@ def test_a_mean_is_seen_at_any_size_and_precision(size: int, dtype: torch.dtype)
         check.loss(output, (torch.randn(size, 3), torch.arange(size) % 2))
 
 
-def test_a_mean_of_one_sample_is_its_sum(tmp_path: Path) -> None:
+def test_a_mean_over_one_sample_is_accepted(tmp_path: Path) -> None:
     one = {"global_batch_size": 2, "micro_batch_size": 1}
     fit(tmp_path / "run", {"loss": mean}, data=one)
     changed = {**by_the_model("mean"), "loss": lambda self, output, batch: Loss(output["loss"], len(batch[1]))}
@@ -286,7 +286,7 @@ def test_a_very_large_output_is_not_copied(elements: int) -> None:
     assert calls == ([2] if elements > 10_000_000 else [2, 2, 4])
 
 
-def test_the_check_leaves_no_trace_in_buffers(tmp_path: Path) -> None:
+def test_the_check_does_not_change_buffers(tmp_path: Path) -> None:
     """Of a model that computes its own loss, which the check therefore runs a few times more."""
 
     class Counting(WithLoss):

@@ -44,7 +44,7 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("sgd", ADAMW, r"it holds nothing for \S+, and the config's keeps exp_avg, exp_avg_sq, step; .* --reset-optim"),
     ],
 )
-def test_another_optimizer(
+def test_a_fork_with_another_optimizer(
     parents: dict[str, Path], tmp_path: Path, parent: str, optim: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(MismatchError, match=said) as error:
@@ -56,7 +56,7 @@ def test_another_optimizer(
     assert [line["step"] for line in lines(tmp_path / "anew")] == [3, 4, 5]
 
 
-def test_its_state_begins_anew(parents: dict[str, Path], tmp_path: Path) -> None:
+def test_reset_optimizer_drops_the_optimizers_state(parents: dict[str, Path], tmp_path: Path) -> None:
     """Adam counts its updates; a run that is interrupted before its first checkpoint begins anew once more."""
     fork(parents["adamw"], tmp_path / "kept", ADAMW)
     fork(parents["adamw"], tmp_path / "anew", ADAMW, reset_optimizer=True)
@@ -75,12 +75,12 @@ def test_its_state_begins_anew(parents: dict[str, Path], tmp_path: Path) -> None
     assert [line["loss"] for line in lines(tmp_path / "anew")] == before
 
 
-def test_only_a_fork_begins_anew(tmp_path: Path) -> None:
+def test_reset_optimizer_needs_fork(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--reset-optimizer: is for a new run that begins from a checkpoint"):
         Trainer(Masked(), config(ADAMW, 6), tmp_path / "run", reset_optimizer=True)
 
 
-def test_another_model(parents: dict[str, Path], tmp_path: Path) -> None:
+def test_a_fork_with_another_model(parents: dict[str, Path], tmp_path: Path) -> None:
     class Wider(Masked):
         def model(self) -> Any:
             return torch.nn.Sequential(torch.nn.Embedding(64, 5), torch.nn.Linear(5, 64))
@@ -90,7 +90,7 @@ def test_another_model(parents: dict[str, Path], tmp_path: Path) -> None:
     assert error.value.exit_code == 2
 
 
-def test_parameters_that_were_frozen_before() -> None:
+def test_a_fork_with_parameters_that_were_frozen() -> None:
     """Each with a state of its own begins anew; under ZeRO, where they share one, they would count other updates."""
     saved = {"optimizer.step.a.weight", "optimizer.exp_avg.a.weight"}
     state = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2)}

@@ -61,7 +61,7 @@ def fit(folder: Path, task: Any, **more: Any) -> Path:
         ([96, *range(96)], "task.train_dataset has another sample 0 than at the run's start"),
     ],
 )
-def test_other_data_are_another_run(
+def test_other_data_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool, rows: Any, what: str
 ) -> None:
     run = fit(tmp_path / "run", Rows())
@@ -80,7 +80,7 @@ def test_other_data_are_another_run(
     assert len(lines(tmp_path / "fork")) == 3
 
 
-def test_a_sweep_over_a_tasks_arguments(tmp_path: Path) -> None:
+def test_other_task_arguments_are_refused(tmp_path: Path) -> None:
     run = fit(tmp_path / "run", Masked(dropout=0.1))
     fit(run, Masked(97, 0.1))  # the same, said otherwise: finished before
     for task, what in (
@@ -93,21 +93,21 @@ def test_a_sweep_over_a_tasks_arguments(tmp_path: Path) -> None:
         assert what in str(refusal.value)
 
 
-def test_another_model_of_the_same_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_parameter_shapes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = fit(tmp_path / "run", Wide())
     monkeypatch.setattr(Wide, "width", 8)
     with pytest.raises(RunDirError, match=r"the shape of parameter 0.weight was \[11, 16\], is \[11, 8\]"):
         fit(run, Wide())
 
 
-def test_what_a_task_keeps_on_itself_is_no_argument(tmp_path: Path) -> None:
+def test_attributes_of_a_task_are_not_compared(tmp_path: Path) -> None:
     task = Masked()
     run = fit(tmp_path / "run", task)
     task.calls = 17  # type: ignore[attr-defined]
     fit(run, task)
 
 
-def test_text_given_to_a_task_is_not_shown(tmp_path: Path) -> None:
+def test_string_arguments_are_recorded_as_digests(tmp_path: Path) -> None:
     """It may be a secret."""
 
     class Keyed(Masked):
@@ -125,7 +125,7 @@ def older(environment: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in environment.items() if key not in ("data", "task")}
 
 
-def test_what_an_older_version_did_not_record_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_that_older_versions_lack_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = interrupted(fit(tmp_path / "run", Rows()), tmp_path / "older", after=3)
     path = run / "environment.json"
     path.write_text(json.dumps(older(json.loads(path.read_text()))))
@@ -169,7 +169,7 @@ class OnDisk(Masked):
 
 
 @pytest.mark.parametrize("in_config", [True, False])
-def test_data_that_moved(tmp_path: Path, in_config: bool) -> None:
+def test_moved_data(tmp_path: Path, in_config: bool) -> None:
     for name, rows in (("here", range(97)), ("there", range(97)), ("other", range(90))):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rows").write_text(json.dumps(list(rows)))
@@ -204,7 +204,7 @@ def test_data_that_moved(tmp_path: Path, in_config: bool) -> None:
             train(tmp_path / "run", "there", "task.folder")
 
 
-def test_a_stream_goes_on_with_as_many_workers(tmp_path: Path) -> None:
+def test_a_stream_resumes_only_with_the_same_number_of_workers(tmp_path: Path) -> None:
     for workers, other in ((0, 1), (2, 1), (1, 0)):
         run = fit(tmp_path / f"run-{workers}", Streamed(), data={**VALUES["data"], "num_workers": workers})
         run = interrupted(run, tmp_path / f"on-{workers}", after=3)
@@ -256,7 +256,7 @@ class OwnDraws(Masked):
         return Noisy()
 
 
-def test_draws_that_cannot_be_repeated_are_a_warning(tmp_path: Path) -> None:
+def test_unseeded_samples_are_a_warning(tmp_path: Path) -> None:
     run = fit(tmp_path / "run", OwnDraws())
     (warning,) = [event for event in lines(run, "events.jsonl") if event["event"] == "warning"]
     assert "task.train_dataset: sample 0 differs each time it is read" in warning["reason"]

@@ -39,7 +39,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fit(tmp_path_factory.mktemp("whole") / "run")
 
 
-def test_a_run_goes_on_where_it_was_interrupted(whole: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_to_the_same_bits(whole: Path, tmp_path: Path) -> None:
     run = interrupted(whole, tmp_path / "run", after=EVERY)
     with (run / "steps.jsonl").open("a") as file:
         file.write('{"step":12,"lo')  # torn
@@ -54,7 +54,7 @@ def test_a_run_goes_on_where_it_was_interrupted(whole: Path, tmp_path: Path) -> 
     assert summary["metrics"] == json.loads((whole / "summary.json").read_text())["metrics"]
 
 
-def test_what_is_changed_on_a_finished_run_is_named(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_keys_of_a_finished_run_are_named(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (whole / "summary.json").read_bytes()
     fit(whole, eval={"every_steps": 6})
     said = capsys.readouterr().out
@@ -64,7 +64,7 @@ def test_what_is_changed_on_a_finished_run_is_named(whole: Path, capsys: pytest.
     assert "had no effect" not in capsys.readouterr().out
 
 
-def test_the_seconds_of_all_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_total_seconds_of_all_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDir(tmp_path)
     times = [("started", 0), ("preempted", 20), ("started", 50), ("warning", 51)]
     facts = {"world_size": 1, "strategy": "single", "launcher": "plain", "step": 5, "requeue": False, "reason": "x"}
@@ -76,7 +76,7 @@ def test_the_seconds_of_all_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert earlier_starts.total_seconds(run) == 60 * (20 + 5)  # to its last event the first, until now the second
 
 
-def test_a_run_that_lacks_only_its_summary(whole: Path, tmp_path: Path) -> None:
+def test_a_run_without_its_summary_is_completed(whole: Path, tmp_path: Path) -> None:
     run = interrupted(whole, tmp_path / "run", after=STEPS)
     fit(run)
     check_same(run, whole)
@@ -84,13 +84,13 @@ def test_a_run_that_lacks_only_its_summary(whole: Path, tmp_path: Path) -> None:
     assert metrics[0] == metrics[1]
 
 
-def test_a_run_without_a_checkpoint_begins_again(whole: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_starts_again(whole: Path, tmp_path: Path) -> None:
     run = interrupted(whole, tmp_path / "run", after=0)
     fit(run)
     check_same(run, whole)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(whole: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_passed_over(whole: Path, tmp_path: Path) -> None:
     run = interrupted(whole, tmp_path / "run", after=10)
     damaged = run / "checkpoints" / "step-00000010" / "shard-00000.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(whole: Path, 
     assert "step-00000010/shard-00000.safetensors: damaged" in resumed["passed_over"][0]
 
 
-def test_a_checkpoint_that_the_ledger_does_not_lead_to_is_not_taken(whole: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_the_ledger_does_not_lead_to_is_passed_over(whole: Path, tmp_path: Path) -> None:
     run = interrupted(whole, tmp_path / "run", after=10)
     kept = (run / "steps.jsonl").read_text().splitlines(keepends=True)[:7]
     (run / "steps.jsonl").write_text("".join(kept))
@@ -109,7 +109,7 @@ def test_a_checkpoint_that_the_ledger_does_not_lead_to_is_not_taken(whole: Path,
     check_same(run, whole)
 
 
-def test_a_run_given_to_begin_from_whose_newest_checkpoint_is_damaged(whole: Path, tmp_path: Path) -> None:
+def test_resume_from_a_run_whose_newest_checkpoint_is_damaged(whole: Path, tmp_path: Path) -> None:
     """Each rank chooses by the files' sizes alone; what is in them the ranks compare together, and may refuse."""
     origin = interrupted(whole, tmp_path / "origin", after=10)
     damaged = origin / "checkpoints" / "step-00000010" / "shard-00000.safetensors"
@@ -124,7 +124,7 @@ def test_a_run_given_to_begin_from_whose_newest_checkpoint_is_damaged(whole: Pat
     assert json.loads((fork / "environment.json").read_text())["forked_from"]["step"] == EVERY
 
 
-def test_where_all_are_damaged_nothing_is_begun_from_scratch(whole: Path, tmp_path: Path) -> None:
+def test_if_all_checkpoints_are_damaged_the_run_does_not_start_from_scratch(whole: Path, tmp_path: Path) -> None:
     run = interrupted(whole, tmp_path / "run", after=10)
     for manifest in run.rglob("manifest.json"):
         manifest.unlink()
@@ -137,13 +137,13 @@ def test_where_all_are_damaged_nothing_is_begun_from_scratch(whole: Path, tmp_pa
     assert (run / "steps.jsonl").read_bytes() == before
 
 
-def test_never_refuses_to_go_on(whole: Path, tmp_path: Path) -> None:
+def test_resume_never_refuses_an_unfinished_run(whole: Path, tmp_path: Path) -> None:
     run = interrupted(whole, tmp_path / "run", after=10)
     with pytest.raises(RunDirError, match="did not reach its end; resume it with --resume auto"):
         fit(run, resume="never")
 
 
-def test_what_changes_the_function_is_refused_and_what_does_not_is_allowed(whole: Path, tmp_path: Path) -> None:
+def test_only_changes_of_what_is_computed_are_refused(whole: Path, tmp_path: Path) -> None:
     run = interrupted(whole, tmp_path / "run", after=10)
     with pytest.raises(RunDirError, match=r"another config \(optim.lr was 0.001, is 0.5; seed was 2, is 3\)"):
         fit(run, seed=3, optim={"lr": 0.5})
@@ -151,7 +151,7 @@ def test_what_changes_the_function_is_refused_and_what_does_not_is_allowed(whole
     check_same(run, whole)
 
 
-def test_from_an_earlier_checkpoint_of_its_own(whole: Path, tmp_path: Path) -> None:
+def test_resume_from_an_earlier_checkpoint(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)  # finished
     fit(run, resume=str(run / "checkpoints" / "step-00000005"))
@@ -159,7 +159,7 @@ def test_from_an_earlier_checkpoint_of_its_own(whole: Path, tmp_path: Path) -> N
     assert [event["step"] for event in lines(run, "events.jsonl") if event["event"] == "resumed"] == [EVERY]
 
 
-def test_a_fork_begins_a_new_run_from_the_state_of_another(whole: Path, tmp_path: Path) -> None:
+def test_a_fork_starts_from_the_state_of_another_run(whole: Path, tmp_path: Path) -> None:
     at = str(whole / "checkpoints" / "step-00000005")
     same = fit(tmp_path / "same", resume=at, fork=True)
     assert [line["step"] for line in lines(same)] == list(range(EVERY, STEPS))
@@ -187,7 +187,7 @@ def test_a_fork_begins_a_new_run_from_the_state_of_another(whole: Path, tmp_path
     check_same(run, same)
 
 
-def test_checkpoints_that_cannot_be_named(whole: Path, tmp_path: Path) -> None:
+def test_wrong_values_of_resume_are_refused(whole: Path, tmp_path: Path) -> None:
     at, run = str(whole / "checkpoints" / "step-00000005"), tmp_path / "run"
     for arguments, said in (
         ({"fork": True}, "--fork: needs a checkpoint to begin from, --resume PATH --fork"),
@@ -206,7 +206,7 @@ def test_checkpoints_that_cannot_be_named(whole: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("train", [{"steps": 5}, {"steps": 4}, {"epochs": 1}])
-def test_a_fork_without_a_step_to_make_is_refused(whole: Path, tmp_path: Path, train: dict[str, int]) -> None:
+def test_a_fork_without_steps_left_is_refused(whole: Path, tmp_path: Path, train: dict[str, int]) -> None:
     at = whole / "checkpoints" / "step-00000005"
     steps = train.get("steps", 2)  # an epoch of 97 samples, 64 a step
     data = {"global_batch_size": 64, "micro_batch_size": 32}
@@ -217,7 +217,7 @@ def test_a_fork_without_a_step_to_make_is_refused(whole: Path, tmp_path: Path, t
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_in_lower_precision(tmp_path: Path, precision: str) -> None:
+def test_resume_in_lower_precision(tmp_path: Path, precision: str) -> None:
     train = {"steps": STEPS, "mixed_precision": precision}
     undisturbed = fit(tmp_path / "undisturbed", train=train)
     run = fit(interrupted(undisturbed, tmp_path / "run", after=EVERY), train=train)
@@ -225,7 +225,7 @@ def test_in_lower_precision(tmp_path: Path, precision: str) -> None:
     assert [line.get("loss_scale") for line in lines(run)] == [line.get("loss_scale") for line in lines(undisturbed)]
 
 
-def test_with_workers(whole: Path, tmp_path: Path) -> None:
+def test_resume_with_workers(whole: Path, tmp_path: Path) -> None:
     run = interrupted(whole, tmp_path / "run", after=EVERY)
     fit(run, data={"global_batch_size": 8, "micro_batch_size": 4, "num_workers": 2})
     check_same(run, whole)
@@ -235,7 +235,7 @@ OPTIMIZERS = ["sgd", "momentum", "rmsprop", "adagrad", "nadam", "radam", "adadel
 
 
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "adafactor"])
-def test_whatever_the_optimizer_keeps(tmp_path: Path, name: str) -> None:
+def test_resume_with_any_optimizer(tmp_path: Path, name: str) -> None:
     optim: dict[str, Any] = {"name": name, "lr": 0.01}
     if name == "momentum":
         optim = {"name": "sgd", "lr": 0.01, "momentum": 0.9}
@@ -264,7 +264,7 @@ class Counted(Masked):
         return Counting([parameter for _, parameter in params], lr=0.1)
 
 
-def test_numbers_that_are_no_tensors(tmp_path: Path) -> None:
+def test_resume_with_optimizer_state_that_is_not_a_tensor(tmp_path: Path) -> None:
     undisturbed = fit(tmp_path / "undisturbed", Counted())
     run = fit(interrupted(undisturbed, tmp_path / "run", after=EVERY), Counted())
     check_same(run, undisturbed)
@@ -298,7 +298,7 @@ def evaluations(run: Path) -> list[Any]:
     return [(entry["step"], entry["count"], entry["metrics"]) for entry in lines(run, "evals.jsonl")]
 
 
-def test_a_mistake_in_the_last_evaluation_costs_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_last_evaluation_loses_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as mended:
         mended.setattr(Mistaken, "mended", True)
         undisturbed = fit(tmp_path / "undisturbed", Mistaken(dropout=0.2), eval={"every_steps": 0})
@@ -316,7 +316,7 @@ def test_a_mistake_in_the_last_evaluation_costs_no_training(tmp_path: Path, monk
     assert summaries[0] == summaries[1]
 
 
-def test_an_evaluation_is_made_once_where_a_kill_came_between_it_and_the_save(tmp_path: Path) -> None:
+def test_a_kill_between_save_and_evaluation_leaves_one_evaluation(tmp_path: Path) -> None:
     undisturbed = fit(tmp_path / "undisturbed", eval={"every_steps": EVERY})
     for name, kept in (("before", 0), ("after", 1)):
         run = interrupted(undisturbed, tmp_path / name, after=EVERY)
@@ -327,7 +327,7 @@ def test_an_evaluation_is_made_once_where_a_kill_came_between_it_and_the_save(tm
     assert [step for step, *_ in evaluations(undisturbed)] == [5, 10, 12]
 
 
-def test_a_fork_does_not_evaluate_where_it_begins(whole: Path, tmp_path: Path) -> None:
+def test_a_fork_does_not_evaluate_at_its_first_step(whole: Path, tmp_path: Path) -> None:
     checkpoint = str(whole / "checkpoints" / "step-00000005")
     fork = fit(tmp_path / "fork", resume=checkpoint, fork=True, eval={"every_steps": EVERY}, optim={"lr": 0.1})
     assert [step for step, *_ in evaluations(fork)] == [10, 12]

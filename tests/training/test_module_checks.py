@@ -67,7 +67,7 @@ def refused_by(module: nn.Module, blocks: list[nn.Module] | None = None) -> dict
         (with_embedding, ALL, "0.weight has sparse gradients"),
     ],
 )
-def test_which_strategies_refuse_it(make: Callable[[], nn.Module], by: tuple[str, ...], said: str) -> None:
+def test_strategies_that_refuse_a_model(make: Callable[[], nn.Module], by: tuple[str, ...], said: str) -> None:
     found = refused_by(make())
     assert tuple(found) == by
     for line in found.values():
@@ -75,7 +75,7 @@ def test_which_strategies_refuse_it(make: Callable[[], nn.Module], by: tuple[str
     assert any(said in line for line in found.values()) or not by
 
 
-def test_fsdp2_takes_blocks_of_different_dtypes() -> None:
+def test_fsdp2_accepts_blocks_of_different_dtypes() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.float64))
     assert "1.weight is float64 and 0.weight float32" in refused_by(module)["fsdp2"]
     assert "fsdp2" not in refused_by(module, [module[0], module[1]])

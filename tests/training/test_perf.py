@@ -58,14 +58,14 @@ def test_flops_of_a_step() -> None:
     assert module[1].num_batches_tracked == 0  # type: ignore[index]
 
 
-def test_a_forward_that_looks_at_values_is_not_counted() -> None:
+def test_a_forward_that_depends_on_values_is_not_counted() -> None:
     warnings: list[str] = []
     assert counted(Looks(), warnings)[0] is None
     (said,) = warnings
     assert said.startswith("perf/utilisation is not computed, as Task.forward fails on torch's meta device: RuntimeErr")
 
 
-def test_a_clock_divides_all_of_a_step() -> None:
+def test_the_clocks_parts_add_up_to_the_step() -> None:
     clock = Clock()
     clock.start()
     for part in ("data", "forward_backward", "data", "forward_backward", "optimizer"):

@@ -180,14 +180,14 @@ def test_a_contradiction_names_both_sides(told: dict[str, str], strategy: dict[s
         ({"name": "zero1", "deepspeed": "nowhere.json"}, "nowhere.json: cannot read it as JSON"),
     ],
 )
-def test_options_that_do_not_fit(strategy: dict[str, Any], said: str) -> None:
+def test_options_of_another_strategy_are_refused(strategy: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as error:
         resolve(config({"max_grad_norm": 0.5}, **strategy), two())
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_what_accelerate_wraps_must_be_the_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerates_wrapped_classes_must_match_the_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Blocks(Masked):
         def blocks(self, model: Any) -> list[Any]:
             return [model[1], model[2]]
@@ -230,7 +230,7 @@ def template(**zero: Any) -> dict[str, Any]:
     }
 
 
-def test_a_deepspeed_json_as_people_have_it() -> None:
+def test_a_usual_deepspeed_json_is_accepted() -> None:
     """Its offload holds without repeating it, and "auto" is ours, or DeepSpeed's own default."""
     given = config(name="zero3", deepspeed=template())
     options = deepspeed_json(given)
@@ -252,7 +252,7 @@ def test_a_deepspeed_json_may_repeat_the_precision(precision: str) -> None:
     assert options["torch_autocast"]["enabled"]
 
 
-def test_all_that_a_deepspeed_json_may_not_have_is_named_at_once() -> None:
+def test_all_errors_of_a_deepspeed_json_are_named_at_once() -> None:
     values = {**template(), "optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}, "gradient_clipping": 2.0}
     with pytest.raises(ConfigError) as error:
         resolve(config({"mixed_precision": "fp16"}, name="zero3", deepspeed=values), two())
@@ -263,7 +263,7 @@ def test_all_that_a_deepspeed_json_may_not_have_is_named_at_once() -> None:
         assert part in str(error.value)
 
 
-def test_variables_by_which_libraries_change_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_that_would_change_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
     resolve(config(), two())  # a CPU has no TF32
     with pytest.raises(LaunchError, match=r"NVIDIA_TF32_OVERRIDE=1: matrix products in fp32 would be computed in TF32"):
@@ -289,13 +289,13 @@ def test_strategies_that_are_not_bitwise(strategy: dict[str, Any], said: str) ->
     assert said in str(error.value)
 
 
-def test_a_binary_tree_wants_a_power_of_two() -> None:
+def test_bitwise_needs_a_power_of_two_of_micro_batches() -> None:
     values = {"data": {"global_batch_size": 24, "micro_batch_size": 4}, "train": {"steps": 1, "determinism": "bitwise"}}
     with pytest.raises(ConfigError, match=r"a step has 6 micro-batches \(24 / 4\); make it a power of two"):
         resolve(Config.from_dict(values), two())
 
 
-def test_what_normalises_over_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sync_batch_norm_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Synchronised(Masked):
         def model(self) -> nn.Module:
             return nn.Sequential(super().model(), nn.SyncBatchNorm(6))
@@ -306,7 +306,7 @@ def test_what_normalises_over_processes(tmp_path: Path, monkeypatch: pytest.Monk
         Trainer(Synchronised(), config(), tmp_path / "run")
 
 
-def test_gradients_that_would_travel_in_another_precision_than_asked_for() -> None:
+def test_a_communication_dtype_that_deepspeed_would_ignore_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"communication_dtype: bf16, but .* fp16 zero2 would send gradients in fp16"):
         resolve(config({"mixed_precision": "fp16"}, name="zero2", communication_dtype="bf16"), two())
 
@@ -314,12 +314,12 @@ def test_gradients_that_would_travel_in_another_precision_than_asked_for() -> No
 @pytest.mark.parametrize(
     ("name", "optimizer"), [("zero1", "adafactor"), ("zero3", "Muon"), ("fsdp2", "Adafactor"), ("fsdp2", "rprop")]
 )
-def test_optimizers_that_cannot_update_shards(name: str, optimizer: str) -> None:
+def test_optimizers_that_cannot_update_shards_are_refused(name: str, optimizer: str) -> None:
     with pytest.raises(ConfigError, match=f"optim.name: {optimizer} cannot update the shards of {name}"):
         resolve(config(optim={"name": optimizer}, name=name), two())
 
 
-def test_activation_checkpointing_wants_blocks(tmp_path: Path) -> None:
+def test_activation_checkpointing_needs_blocks(tmp_path: Path) -> None:
     class NoBlocks(Masked):
         def blocks(self, model: Any) -> list[Any]:
             return []
@@ -341,7 +341,7 @@ OPTIONS = st.recursive(
 
 
 @given(OPTIONS.filter(lambda options: isinstance(options, dict)))
-def test_ours_hold_whatever_else_is_given(given: dict[str, Any]) -> None:
+def test_required_deepspeed_options_are_never_overridden(given: dict[str, Any]) -> None:
     """Whatever JSON is added: either refused, or there, with nothing of ours changed."""
     ours = deepspeed_json(config(name="zero2"))
     before = json.dumps(given, sort_keys=True)
@@ -390,7 +390,9 @@ class Sparse(nn.Linear):
         (Sparse, r"1\.graph is a tensor of layout torch\.sparse_coo, which cannot be saved"),
     ],
 )
-def test_a_model_that_no_checkpoint_could_hold(tmp_path: Path, kind: type[nn.Linear], said: str) -> None:
+def test_a_model_with_state_that_a_checkpoint_cannot_hold_is_refused(
+    tmp_path: Path, kind: type[nn.Linear], said: str
+) -> None:
     class Model(Masked):
         def model(self) -> nn.Module:
             return nn.Sequential(super().model(), kind(11, 11))

@@ -16,7 +16,7 @@ def tree(leaves: list[Tensor]) -> Tensor:
 
 
 @given(level=st.integers(0, 6), seed=st.integers(0, 1000), extra=st.integers(0, 3))
-def test_a_bucket_counts_as_the_tree_adds(level: int, seed: int, extra: int) -> None:
+def test_a_bucket_adds_in_the_order_of_the_tree(level: int, seed: int, extra: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     parameters = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(5))]
     bucket = Bucket(parameters, world_size=4, extra=extra)
@@ -37,6 +37,6 @@ def test_a_bucket_counts_as_the_tree_adds(level: int, seed: int, extra: int) -> 
         assert len(bucket.partial) == 0
 
 
-def test_any_other_order_would_round_otherwise() -> None:
+def test_another_order_rounds_differently() -> None:
     leaves = [torch.randn(1000, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
     assert not torch.equal(tree(leaves), torch.stack(leaves).sum(0))

@@ -60,12 +60,12 @@ def test_too_many_skipped_steps_in_a_row_end_a_run(
         Trainer(Diverging(how, at=4), config(max_skipped=12), run).fit()
 
 
-def test_so_do_skipped_steps_of_fp16(tmp_path: Path) -> None:
+def test_too_many_skipped_steps_of_fp16_end_a_run(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="all steps from 4 to 10 were skipped, the last one as skipped:loss_scale"):
         Trainer(Diverging("inf", at=4), config(mixed_precision="fp16"), tmp_path / "run").fit()
 
 
-def test_the_loss_scale_does_not_fall_to_nothing() -> None:
+def test_the_loss_scale_has_a_lower_bound() -> None:
     scale = LossScale(2.0**16)
     for _ in range(1200):
         scale.update(overflowed=True)

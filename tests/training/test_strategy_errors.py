@@ -27,7 +27,7 @@ class Wrapper(nn.Module):
     pass
 
 
-def test_what_a_wrapper_hides() -> None:
+def test_attributes_hidden_by_a_wrapper_are_explained() -> None:
     module = nn.Linear(2, 2)
     wrapped = strategy("ddp", module)
     wrapped.model = Wrapper()
@@ -50,7 +50,7 @@ def test_what_a_wrapper_hides() -> None:
         ("zero3", "The size at 0x7f must match the size of tensor b (10) at dimension 1", None),
     ],
 )
-def test_what_libraries_say(name: str, text: str, said: str | None) -> None:
+def test_errors_of_libraries_are_recognised(name: str, text: str, said: str | None) -> None:
     with (
         pytest.raises(ConfigError if said else RuntimeError, match=said or "The size"),
         recognised(strategy(name, nn.Linear(2, 2))),
@@ -58,7 +58,7 @@ def test_what_libraries_say(name: str, text: str, said: str | None) -> None:
         raise RuntimeError(text)
 
 
-def test_a_gradient_in_evaluation(tmp_path: Path) -> None:
+def test_a_gradient_in_evaluation_is_explained(tmp_path: Path) -> None:
     class Force(Masked):
         def forward(self, model: nn.Module, batch: Any) -> Any:
             output = super().forward(model, batch)

@@ -67,7 +67,7 @@ def test_the_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "step 4/6  eval/loss" in output
 
 
-def test_every_line_hangs_on_those_before(tmp_path: Path) -> None:
+def test_the_ledgers_chain_as_documented(tmp_path: Path) -> None:
     """As docs/run-folder.md defines it, without the code that wrote it."""
     run = fit(tmp_path / "run")
     chain = ""
@@ -128,7 +128,7 @@ def test_without_an_evaluation_set(tmp_path: Path) -> None:
     assert (run / "curves.png").exists()
 
 
-def test_a_run_that_died_before_its_first_step_may_start_again(tmp_path: Path) -> None:
+def test_a_run_that_failed_before_its_first_step_may_start_again(tmp_path: Path) -> None:
     class Mistaken(Masked):
         def forward(self, model: Any, batch: Any) -> Any:
             raise NameError("a mistake, soon to be mended")
@@ -169,7 +169,7 @@ def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
         fit(tmp_path / "file" / "run")
 
 
-def test_a_process_goes_on_after_a_run_that_failed(tmp_path: Path) -> None:
+def test_signal_handlers_are_restored_after_a_failed_run(tmp_path: Path) -> None:
     """Such as a notebook's: SIGTERM ends it as before, and what it starts."""
 
     class Fails(Masked):
@@ -214,7 +214,7 @@ class OwnSGD(Masked):
         return torch.optim.SGD(params, lr=0.1, momentum=0.9)
 
 
-def test_a_config_that_a_tasks_own_optimizer_would_ignore_is_refused(tmp_path: Path) -> None:
+def test_config_keys_that_a_tasks_optimizer_contradicts_are_refused(tmp_path: Path) -> None:
     for optim, said in (
         ({"weight_decay": 0.1}, "(SGD) does not do what the config says: weight_decay is 0.1, there 0;"),
         ({"lr": 0.01, "name": "adam"}, "name is adam; lr is 0.01, there 0.1;"),

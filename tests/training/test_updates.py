@@ -80,19 +80,19 @@ def with_hook(params: list[nn.Parameter]) -> Optimizer:
     ],
     ids=["fused", "not fused", "wrapped", "hooked"],
 )
-def test_the_update_is_by_the_mean(make: Any, tmp_path: Path) -> None:
+def test_the_update_uses_the_gradient_of_the_mean(make: Any, tmp_path: Path) -> None:
     assert trained(make, tmp_path / "run")[1] == -3.0
 
 
 @pytest.mark.parametrize(
     "make", [lambda params: Looks(params, lr=1.0, fused=True), with_hook], ids=["derived", "hooked"]
 )
-def test_who_looks_at_the_gradient_sees_the_mean(make: Any, tmp_path: Path) -> None:
+def test_optimizers_and_hooks_see_the_gradient_of_the_mean(make: Any, tmp_path: Path) -> None:
     (seen,) = trained(make, tmp_path / "run")[0].seen
     assert seen.item() == 3.0
 
 
-def test_a_group_whose_rate_is_0_leaves_the_others_theirs(tmp_path: Path) -> None:
+def test_a_parameter_group_with_rate_0_does_not_change_the_others(tmp_path: Path) -> None:
     def make(params: list[nn.Parameter]) -> Optimizer:
         return SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": 0.0}, {"params": params, "lr": 1.0}])
 

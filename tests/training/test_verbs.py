@@ -50,7 +50,7 @@ def explain(capsys: pytest.CaptureFixture[str]) -> Explain:
         ("fsdp2", 1 / 4, 1 / 4, 2 / 4),
     ],
 )
-def test_explain_says_what_a_rank_holds(
+def test_explain_prints_the_memory_of_a_rank(
     explain: Explain, strategy: str, parameters: float, gradients: float, optimizer_state: float
 ) -> None:
     output = explain(4, **LARGE, strategy={"name": strategy})
@@ -71,7 +71,7 @@ class LooksAtWeights(Masked):
         return module
 
 
-def test_explain_tells_when_it_builds_the_model_in_memory(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_prints_that_it_builds_the_model_in_memory(capsys: pytest.CaptureFixture[str]) -> None:
     explain_run(Config.from_dict({**SMALL, "task": {"target": "test_verbs:LooksAtWeights"}}), 1)
     printed = capsys.readouterr()
     assert printed.err.startswith(
@@ -105,7 +105,7 @@ def test_export_writes_the_newest_weights(run: Run, tmp_path: Path) -> None:
     model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
 
 
-def test_export_needs_the_task_where_it_has_a_form_of_its_own_alone(
+def test_export_imports_the_task_only_if_it_overrides_export(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -122,7 +122,7 @@ def test_export_needs_the_task_where_it_has_a_form_of_its_own_alone(
     assert capsys.readouterr().out == f"{tmp_path / 'out/model.safetensors'}\n"
 
 
-def test_from_another_directory(
+def test_commands_work_from_another_directory(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The task's module, and the files that it reads, lie where the run was started."""
@@ -156,7 +156,7 @@ def test_from_another_directory(
     assert Path.cwd() == elsewhere
 
 
-def test_what_is_seldom_meant_is_a_warning(explain: Explain, tmp_path: Path) -> None:
+def test_unusual_settings_are_a_warning(explain: Explain, tmp_path: Path) -> None:
     optim = {"lr": 0.0, "warmup_steps": 5}
     config = {"task": SMALL["task"], "train": {"steps": 5}, "optim": optim}
     doubts = [
@@ -176,6 +176,6 @@ def test_evaluations_without_an_evaluation_set_are_refused(tmp_path: Path) -> No
             refused_by()
 
 
-def test_export_refuses_what_is_no_run(run: Run, tmp_path: Path) -> None:
+def test_export_refuses_a_folder_that_is_not_a_run(run: Run, tmp_path: Path) -> None:
     assert "nowhere" in refused(run("distrib", "export", "nowhere", "--out", "out"))
     assert not (tmp_path / "out").exists()

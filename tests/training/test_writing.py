@@ -127,7 +127,7 @@ def test_every_operation_of_a_run_may_fail(whole: Path, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     "error", [UnicodeEncodeError("ascii", "ä", 0, 1, "ordinal not in range"), PermissionError(13, "Permission denied")]
 )
-def test_a_picture_that_cannot_be_drawn(
+def test_curves_that_cannot_be_drawn_are_a_warning(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any
 ) -> None:
     """As under an ASCII locale, or where matplotlib cannot write its cache: the run finishes, and says so."""
