@@ -85,30 +85,27 @@ def no_process_left() -> Iterator[str]:
     deadline = time.monotonic() + 10
     while (left := processes_of(mark)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    lines = [" ".join(process.info["cmdline"] or []) for process in left]
+    lines = [" ".join(process.info["cmdline"] or []).strip() for process in left]
     for process in left:
         process.kill()
     assert not lines, f"left behind: {lines}"
 
 
 def starter(mark: str, folder: Path) -> Run:
-    def start(*command: object, cwd: Path = folder, timeout: float = 120, **env: str) -> Any:
+    def start(*command: object, cwd: Path = folder, timeout: float = 120, fresh: bool = False, **env: str) -> Any:
         first, *rest = (str(part) for part in command)
-        if first == "distrib" and warm.fits(env := environment(mark, **env)):
-            return warm.run(rest, cwd, env, timeout)
         program = [sys.executable, "-m", "distrib"] if first == "distrib" else [first]
-        return subprocess.run(
-            [*program, *rest], cwd=cwd, env=environment(mark, **env), capture_output=True, text=True, timeout=timeout
-        )
+        return warm.run([*program, *rest], cwd, environment(mark, **env), timeout, fresh)
 
     return start
 
 
-def start(mark: str, folder: Path, *command: object, **env: str) -> "subprocess.Popen[str]":
-    """`distrib`, beside the test, with pipes for what it says."""
+def start(mark: str, folder: Path, *command: object, fresh: bool = False, **env: str) -> "subprocess.Popen[str]":
+    """`distrib`, beside the test, with pipes for what it says. `fresh`: a process that imports its libraries itself."""
+    popen = subprocess.Popen if fresh else warm.Popen
     arguments = [sys.executable, "-m", "distrib", *(str(part) for part in command)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(
+    return popen(
         arguments, cwd=folder, env=environment(mark, **env), stdout=pipe, stderr=pipe, text=True, start_new_session=True
     )
 
@@ -117,7 +114,7 @@ def on_a_terminal(mark: str, folder: Path, *command: object, **env: str) -> tupl
     """What `distrib` draws on a terminal until it ends, and its exit code."""
     ours, theirs = pty.openpty()
     arguments = [sys.executable, "-m", "distrib", *(str(part) for part in command)]
-    with subprocess.Popen(
+    with warm.Popen(
         arguments, cwd=folder, stdout=theirs, stderr=theirs, env=environment(mark, TERM="xterm", **env)
     ) as process:
         os.close(theirs)
@@ -189,7 +186,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], 
             folder = tmp_path_factory.mktemp(f"world-{processes}-")
             command = ("distrib", "launch", "--processes", processes, ROOT / "tests/distributed/members.py", folder)
             run = starter(mark, folder)
-            return folder, run(*command, timeout=800, TORCH_EXTENSIONS_DIR=str(folder / "extensions"))
+            return folder, run(*command, timeout=800, fresh=True, TORCH_EXTENSIONS_DIR=str(folder / "extensions"))
 
         def folder_of(processes: int) -> Path:
             folder, result = launch(processes)

@@ -1,86 +1,149 @@
-"""A process that has imported what `distrib` imports, and forks itself for each command that a test runs and waits for.
+"""Processes of `python -m distrib` that need not import torch: a server that has imported it forks them.
 
-A fresh process takes more than a second to import torch, which would be a fifth of the time of all tests. What a
-command starts itself, such as the ranks of `distrib launch`, are fresh processes as ever. So are commands with
-variables that are read while libraries are imported, and those that a test starts beside itself.
+A fresh process takes a second or two to import what it trains with, which would be half of the time of all tests. A
+process that the server forks is one of its own all the same: a child of who asked for it, with the exit status, the
+session, and the environment and command line in the process table that it would have. `distrib launch` gets a server
+of its own before it begins, and has its ranks from there.
 
-python tests/warm.py FD     answers at this socket, for as long as the other end is open
+What a fork cannot show is what differs from one start of Python to the next, above all the order of its sets of
+strings: so the ranks of the fixture `world` are fresh processes, and what others than `distrib launch` start, and what
+has variables that are read while libraries are imported.
+
+python warm.py FD PADDING     answers at this socket, for as long as the other end is open
 """
 
+import ctypes
 import gc
+import importlib
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+import time
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Read when libraries, or Python itself, are loaded.
+import numpy
+
+# Read when libraries, or Python itself, are loaded; but for those that are read later.
 _EARLY = ("OMP_", "MKL_", "MALLOC_", "GLIBC_", "LD_", "LC_", "LANG", "PYTHON", "TORCH", "NVIDIA_", "KMP_")
-_server: tuple[int, socket.socket, dict[str, str]] | None = None  # whose it is, its socket, its early variables
+_LATE = ("TORCHELASTIC_", "TORCH_NCCL_", "TORCH_EXTENSIONS_DIR", "TORCH_CPP_LOG_LEVEL")
+_MODULES = ("distrib", "distrib.processes.exit")
+_IMPORTED = (
+    "distrib.cli",
+    "distrib.launching.local",
+    "distrib.monitor.compare.command",
+    "distrib.monitor.curves",
+    "distrib.training.trainer",
+    "torch._dynamo",  # by torch's optimizers
+    "torch._inductor.compile_fx",  # by DeepSpeed
+)
+_LAUNCHERS = ("launch", "evaluate")
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+_PADDING = 16384  # bytes for the environment and the command line of who is forked
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
-def fits(env: dict[str, str]) -> bool:
-    """Return whether a command with this environment may be forked."""
-    return _early(env) == _connect(env)[1]
+class Server:
+    """The other end of `_serve`, for one process: what that starts is its child."""
 
+    def __init__(self, connection: socket.socket, early: dict[str, str]) -> None:
+        self.connection = connection
+        self.early = early
 
-def run(arguments: list[str], cwd: Path, env: dict[str, str], timeout: float) -> "subprocess.CompletedProcess[str]":
-    """Run `distrib ARGUMENTS`, as subprocess.run does. Raises subprocess.TimeoutExpired."""
-    command = [sys.executable, "-m", "distrib", *arguments]
-    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr, open(os.devnull) as stdin:
-        request = json.dumps({"arguments": arguments, "cwd": str(cwd), "env": env}).encode()
-        files = [stdin.fileno(), stdout.fileno(), stderr.fileno()]
+    @classmethod
+    def start(cls, env: dict[str, str], enter: "list[str] | None" = None) -> "Server":
+        """`enter`: a command that runs another, on another machine as it were, and becomes it."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            own = {name: value for name, value in env.items() if name != "TEST_MARK"} | {"PADDING": "x" * _PADDING}
+            subprocess.Popen(
+                [*(enter or []), sys.executable, __file__, str(theirs.fileno()), "x" * _PADDING],
+                env=own,
+                pass_fds=[theirs.fileno()],
+            )
+        return cls(ours, _early(env))
+
+    def fork(self, command: list[str], cwd: str, env: dict[str, str], files: list[int], own_session: bool) -> int:
+        """Return the process number of a new child of this process. Signals that come meanwhile find it there."""
+        request = json.dumps({"command": command, "cwd": cwd, "env": env, "own_session": own_session}).encode()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            status = _status(_connect(env)[0], request, files, timeout)
-        except TimeoutError:
-            raise subprocess.TimeoutExpired(command, timeout) from None
-        texts = []
-        for file in (stdout, stderr):
-            file.seek(0)
-            texts.append(file.read().decode())
-    return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(status), *texts)
+            with _adopting():
+                socket.send_fds(self.connection, [len(request).to_bytes(4, "big")], files)
+                self.connection.sendall(request)
+                return int.from_bytes(_receive(self.connection, 5)[:4], "big")
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def _status(server: socket.socket, request: bytes, files: list[int], timeout: float) -> int:
-    """The exit status of what the server forks. If nobody waits any longer, it is killed, and the server left."""
+class Popen(subprocess.Popen):  # type: ignore[type-arg]
+    """As subprocess.Popen, for what may be forked; anything else is started as ever."""
+
+    server: "Server | None" = None
+
+    def __init__(self, args: Any, *, server: "Server | None" = None, **kwargs: Any) -> None:
+        self.server = server or self.server
+        super().__init__(args, **kwargs)
+
+    def _execute_child(self, *arguments: Any) -> None:
+        (args, _, _, _, _, cwd, env, _, _, _, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite) = arguments[:16]
+        env, command = dict(os.environ if env is None else env), [os.fspath(argument) for argument in args]
+        known = sys.platform == "linux" and command[:2] == [sys.executable, "-m"] and command[2] in _MODULES
+        if not known or _early(env) != (server := self.server or _own_server(env)).early:
+            super()._execute_child(*arguments)
+            return
+        files = [own if own >= 0 else inherited for inherited, own in enumerate((p2cread, c2pwrite, errwrite))]
+        self.pid = server.fork(command, os.fspath(cwd or os.getcwd()), env, files, arguments[21])
+        self._child_created = True
+        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+
+
+_early_here: dict[str, str] = {}  # of the server, before it imports: libraries set more
+_server: "tuple[int, Server] | None" = None  # whose it is
+
+
+def _own_server(env: dict[str, str]) -> Server:
+    """Start one for this process, if there is none yet."""
     global _server
-    socket.send_fds(server, [len(request).to_bytes(4, "big")], files)
-    server.sendall(request)
-    pid = int.from_bytes(_receive(server, 4), "big")
-    try:
-        server.settimeout(timeout)
-        status = int.from_bytes(_receive(server, 4), "big")
-        server.settimeout(None)
-    except BaseException:
-        os.kill(pid, signal.SIGKILL)
-        server.close()
-        _server = None
-        raise
-    return status
+    if _server is None or _server[0] != os.getpid():
+        _server = os.getpid(), Server.start(env)
+    return _server[1]
+
+
+def run(
+    command: list[str], cwd: Path, env: dict[str, str], timeout: float, fresh: bool
+) -> "subprocess.CompletedProcess[str]":
+    """As subprocess.run. Raises subprocess.TimeoutExpired."""
+    pipe, popen = subprocess.PIPE, subprocess.Popen if fresh else Popen
+    with popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            said = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, *said)
 
 
 def _early(env: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in env.items() if name.startswith(_EARLY)}
+    return {name: value for name, value in env.items() if name.startswith(_EARLY) and not name.startswith(_LATE)}
 
 
-def _connect(env: dict[str, str]) -> tuple[socket.socket, dict[str, str]]:
-    """Start the server for this process, if there is none yet."""
-    global _server
-    if _server is None or _server[0] != os.getpid():
-        ours, theirs = socket.socketpair()
-        subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno())],
-            env={name: value for name, value in env.items() if name != "TEST_MARK"},
-            pass_fds=[theirs.fileno()],
-        )
-        theirs.close()
-        _server = os.getpid(), ours, _early(env)
-    return _server[1:]
+@contextmanager
+def _adopting() -> Iterator[None]:
+    """Within, this process becomes the parent of descendants whose parent ends."""
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 def _receive(connection: socket.socket, size: int) -> bytes:
@@ -93,48 +156,102 @@ def _receive(connection: socket.socket, size: int) -> bytes:
     return received
 
 
-def _serve(connection: socket.socket) -> None:
+def _import() -> None:
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as processes.exit sets it before torch is imported
-    import distrib.cli
-    import distrib.launching.local
-    import distrib.monitor.compare.command
-    import distrib.training.trainer  # noqa: F401
-
+    for module in _IMPORTED:
+        importlib.import_module(module)
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not fork"
     gc.freeze()
+
+
+def _serve(connection: socket.socket, mask: set[signal.Signals]) -> None:
+    """Fork what is asked for, twice: when the first has ended, who asked has adopted the second."""
     while True:
         first, files, _, _ = socket.recv_fds(connection, 4, 3)
         if not first:
             return
         request = json.loads(_receive(connection, int.from_bytes(first, "big")))
-        pid = os.fork()
-        if pid == 0:
+        between = os.fork()
+        if between == 0:
+            between = os.getpid()
+            if (pid := os.fork()) != 0:
+                connection.sendall(pid.to_bytes(4, "big"))
+                os._exit(0)
             connection.close()
-            _become(request, files)
+            while os.getppid() == between:
+                time.sleep(0.0005)
+            _become(files, mask, **request)
         for file in files:
             os.close(file)
-        connection.sendall(pid.to_bytes(4, "big"))
-        _, status = os.waitpid(pid, 0)
-        connection.sendall(status.to_bytes(4, "big"))
+        os.waitpid(between, 0)
+        connection.sendall(b".")
 
 
-def _become(request: dict[str, Any], files: list[int]) -> NoReturn:
-    """Be the process of the command, as `python -m distrib` would begin."""
+def _become(
+    files: list[int],
+    mask: set[signal.Signals],
+    command: list[str],
+    cwd: str,
+    env: dict[str, str],
+    own_session: bool,
+) -> NoReturn:
+    """Be the process of this command, as Python would begin it."""
     for descriptor, file in enumerate(files):
         os.dup2(file, descriptor)
         os.close(file)
-    os.chdir(request["cwd"])
+    if own_session:
+        os.setsid()
+    if command[2] == "distrib" and command[3:4] and command[3] in _LAUNCHERS:
+        _give_server(mask)
+    os.chdir(cwd)
     os.environ.clear()
-    os.environ.update(request["env"])
+    os.environ.update(env)
+    _show(command, env)
     tempfile.tempdir = None
-    sys.argv = ["distrib", *request["arguments"]]
-    sys.path[0] = request["cwd"]
-    from distrib.cli import main
+    numpy.random.seed()  # from the system, as Python's own generator does after a fork
+    sys.orig_argv = command
+    sys.argv = command[1:2] + command[3:]
+    sys.path[0] = cwd
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    runpy._run_module_as_main(command[2])  # type: ignore[attr-defined]
+    raise AssertionError("it ends the process")
 
-    main()
-    raise AssertionError("main ends the process")
+
+def _give_server(mask: set[signal.Signals]) -> None:
+    """A server for this process, with whose end it ends: torch's elastic agent has its ranks from there."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    ours, theirs = socket.socketpair()
+    if os.fork() == 0:
+        ours.close()
+        null = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(null, descriptor)
+        with suppress(ConnectionError):
+            _serve(theirs, mask)
+        os._exit(0)
+    theirs.close()
+    Popen.server = Server(ours, _early_here)
+    subprocess_handler.Popen = Popen
+
+
+def _show(command: list[str], env: dict[str, str]) -> None:
+    """Write the command line and the environment where /proc and ps read them."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    arguments, end, variables, last = (int(fields[number]) for number in (45, 46, 47, 48))
+    for begin, size, parts in (
+        (arguments, end - arguments, command),
+        (variables, last - variables, [f"{name}={value}" for name, value in env.items()]),
+    ):
+        text = b"".join(os.fsencode(part) + b"\0" for part in parts)
+        assert len(text) <= size, "larger than PADDING"
+        ctypes.memmove(begin, text.ljust(size, b"\0"), size)
 
 
 if __name__ == "__main__":
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    _early_here = _early(dict(os.environ))
+    _import()
     with suppress(ConnectionError):  # the test was ended
-        _serve(socket.socket(fileno=int(sys.argv[1])))
+        _serve(socket.socket(fileno=int(sys.argv[1])), before)

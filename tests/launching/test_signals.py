@@ -103,7 +103,7 @@ def test_an_interrupt_while_libraries_are_imported(
 ) -> None:
     """numpy's import turns a KeyboardInterrupt into another error."""
     write(tmp_path)
-    started = start(mark, tmp_path, *command)
+    started = start(mark, tmp_path, *command, fresh=True)
 
     def imports() -> bool:
         process = ranks(mark).get("0") if command is LAUNCH else psutil.Process(started.pid)
@@ -184,7 +184,7 @@ def test_a_launcher_killed_while_its_ranks_start(tmp_path: Path) -> None:
     write(tmp_path)
     with ExitStack() as stack:
         marks = [stack.enter_context(no_process_left()) for _ in range(4)]
-        launchers = [start(mark, tmp_path, *LAUNCH) for mark in marks]
+        launchers = [start(mark, tmp_path, *LAUNCH, fresh=True) for mark in marks]
         for mark, launcher, wait in zip(marks, launchers, (0.0, 0.05, 0.3, 1.0), strict=True):
             until(lambda mark=mark: ranks(mark), "no rank is started")  # type: ignore[misc]
             time.sleep(wait)
