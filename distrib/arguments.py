@@ -18,3 +18,37 @@ Moved = Annotated[
     list[str] | None,
     typer.Option(metavar="task.KEY=PATH", help="Resume with data at a new path, if they are the same data."),
 ]
+TimeOption = Annotated[
+    str | None, typer.Option(help="At most, as the scheduler writes it: 4:00:00.  [default: the scheduler's]")
+]
+SchedulerOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option", "--slurm", metavar="NAME=VALUE", help="Further options of the scheduler's own: partition=long."
+    ),
+]
+SchedulerName = Annotated[
+    str | None,
+    typer.Option(
+        "--scheduler",
+        metavar="NAME",
+        help="Which one takes the job.  [default: the only one that can, slurm]",
+        envvar="DISTRIB_SCHEDULER",
+        show_default=False,
+        show_envvar=False,
+    ),
+]
+RendezvousKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SECRET",
+        help="Several machines need one, the same on all. Better in the variable: command lines can be seen.",
+        envvar="DISTRIB_RENDEZVOUS_KEY",
+    ),
+]
+JoinTimeout = Annotated[
+    float,
+    typer.Option(
+        metavar="SECONDS", help="Within which all must have come.", min=1, max=10**8, envvar="DISTRIB_JOIN_TIMEOUT"
+    ),
+]

@@ -9,7 +9,18 @@ from typing import Annotated, Optional
 import typer
 
 from distrib import __version__
-from distrib.arguments import ConfigFile, Moved, Overrides, RunDirOption, RunFolder
+from distrib.arguments import (
+    ConfigFile,
+    JoinTimeout,
+    Moved,
+    Overrides,
+    RendezvousKey,
+    RunDirOption,
+    RunFolder,
+    SchedulerName,
+    SchedulerOptions,
+    TimeOption,
+)
 from distrib.launching.command_line import LaunchCommand, run_app, show_sign_of_life
 from distrib.processes.exit import run_and_end, run_as_member
 from distrib.processes.tuning import no_collection
@@ -146,20 +157,8 @@ def launch(
     rendezvous: Annotated[
         Optional[str], typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached, the same on all.")
     ] = None,
-    rendezvous_key: Annotated[
-        Optional[str],
-        typer.Option(
-            metavar="SECRET",
-            help="Several machines need one, the same on all. Better in the variable: command lines can be seen.",
-            envvar="DISTRIB_RENDEZVOUS_KEY",
-        ),
-    ] = None,
-    join_timeout: Annotated[
-        float,
-        typer.Option(
-            metavar="SECONDS", help="Within which all must have come.", min=1, max=10**8, envvar="DISTRIB_JOIN_TIMEOUT"
-        ),
-    ] = 300.0,
+    rendezvous_key: RendezvousKey = None,
+    join_timeout: JoinTimeout = 300.0,
 ) -> None:
     """Start several training processes on this machine, and end them together.
 
@@ -196,24 +195,24 @@ def submit(
     processes_per_node: Annotated[
         Optional[int], typer.Option(help="On each of them.  [default: one for each GPU, else 1]", show_default=False)
     ] = None,
-    time: Annotated[
-        Optional[str], typer.Option(help="At most, as SLURM writes it: 4:00:00.  [default: the partition's]")
-    ] = None,
+    time: TimeOption = None,
     grace: Annotated[int, typer.Option(metavar="SECONDS", help="To save, before the time is over.", min=1)] = 120,
-    slurm: Annotated[
-        Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="Further options of sbatch: partition=long.")
-    ] = None,
+    option: SchedulerOptions = None,
+    scheduler: SchedulerName = None,
     run_dir: RunDirOption = None,
     moved: Moved = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script, and submit nothing.")] = False,
 ) -> None:
-    """Train as a SLURM job, which saves and is requeued when its time is over."""
+    """Train as a batch job, for example of SLURM, which saves and is requeued when its time is over."""
     from distrib.config import Config
-    from distrib.launching.submit import Job, submit
+    from distrib.launching.submit import submit
+    from distrib.processes.schedulers.base import Job
+    from distrib.processes.schedulers.registry import for_submission
 
+    taker = for_submission(scheduler)
     loaded = Config.load(config, [*(overrides or ()), *(moved or ())])
-    job = Job(loaded.name, nodes, gpus_per_node, processes_per_node, time, grace, further=tuple(slurm or ()))
-    submit(loaded, run_dir, job, dry_run, moved or ())
+    job = Job(loaded.name, nodes, gpus_per_node, processes_per_node, time, grace, tuple(option or ()))
+    submit(loaded, run_dir, taker, job, dry_run, moved or ())
 
 
 @app.command()

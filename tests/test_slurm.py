@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distrib import World
-from distrib.processes.slurm import first_host, in_job, tasks_per_node
+from distrib.processes.schedulers.slurm import Slurm, first_host, tasks_per_node
 
 STEP = {
     "SLURM_JOB_ID": "17",
@@ -47,15 +47,13 @@ def test_a_task_that_sees_one_gpu_takes_that() -> None:
 
 def test_job_ids_of_jobs_and_arrays() -> None:
     """Number 17 is that of the array too, where this task was the last to start."""
-    assert in_job({**STEP, "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "4"}) == "17_4"
-    assert in_job({**STEP, "SLURM_JOB_ID": "18", "SLURM_JOB_ID_HET_GROUP_0": "17"}) == "17"
-    assert in_job({"SLURM_JOB_ID": "17"}) is None
+    assert Slurm({**STEP, "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "4"}).job == "17_4"
+    assert Slurm({**STEP, "SLURM_JOB_ID": "18", "SLURM_JOB_ID_HET_GROUP_0": "17"}).job == "17"
+    assert Slurm({"SLURM_JOB_ID": "17"}).job is None
 
 
 def test_steps_on_one_node_use_different_ports() -> None:
-    from distrib.processes.slurm import as_member
-
-    ports = {as_member({**STEP, "SLURM_JOB_ID": str(job)})["MASTER_PORT"] for job in range(1000)}
+    ports = {Slurm({**STEP, "SLURM_JOB_ID": str(job)}).rank_variables()["MASTER_PORT"] for job in range(1000)}
     assert len(ports) == 1000
 
 

@@ -187,7 +187,7 @@ def _rendezvous(options: Options) -> NodeRendezvous:
     host, port = found
     os.environ[KEPT_AT] = network.endpoint(host, port)
     if options.node_rank == 0:
-        address = network.own_address(host, port)
+        address = network.own_address(host, port, options.join_timeout)  # its name may become known late
         _use_interface_of(address)
         try:
             door = gate.Gate(network.listen(address, port), options.rendezvous_key)

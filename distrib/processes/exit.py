@@ -18,9 +18,10 @@ from contextlib import suppress
 from typing import NoReturn
 
 from distrib.errors import DistribError, LaunchError, Preempted, WriteError
-from distrib.processes import slurm, temporary
+from distrib.processes import temporary
 from distrib.processes.lifetimes import die_with_launcher
 from distrib.processes.output import end_with_reader, keep_writable
+from distrib.processes.schedulers.registry import of_this_process, rank_variables
 from distrib.processes.signals import INTERRUPTED, has_launcher, leave_when_asked
 
 _SHOW = ("explain", "watch", "verify", "compare")  # these commands do nothing but print
@@ -37,8 +38,7 @@ def run_as_member(work: Callable[[], object], command: str = "") -> int:
     """
     die_with_launcher()
     try:
-        if "RANK" not in os.environ:
-            os.environ.update(slurm.as_member(os.environ))  # here and for what the user brings
+        os.environ.update(rank_variables(of_this_process(), os.environ))  # here and for what the user brings
         if command in ("train", "launch"):
             leave_when_asked(as_launcher=command == "launch")
         elif command in _SHOW:

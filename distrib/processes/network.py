@@ -59,15 +59,21 @@ def keep_store(server: socket.socket, world_size: int, seconds: float) -> TCPSto
     )
 
 
-def own_address(host: str, port: int) -> str:
+def own_address(host: str, port: int, seconds: float = 0.0) -> str:
     """Return this machine's address on the interface towards `host`. Raises LaunchError.
 
-    GLOO_SOCKET_IFNAME is ignored, because the other ranks connect to the rendezvous at `host`.
+    `seconds`: how long to wait until the name is known. GLOO_SOCKET_IFNAME is ignored, because the other ranks connect
+    to the rendezvous at `host`.
     """
-    try:
-        address = _address_towards(host, port)
-    except OSError as error:
-        raise LaunchError(f"rendezvous at {endpoint(host, port)} failed: {error.strerror or error}") from None
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            address = _address_towards(host, port)
+            break
+        except OSError as error:
+            if not isinstance(error, socket.gaierror) or time.monotonic() >= deadline:
+                raise LaunchError(f"rendezvous at {endpoint(host, port)} failed: {error.strerror or error}") from None
+        time.sleep(0.2)
     if _is_loopback(address) and host != "localhost" and not _is_loopback(host):
         # `host` is this machine's own name, which Debian maps to 127.0.1.1. Others reach the default route's address.
         for other in _UNASSIGNED:

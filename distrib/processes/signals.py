@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from distrib.processes import slurm
 from distrib.processes.lifetimes import STOP_SIGNALS
+from distrib.processes.schedulers.base import requeue
+from distrib.processes.schedulers.registry import of_this_process
 
 SAVED = 75  # EX_TEMPFAIL: the exit code of a process that was asked to stop and lost nothing
 INTERRUPTED = 130  # 128 + SIGINT, as shells do
-# Schedulers send these some time before they kill a job, which SLURM is then asked to start again.
+# Schedulers send these some time before they kill a job. One that can is then asked to start the job again.
 REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
-# SIGTERM and SIGINT end a process that is not training, as they end any other.
+# SIGTERM and SIGINT end a process that is not training, as they end any other; but see `Scheduler.sigterm_means_stop`.
 LEAVE_SIGNALS = tuple(number for number in STOP_SIGNALS if number not in (signal.SIGTERM, signal.SIGINT))
 _SECONDS_FOR_RANK_0 = 5.0
 
@@ -51,7 +52,7 @@ def when_asked_to_stop(take_note: Callable[[signal.Signals], None]) -> Iterator[
     def note(number: int, _frame: Any) -> None:
         nonlocal interrupted
         if number == signal.SIGINT:
-            # distrib launch ends its ranks itself on a second Ctrl-C, and SLURM sends each signal to it and to them
+            # distrib launch ends its ranks itself on a second Ctrl-C, and a scheduler may send each signal to all
             if interrupted and not has_launcher():
                 raise KeyboardInterrupt
             interrupted = True
@@ -73,15 +74,19 @@ def leave_when_asked(as_launcher: bool = False) -> None:
     launcher, until it passes signals on to its ranks, on each of STOP_SIGNALS. On SIGINT it ends with exit code 130,
     also while it imports: numpy turns a KeyboardInterrupt in its import into another error.
 
-    Rank 0 decides for all: the others wait for it, so that no launcher ends it before it has said why, or has asked
-    SLURM to start the job again. If rank 0 trains by then, so do they soon, and take note of the signal as it did.
+    Rank 0 decides for all: the others wait for it, so that no launcher ends it before it has said why, or has had the
+    job requeued. If rank 0 trains by then, so do they soon, and take note of the signal as it did.
     Under distrib launch rank 0 dies of the signal, even within a call into C++, and its launcher does the rest.
     """
+    scheduler = of_this_process()
+    leave: tuple[signal.Signals, ...] = LEAVE_SIGNALS
+    if scheduler is not None and scheduler.sigterm_means_stop:
+        leave = (signal.SIGTERM, *LEAVE_SIGNALS)
     if as_launcher:
         handle(STOP_SIGNALS, _leave)
     elif not has_launcher():
         handle([signal.SIGINT], _interrupted)
-        handle(LEAVE_SIGNALS, _leave if _rank() == 0 else _postpone)
+        handle(leave, _leave if _rank() == 0 else _postpone)
     elif _rank() == 0:
         handle([signal.SIGINT], signal.SIG_DFL)
     else:
@@ -89,19 +94,20 @@ def leave_when_asked(as_launcher: bool = False) -> None:
 
 
 def nothing_to_save(number: int) -> None:
-    """Print that the run was asked to stop by this signal while it was not training, and requeue SLURM's job if the
-    signal means that. Rank 0 and its launcher do; others wait until SLURM ends them."""
-    job = slurm.in_job(os.environ) if number in REQUEUE_SIGNALS else None
-    if job is not None and _rank() != 0:
-        time.sleep(slurm.SECONDS_TO_REQUEUE)
-        job = None
-    then = "start it again" if job is None else slurm.requeue(job)
+    """Print that the run was asked to stop by this signal while it was not training, and requeue the job if the signal
+    means that. Rank 0 and its launcher do; others wait until the scheduler ends them."""
+    then, scheduler = "start it again", of_this_process()
+    if scheduler is not None and scheduler.can_requeue and number in REQUEUE_SIGNALS:
+        if _rank() == 0:
+            then = requeue(scheduler).message
+        else:
+            time.sleep(scheduler.seconds_to_requeue)
     with suppress(OSError):  # not print: the signal may have interrupted one
         os.write(2, f"asked to stop while not training, nothing to save; {then}\n".encode())
 
 
 def _leave(number: int, _frame: Any) -> None:
-    # A second one changes nothing, and SLURM sends SIGTERM as soon as the job is requeued, before that can be printed.
+    # A second one changes nothing. A job that is requeued gets SIGTERM at once, before that can be printed.
     again = [other for other in STOP_SIGNALS if signal.getsignal(other) is _leave or other == signal.SIGTERM]
     handle(again, lambda *_: None)
     nothing_to_save(number)

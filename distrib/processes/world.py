@@ -1,4 +1,4 @@
-"""Who this process is among the others. With slurm.py and accelerate_launch.py the only reader of launcher variables.
+"""Who this process is among the others. With schedulers/ and accelerate_launch.py this alone reads launcher variables.
 
 A launcher that starts fewer processes than it was asked for, or another strategy, is found out here: that is the
 most common silent failure in this field (see docs/launchers.md).
@@ -6,12 +6,10 @@ most common silent failure in this field (see docs/launchers.md).
 
 import atexit
 import os
-import platform
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 import torch
@@ -19,18 +17,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distrib.errors import DistribError, LaunchError
-from distrib.processes import slurm, tuning, variables
+from distrib.processes import tuning, variables
 from distrib.processes.accelerate_launch import what_accelerate_was_told
 from distrib.processes.heartbeat import Heartbeat, enter, joined
 from distrib.processes.network import LOOPBACK, interface_of, own_address
+from distrib.processes.schedulers import registry
+from distrib.processes.schedulers.base import Scheduler
 from distrib.processes.variables import check_threads, seconds, whole_number
+from distrib.processes.versions import versions
 
 T = TypeVar("T")
 
 # Control and background group by timeout, for all runs of a process: the threads of each wake up 100 times a second.
 _groups: dict[float, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
 
-PACKAGES = ("distrib", "torch", "accelerate", "deepspeed", "numpy")
 _REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SECONDS_TO_COME = 300.0
 
@@ -44,9 +44,9 @@ class World:
     world_size: int = 1
     local_world_size: int = 1
     one_a_host: bool = False  # as no LOCAL_RANK was given
-    launcher: str = "plain"  # plain | distrib | torchrun | accelerate | slurm
+    launcher: str = "plain"  # plain | distrib | torchrun | accelerate | a scheduler's name
     host: str = field(default_factory=socket.gethostname)
-    job: str | None = None  # SLURM's number of it
+    scheduler: Scheduler | None = None
     grace: float | None = None  # seconds between being asked to stop and being killed, where the launcher said so
     seconds_to_come: float = _SECONDS_TO_COME  # for all ranks to be there
     asked: dict[str, Any] = field(default_factory=dict)  # what accelerate launch was told, by our config's keys
@@ -62,13 +62,13 @@ class World:
 
         Raises LaunchError if they tell of processes that are not there.
         """
+        scheduler = registry.of_this_process() if environ is None else registry.detect(environ)
         environ = variables.from_outside() if environ is None else environ
+        environ = {**environ, **registry.rank_variables(scheduler, environ)}
         by_accelerate = "ACCELERATE_MIXED_PRECISION" in environ
-        if "RANK" not in environ and "WORLD_SIZE" not in environ:
-            environ = {**environ, **slurm.as_member(environ)}
         common: dict[str, Any] = {
-            "host": environ.get("SLURMD_NODENAME", socket.gethostname()),
-            "job": slurm.in_job(environ),
+            "host": (scheduler and scheduler.host) or socket.gethostname(),
+            "scheduler": scheduler,
             "grace": seconds(environ, "DISTRIB_GRACE", None),
             "seconds_to_come": seconds(environ, "DISTRIB_JOIN_TIMEOUT", _SECONDS_TO_COME),
             "asked": what_accelerate_was_told(environ),
@@ -98,7 +98,8 @@ class World:
             world_size=world_size,
             local_world_size=whole_number(environ, "LOCAL_WORLD_SIZE", 1 if one_a_host else world_size),
             one_a_host=one_a_host,
-            launcher=environ.get("DISTRIB_LAUNCHER") or ("accelerate" if by_accelerate else "torchrun"),
+            launcher=environ.get("DISTRIB_LAUNCHER")
+            or ("accelerate" if by_accelerate else scheduler.name if scheduler and one_a_host else "torchrun"),
             **common,
         )
         if not world.use_cpu and world.local_rank >= torch.accelerator.device_count():
@@ -117,6 +118,11 @@ class World:
         return f"rank {self.rank} of {self.world_size} on {self.host}"
 
     @property
+    def job(self) -> str | None:
+        """The scheduler's job of which this process is a task."""
+        return None if self.scheduler is None else self.scheduler.job
+
+    @property
     def hosts(self) -> list[str]:
         """Of each rank, in rank order."""
         return [self.host] if self.presence is None else [one["host"] for one in self.presence.everyone]
@@ -131,7 +137,8 @@ class World:
         from accelerate import PartialState
 
         if "OMP_NUM_THREADS" not in os.environ:  # or accelerate sets it for the cores of one process, with a warning
-            threads = whole_number(os.environ, "SLURM_CPUS_PER_TASK") or tuning.threads(self.local_world_size)
+            cpus = self.scheduler.cpus_per_task if self.scheduler is not None else 0
+            threads = cpus or tuning.threads(self.local_world_size)
             os.environ["OMP_NUM_THREADS"] = str(threads)
             torch.set_num_threads(threads)
         if self.use_cpu:
@@ -139,8 +146,7 @@ class World:
             if self.world_size > 1:
                 tuning.run_as_batch()
         if self.world_size > 1:
-            if "RANK" not in os.environ:  # a script of the user's, started by srun
-                os.environ.update(slurm.as_member(os.environ))
+            os.environ.update(registry.rank_variables(self.scheduler, os.environ))  # for a script of the user's
             if self.one_a_host:
                 os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")  # or accelerate does not see the others
             self._join()
@@ -167,7 +173,9 @@ class World:
             one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(self.world_size)
             # By itself gloo listens on the address of our host name: others reach it where they should not, or where
             # they should they do not (127.0.1.1).
-            interface = interface_of(LOOPBACK if one_machine else own_address(host, port))
+            # A pod's name may become known some time after the pod has started.
+            patience = 0.0 if self.scheduler is None else self.seconds_to_come
+            interface = interface_of(LOOPBACK if one_machine else own_address(host, port, patience))
             if interface is not None:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             self.presence = enter(host, port, self.rank, self.world_size, self.host, self.seconds_to_come, one_machine)
@@ -255,19 +263,6 @@ class World:
             self.presence.stop()
 
 
-def versions() -> dict[str, str | None]:
-    """Of Python and of the libraries that decide what is computed; torch's with its build, as in 2.11.0+cu130."""
-    found = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
-    return {**found, "torch": str(torch.__version__)}  # metadata may lack the build
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def _leave() -> None:
     """At the end of the process, after `barrier`: gloo's threads must not outlive the interpreter.
 
@@ -287,7 +282,7 @@ def _refuse_lone_process(environ: Mapping[str, str], by_accelerate: bool) -> Non
         if whole_number(environ, size, 1) > 1:
             raise LaunchError(
                 f"mpirun started {environ[size]} processes ({size}), but without RANK and WORLD_SIZE each would "
-                "train alone; use srun, or have it start one torchrun or distrib launch on each machine"
+                "train alone; have the scheduler start them, or mpirun one torchrun or distrib launch on each machine"
             )
 
 

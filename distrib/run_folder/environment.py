@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from distrib.data.fingerprint import sample_print
-from distrib.processes.world import World, versions
+from distrib.processes.versions import versions
+from distrib.processes.world import World
 from distrib.run_folder.ledger import now
 from distrib.task import Task
 

@@ -2,6 +2,7 @@
 
 import signal
 
+from distrib.processes.schedulers.base import Requeue, requeue
 from distrib.processes.signals import REQUEUE_SIGNALS
 from distrib.processes.world import World
 
@@ -21,12 +22,15 @@ class Preemption:
         self.asked = True
         self._requeue |= number in REQUEUE_SIGNALS
 
-    def requeue(self) -> bool:
-        """Return whether to requeue the job: whether a rank got one of REQUEUE_SIGNALS. Collective.
+    def requeue(self) -> Requeue | None:
+        """Have the scheduler start the job again if it can and a rank was sent one of REQUEUE_SIGNALS; None if not.
 
-        SIGTERM is not one of them, because cancelled jobs get it too, and SLURM itself requeues preempted jobs.
-        """
-        return self.world.job is not None and any(self.world.all_gather_object(self._requeue))
+        SIGTERM does not count: it is also sent to a cancelled job, and what a scheduler preempts it starts again by
+        itself. Collective; to be called when all is saved."""
+        asked, scheduler = any(self.world.all_gather_object(self._requeue)), self.world.scheduler
+        return self.world.on_rank_0(
+            lambda: requeue(scheduler) if asked and scheduler is not None and scheduler.can_requeue else None
+        )
 
     def too_long(self, save_seconds: float) -> str | None:
         """Return a warning, once, if a save may take longer than the time between a signal and the kill."""
@@ -36,6 +40,6 @@ class Preemption:
         self._warned = True
         before = f" and an evaluation before it {self.longest_evaluation:.1f} s" if self.longest_evaluation else ""
         return (
-            f"a save takes {save_seconds:.1f} s{before}, but a run is killed {grace:g} s after it is asked to stop; "
-            "allow more time (--grace, or SLURM's --signal)"
+            f"a save takes {save_seconds:.1f} s{before}, but only {grace:g} s lie between being asked to stop and "
+            "being killed; give more (--grace, or what the scheduler calls it)"
         )

@@ -16,7 +16,7 @@ from distrib.monitor.progress import Verbosity, format_summary
 from distrib.monitor.run_log import RunLog
 from distrib.monitor.trackers.trackers import in_sweep, require_trackers
 from distrib.plan import RunPlan
-from distrib.processes import slurm, tuning
+from distrib.processes import tuning
 from distrib.processes.signals import when_asked_to_stop
 from distrib.processes.world import World
 from distrib.run_folder import repair
@@ -249,19 +249,19 @@ class Trainer:
         saver.save(steps_done, engine.strategy.shards(), manifest)
 
     def _stop(self, engine: Engine, saver: Saver, steps_done: int, saved: bool) -> None:
-        """Save unless that is just done, requeue the SLURM job if needed, and raise Preempted (exit code 75)."""
+        """Save, where that is not just done, have the job requeued, and end with exit code 75."""
         if not saved:
             self._save(engine, saver, steps_done)
         saver.wait()
         self._report_saves(saver)
-        requeue = self.preemption.requeue()
-        self.run_log.event("preempted", step=steps_done, requeue=requeue)
-        self.run_log.close("preempted")
+        requeue = self.preemption.requeue()  # before a task ends: the scheduler may end the others then
+        self.run_log.event("preempted", step=steps_done, requeue=requeue is not None and requeue.done)
         stopped = f"{self.run.path}: asked to stop; saved after step {steps_done}"
-        if requeue and self.world.is_rank_0:  # before a process ends, because srun would then kill the others
-            self.run_log.say(f"{stopped}, {slurm.requeue(str(self.world.job))}")
+        if requeue is not None:
+            self.run_log.say(f"{stopped}, {requeue.message}")
+        self.run_log.close("preempted")
         self.world.shutdown()
-        raise Preempted(stopped if requeue else f"{stopped}, start it again to go on")
+        raise Preempted(stopped if requeue is not None else f"{stopped}, start it again to go on")
 
     def _report_saves(self, saver: Saver) -> None:
         for saved in saver.completed():

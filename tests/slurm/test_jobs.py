@@ -11,7 +11,7 @@ import yaml
 from cluster import Cluster, missing, running_cluster
 from conftest import ROOT, check_same, events, lines, no_process_left, steps_done, until
 
-from distrib.processes.slurm import first_host
+from distrib.processes.schedulers.slurm import first_host
 from distrib.run_folder.folder import RunDir
 
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(400), pytest.mark.slow]

@@ -1,0 +1,129 @@
+"""Which scheduler started this process, and which one takes a job: the built-in ones, and those of other packages.
+
+Another package brings one by an entry point of the group `distrib.schedulers`.
+"""
+
+import functools
+import inspect
+import os
+from collections.abc import Mapping
+from importlib import import_module
+
+from distrib.errors import LaunchError
+from distrib.processes import variables
+from distrib.processes.schedulers.base import Scheduler
+
+GROUP = "distrib.schedulers"
+CHOICE = "DISTRIB_SCHEDULER"  # the variable that names the one to use
+BUILT_IN = {  # found without an entry point too, as where distrib is not installed
+    "slurm": "distrib.processes.schedulers.slurm:Slurm",
+    "kubernetes": "distrib.processes.schedulers.kubernetes:Kubernetes",
+}
+_NONE = "none"
+_LAUNCHERS = ("plain", "distrib", "torchrun", "accelerate")  # World.launcher has these or a scheduler's name
+
+
+def detect(environ: Mapping[str, str]) -> Scheduler | None:
+    """Return the scheduler that started the process with these variables, or None.
+
+    Raises LaunchError if two say so, or if one that is installed cannot be loaded."""
+    chosen = environ.get(CHOICE)
+    if chosen == _NONE:
+        return None
+    candidates = [_named(chosen)] if chosen else [_load(name) for name in _targets()]
+    found = [scheduler for scheduler in candidates if scheduler.detect(environ)]
+    if len(found) > 1:
+        raise LaunchError(
+            f"{' and '.join(_describe(one) for one in found)} each find that they started this process; set "
+            f"{CHOICE} to {' or '.join(one.name for one in found)}"
+        )
+    return found[0](environ) if found else None
+
+
+@functools.cache
+def of_this_process() -> Scheduler | None:
+    """Return the scheduler that started this process. It is asked once, before variables are set here that a launcher
+    might have set. Raises LaunchError as `detect` does."""
+    return detect(dict(variables.from_outside()))
+
+
+def rank_variables(scheduler: Scheduler | None, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of a launcher that the scheduler gives to its task.
+
+    RANK alone decides: if it is set, a launcher inside the task set it, and the others are that launcher's business."""
+    if scheduler is None or "RANK" in environ:
+        return {}
+    found = {name: str(value) for name, value in scheduler.rank_variables().items()}
+    return {**found, "DISTRIB_LAUNCHER": scheduler.name} if found else {}
+
+
+def for_submission(name: str | None) -> Scheduler:
+    """Return the scheduler to which `distrib submit` hands a job: the one of this name, or the only one that takes
+    jobs. Raises LaunchError."""
+    if name:
+        scheduler = _named(name, "--scheduler: ")
+        if not scheduler.can_submit():
+            raise LaunchError(
+                f"--scheduler: {name} takes no jobs from `distrib submit`; give one of "
+                f"{', '.join(_takes_jobs())}, or start the job by {scheduler.title or name}'s own commands "
+                "(docs/launchers.md)"
+            )
+        return scheduler(os.environ)
+    takes_jobs = _takes_jobs()
+    if len(takes_jobs) > 1:
+        raise LaunchError(f"--scheduler: {' and '.join(takes_jobs)} take jobs; give one of them, or set {CHOICE}")
+    return _load(takes_jobs[0])(os.environ)
+
+
+def _takes_jobs() -> list[str]:
+    return [name for name in _targets() if _load(name).can_submit()]
+
+
+def _named(name: str, key: str = f"{CHOICE}=") -> type[Scheduler]:
+    if name not in _targets():
+        raise LaunchError(
+            f"{key}{name}: there is no such scheduler; give one of {', '.join(sorted(_targets()))}, or install the "
+            "package that has it"
+        )
+    return _load(name)
+
+
+@functools.cache
+def _targets() -> dict[str, tuple[str, str]]:
+    """Names, each with its class as `module:Class` and the package that brings it. Raises LaunchError."""
+    from importlib.metadata import entry_points  # `distrib --help` needs this file too, and not that
+
+    targets = {name: (target, "distrib") for name, target in BUILT_IN.items()}
+    for entry in entry_points(group=GROUP):
+        package = entry.dist.name if entry.dist is not None else "another package"
+        target, owner = targets.setdefault(entry.name, (entry.value, package))
+        if target != entry.value:
+            raise LaunchError(
+                f"{owner} and {package} both bring a scheduler named {entry.name} ({GROUP}); uninstall one of them"
+            )
+        if entry.name in (*_LAUNCHERS, _NONE):
+            raise LaunchError(f"{package} brings a scheduler named {entry.name} ({GROUP}), a name that is taken")
+    return targets
+
+
+@functools.cache
+def _load(name: str) -> type[Scheduler]:
+    target, package = _targets()[name]
+    module, _, attribute = target.partition(":")
+    begins = f"the scheduler {name} of {package} ({target})"
+    mend = f"mend or uninstall {package}, or set {CHOICE} to another or to {_NONE}"
+    try:
+        found = getattr(import_module(module), attribute)
+    except Exception as error:
+        from distrib.tracebacks import first_line, place
+
+        raise LaunchError(f"{begins} cannot be loaded: {first_line(error)}{place(error)}; {mend}") from None
+    if not (isinstance(found, type) and issubclass(found, Scheduler)) or inspect.isabstract(found):
+        raise LaunchError(f"{begins} is no class that derives from Scheduler and has detect; {mend}")
+    if getattr(found, "name", None) != name:
+        raise LaunchError(f"{begins} has the name {getattr(found, 'name', None)!r}, its entry point {name!r}; {mend}")
+    return found
+
+
+def _describe(scheduler: type[Scheduler]) -> str:
+    return f"{scheduler.name} ({_targets()[scheduler.name][1]})"
