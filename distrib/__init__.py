@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from distrib.errors import DistribError as DistribError
     from distrib.monitor.observer import Observer as Observer
     from distrib.plan import RunPlan as RunPlan
+    from distrib.processes.schedulers.base import Scheduler as Scheduler
     from distrib.processes.world import World as World
     from distrib.run_folder.checkpoint import Shard as Shard
     from distrib.strategies.base import Strategy as Strategy
@@ -26,6 +27,7 @@ _HOME = {
     "Loss": "distrib.task",
     "Observer": "distrib.monitor.observer",
     "RunPlan": "distrib.plan",
+    "Scheduler": "distrib.processes.schedulers.base",
     "Shard": "distrib.run_folder.checkpoint",
     "Strategy": "distrib.strategies.base",
     "Task": "distrib.task",

@@ -94,15 +94,15 @@ def _targets() -> dict[str, tuple[str, str]]:
     from importlib.metadata import entry_points  # `distrib --help` needs this file too, and not that
 
     targets = {name: (target, "distrib") for name, target in BUILT_IN.items()}
-    for entry in entry_points(group=GROUP):
-        package = entry.dist.name if entry.dist is not None else "another package"
-        target, owner = targets.setdefault(entry.name, (entry.value, package))
-        if target != entry.value:
+    entries = [(entry.name, entry.dist.name if entry.dist else "", entry.value) for entry in entry_points(group=GROUP)]
+    for name, package, value in sorted(entries):
+        target, owner = targets.setdefault(name, (value, package))
+        if target != value:
             raise LaunchError(
-                f"{owner} and {package} both bring a scheduler named {entry.name} ({GROUP}); uninstall one of them"
+                f"{owner} and {package} both bring a scheduler named {name} ({GROUP}); uninstall one of them"
             )
-        if entry.name in (*_LAUNCHERS, _NONE):
-            raise LaunchError(f"{package} brings a scheduler named {entry.name} ({GROUP}), a name that is taken")
+        if name in (*_LAUNCHERS, _NONE):
+            raise LaunchError(f"{package} brings a scheduler named {name} ({GROUP}), a name that is taken")
     return targets
 
 
