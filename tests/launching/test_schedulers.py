@@ -9,7 +9,20 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Run, check, environment, events, free_port, lines, processes_of, refused, start, steps_done, until
+from conftest import (
+    ROOT,
+    Run,
+    check,
+    environment,
+    events,
+    free_port,
+    lines,
+    processes_of,
+    refused,
+    start,
+    steps_done,
+    until,
+)
 
 from distrib.processes.schedulers.registry import BUILT_IN
 
@@ -264,3 +277,9 @@ def test_schedulers_need_no_torch(path: str, mark: str, tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", program], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert check(result) == "Herd False\n"
     assert not processes_of(mark)
+
+
+def test_pyproject_names_the_built_in_ones() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["distrib.schedulers"] == BUILT_IN
