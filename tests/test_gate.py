@@ -162,6 +162,8 @@ def test_the_own_address_towards_loopback() -> None:
     assert own_address("localhost", 1) in ("127.0.0.1", "::1")
     with pytest.raises(LaunchError, match=r"rendezvous at nowhere\.invalid:1 failed"):
         own_address("nowhere.invalid", 1)
+    with pytest.raises(LaunchError, match=r"rendezvous at nowhere\.invalid:1 failed"):
+        own_address("nowhere.invalid", 1, seconds=0.3)
 
 
 def test_the_rendezvous_address_ignores_gloos_interface(monkeypatch: pytest.MonkeyPatch) -> None:

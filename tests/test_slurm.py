@@ -32,6 +32,12 @@ def test_a_launcher_started_by_srun_takes_precedence() -> None:
     assert (world.rank, world.world_size, world.launcher) == (1, 2, "torchrun")
 
 
+def test_a_number_of_processes_without_a_rank_is_no_launcher() -> None:
+    """WORLD_SIZE may be left from elsewhere; RANK alone says that another launcher started the process."""
+    world = World.detect({**STEP, "WORLD_SIZE": "9"})
+    assert (world.rank, world.world_size, world.launcher) == (5, 7, "slurm")
+
+
 def test_a_batch_script_or_a_single_task_is_no_rank() -> None:
     batch = {key: value for key, value in STEP.items() if "STEP" not in key}  # the batch script itself
     batch["SLURM_NTASKS"] = "7"

@@ -148,7 +148,8 @@ class World:
         if self.world_size > 1:
             os.environ.update(registry.rank_variables(self.scheduler, os.environ))  # for a script of the user's
             if self.one_a_host:
-                os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")  # or accelerate does not see the others
+                # or accelerate does not see the others
+                os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", DISTRIB_LAUNCHER=self.launcher)
             self._join()
         state = PartialState(cpu=self.use_cpu, timeout=timedelta(seconds=timeout))
         if state.num_processes != self.world_size:
