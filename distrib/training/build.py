@@ -124,19 +124,25 @@ def optimizer_maker(task: Task, config: Config) -> MakeOptimizer:
 def memory(
     task: Task, strategy: Strategy, make_optimizer: MakeOptimizer, warn: Callable[[str], None] = lambda _: None
 ) -> Memory:
-    """The bytes that a rank holds of the task's model; counted on torch's meta device, where nothing is allocated.
+    """Return the bytes that a rank holds of the task's model. Raises ConfigError if the strategy cannot train it.
 
-    A model or optimizer that looks at values cannot be built there. It is built on the CPU, which `warn` is told first.
+    They are counted on torch's meta device, where nothing is allocated. A model or optimizer that looks at values cannot
+    be built there. It is built on the CPU, and `warn` is told first.
     """
+
+    def count(module: nn.Module) -> Memory:
+        strategy.check_model(module, task.blocks(module))
+        return strategy.memory(module, make_optimizer)
+
     try:
         with torch.device("meta"):
             module = task.model()
-        return strategy.memory(module, make_optimizer)
+        return count(module)
     except DistribError:
         raise
     except Exception as error:
         warn(f"the model is built in memory, as it cannot be built on torch's meta device: {first_line(error)}")
-        return strategy.memory(task.model(), make_optimizer)
+        return count(task.model())
 
 
 def loading(config: Config, world: World) -> dict[str, Any]:
