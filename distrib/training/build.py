@@ -126,8 +126,8 @@ def memory(
 ) -> Memory:
     """Return the bytes that a rank holds of the task's model. Raises ConfigError if the strategy cannot train it.
 
-    They are counted on torch's meta device, where nothing is allocated. A model or optimizer that looks at values cannot
-    be built there. It is built on the CPU, and `warn` is told first.
+    They are counted on torch's meta device, where nothing is allocated. If the model or the optimizer looks at values,
+    it cannot be built there; it is built on the CPU, and `warn` is told first.
     """
 
     def count(module: nn.Module) -> Memory:

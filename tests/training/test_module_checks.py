@@ -1,9 +1,11 @@
 """Models that a strategy cannot train are refused before training, in one line that names the parameter."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import Run, refused
 from torch import nn
 
 from distrib import Config, World
@@ -73,6 +75,12 @@ def test_strategies_that_refuse_a_model(make: Callable[[], nn.Module], by: tuple
     for line in found.values():
         assert line.startswith("task.model: ")
     assert any(said in line for line in found.values()) or not by
+
+
+def test_explain_refuses_it_too(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("task: {target: tasks:Formats, scalar: true}\ntrain: {steps: 1}\n")
+    line = refused(run("distrib", "explain", "c.yaml", "--processes", 2, "strategy.name=fsdp2"))
+    assert "is a scalar, which fsdp2 cannot cut; give it the shape [1]" in line
 
 
 def test_fsdp2_accepts_blocks_of_different_dtypes() -> None:
