@@ -54,9 +54,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Server:
     """The other end of `_serve`, for one process: what that starts is its child."""
 
-    def __init__(self, connection: socket.socket, early: dict[str, str]) -> None:
+    def __init__(
+        self, connection: socket.socket, early: dict[str, str], process: "subprocess.Popen[bytes] | None" = None
+    ) -> None:
         self.connection = connection
         self.early = early
+        self.process = process
 
     @classmethod
     def start(cls, env: dict[str, str], enter: "list[str] | None" = None) -> "Server":
@@ -64,12 +67,18 @@ class Server:
         ours, theirs = socket.socketpair()
         with theirs:
             own = {name: value for name, value in env.items() if name != "TEST_MARK"} | {"PADDING": "x" * _PADDING}
-            subprocess.Popen(
+            process = subprocess.Popen(
                 [*(enter or []), sys.executable, __file__, str(theirs.fileno()), "x" * _PADDING],
                 env=own,
                 pass_fds=[theirs.fileno()],
             )
-        return cls(ours, _early(env))
+        return cls(ours, _early(env), process)
+
+    def close(self) -> None:
+        """End the server; what it forked goes on."""
+        self.connection.close()
+        if self.process is not None:
+            self.process.wait()
 
     def fork(self, command: list[str], cwd: str, env: dict[str, str], files: list[int], own_session: bool) -> int:
         """Return the process number of a new child of this process. Signals that come meanwhile find it there."""

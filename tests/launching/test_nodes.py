@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+import warm
 import yaml
 from conftest import (
     Run,
@@ -29,6 +31,7 @@ from conftest import (
     no_process_left,
     processes_of,
     refused,
+    starter,
     steps_done,
     until,
 )
@@ -53,6 +56,17 @@ class Machine:
 
     host: str
     enter: list[str]
+    _server: "warm.Server | None" = None
+
+    def server(self) -> "warm.Server":
+        """Processes on this machine are forked by one that is there."""
+        if self._server is None:
+            self._server = warm.Server.start(environment(""), self.enter)
+        return self._server
+
+    def leave(self) -> None:
+        if self._server is not None:
+            self._server.close()
 
 
 def ip(*arguments: str) -> None:
@@ -64,7 +78,10 @@ def machines() -> Iterator[tuple[list[Machine], str]]:
     """Two of them, and the address of the first."""
     if not INSIDE:
         here = socket.gethostname()
-        yield [Machine(here, []), Machine(here, [])], "127.0.0.1"
+        both = [Machine(here, []), Machine(here, [])]
+        yield both, "127.0.0.1"
+        for machine in both:
+            machine.leave()
         return
     with two_machines(("10.77.0.1/24", "10.77.0.2/24")) as both:
         yield both, "10.77.0.1"
@@ -74,6 +91,7 @@ def machines() -> Iterator[tuple[list[Machine], str]]:
 def two_machines(addresses: tuple[str, str]) -> Iterator[list[Machine]]:
     """Network namespaces that reach one another by these addresses."""
     name = f"{os.getpid() % 10**5}{'ab'[':' in addresses[0]]}"
+    machines: list[Machine] = []
     spaces, links = ([f"{kind}{name}-{number}" for number in (0, 1)] for kind in ("distrib-", "d"))
     try:
         for space in spaces:
@@ -84,25 +102,20 @@ def two_machines(addresses: tuple[str, str]) -> Iterator[list[Machine]]:
             ip("-n", space, "addr", "add", address, "dev", link, *(["nodad"] if ":" in address else []))
             ip("-n", space, "link", "set", link, "up")
             ip("-n", space, "link", "set", "lo", "up")
-        yield [
+        machines += [
             Machine(
                 f"node{number}",
                 [
-                    "ip",
-                    "netns",
-                    "exec",
-                    space,
-                    "unshare",
-                    "--uts",
-                    "sh",
-                    "-c",
-                    f'hostname node{number}; exec "$@"',
-                    "sh",
+                    *("ip", "netns", "exec", space, "unshare", "--uts"),
+                    *("sh", "-c", f'hostname node{number}; exec "$@"', "sh"),
                 ],
             )
             for number, space in enumerate(spaces)
         ]
+        yield machines
     finally:
+        for machine in machines:
+            machine.leave()
         for space in spaces:
             subprocess.run(["ip", "netns", "del", space], check=False)
 
@@ -118,10 +131,11 @@ def launch_on(
     launchers = []
     for rank, machine in enumerate(machines):
         options = ["--nodes", 2, "--node-rank", rank, "--rendezvous", where]
-        command = [*machine.enter, "distrib", "launch", *options, *arguments, *own[rank]]
+        command = [sys.executable, "-m", "distrib", "launch", *options, *arguments, *own[rank]]
         launchers.append(
-            subprocess.Popen(
+            warm.Popen(
                 [str(part) for part in command],
+                server=machine.server(),
                 cwd=folder,
                 env=environment(mark, DISTRIB_RENDEZVOUS_KEY=KEY, **env),
                 stdout=subprocess.PIPE,
@@ -163,8 +177,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     run = write(folder)
     with no_process_left() as mark:
-        command = ["distrib", "launch", "--processes", "2", "run.yaml"]
-        subprocess.run(command, cwd=folder, env=environment(mark), check=True, timeout=100)
+        check(starter(mark, folder)("distrib", "launch", "--processes", 2, "run.yaml"))
     return run
 
 
@@ -348,11 +361,10 @@ def test_ranks_without_a_launcher_prove_the_key_too(mark: str, run: Run, tmp_pat
 def test_two_that_say_they_are_the_same_rank(mark: str, tmp_path: Path) -> None:
     write(tmp_path)
     variables = {"LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = ["distrib", "train", "run.yaml", "data.micro_batch_size=1", "data.global_batch_size=15"]
-    started = []
-    for rank in ("0", "1", "1"):
-        env = environment(mark, RANK=rank, **variables, DISTRIB_JOIN_TIMEOUT="8")
-        started.append(subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True))
+    command = ["train", "run.yaml", "data.micro_batch_size=1", "data.global_batch_size=15"]
+    started = [
+        beside(mark, tmp_path, *command, RANK=rank, **variables, DISTRIB_JOIN_TIMEOUT="8") for rank in ("0", "1", "1")
+    ]
     said = [process.communicate(timeout=60)[1] for process in started]
     assert [process.returncode for process in started] == [2, 2, 2]
     assert "rank 2 of 3 did not join within 8 s" in said[0]
@@ -407,12 +419,11 @@ def test_machines_that_have_ipv6_alone(mark: str, tmp_path: Path) -> None:
 def test_two_machines_with_the_same_node_rank(mark: str, tmp_path: Path) -> None:
     write(tmp_path)
     where = ["--nodes", "3", "--rendezvous", f"127.0.0.1:{free_port()}"]
-    command = ["distrib", "launch", *where, "run.yaml", "data.micro_batch_size=1", "data.global_batch_size=15"]
-    started = []
-    for rank in ("0", "1", "1"):
-        arguments = [*command[:2], "--node-rank", rank, *command[2:]]
-        env = environment(mark, DISTRIB_RENDEZVOUS_KEY=KEY)
-        started.append(subprocess.Popen(arguments, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True))
+    command = [*where, "run.yaml", "data.micro_batch_size=1", "data.global_batch_size=15"]
+    started = [
+        beside(mark, tmp_path, "launch", "--node-rank", rank, *command, DISTRIB_RENDEZVOUS_KEY=KEY)
+        for rank in ("0", "1", "1")
+    ]
     said = [process.communicate(timeout=60)[1] for process in started]
     assert [process.returncode for process in started] == [2, 2, 2], said
     here = socket.gethostname()
