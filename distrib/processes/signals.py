@@ -71,8 +71,9 @@ def when_asked_to_stop(take_note: Callable[[signal.Signals], None]) -> Iterator[
 
 def leave_when_asked(as_launcher: bool = False) -> None:
     """From now on, while it is not training, this process ends with exit code 75 on each of LEAVE_SIGNALS, and a
-    launcher, until it passes signals on to its ranks, on each of STOP_SIGNALS. On SIGINT it ends with exit code 130,
-    also while it imports: numpy turns a KeyboardInterrupt in its import into another error.
+    launcher, until it passes signals on to its ranks, on each of STOP_SIGNALS. So it does on SIGTERM under a scheduler
+    that sends it to stop a job and for nothing else. On SIGINT it ends with exit code 130, also while it imports: numpy
+    turns a KeyboardInterrupt in its import into another error.
 
     Rank 0 decides for all: the others wait for it, so that no launcher ends it before it has said why, or has had the
     job requeued. If rank 0 trains by then, so do they soon, and take note of the signal as it did.
