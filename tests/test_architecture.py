@@ -1,4 +1,4 @@
-"""docs/architecture.md is what the code does: its layers, and the files that a step and a save enter."""
+"""docs/architecture.md matches the code: its layers, and the files that a step and a save enter."""
 
 import json
 import re
@@ -77,7 +77,7 @@ def page_files() -> dict[str, set[str]]:
 def test_a_step_and_a_save_enter_the_files_on_the_page(
     run: Run, tmp_path: Path, page_files: dict[str, set[str]]
 ) -> None:
-    """Traced on rank 0 of two processes under ddp: an ordinary step, and a save with the thread beside it."""
+    """Trace an ordinary step and a save with its thread, on rank 0 of two processes under ddp."""
     (tmp_path / "traced.py").write_text(TRACED)
     check(run("distrib", "launch", "--processes", 2, "traced.py"))
     entered = json.loads((tmp_path / "entered.json").read_text())

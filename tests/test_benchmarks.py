@@ -1,4 +1,4 @@
-"""That the benchmarks run, and that who is compared computes the same. What they measure is in benchmarks/results/."""
+"""The benchmarks run, and the contenders compute the same. Their measurements are in benchmarks/results/."""
 
 import pytest
 from conftest import ROOT, Run, check
@@ -8,7 +8,7 @@ CONTENDERS = ("plain DDP loop", "distrib", "accelerate", "transformers")
 
 
 def test_peers_compute_the_same_and_take_turns(run: Run) -> None:
-    """Losses that differ end it."""
+    """The benchmark fails if losses differ."""
     said = check(
         run("python", ROOT / "benchmarks" / "peers.py", "--only", "digits 2", "--sessions", 1, "--small", timeout=600)
     )

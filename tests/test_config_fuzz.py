@@ -1,4 +1,4 @@
-"""Whatever stands in a config: it is read, and its dump says the same, or one line says what is wrong."""
+"""Any content of a config is either read, and dumped to an equal config, or refused in one line."""
 
 import math
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same_or_one_line(folder: Path, make: Callable[[], Config]) -> None:
-    """The config that is made equals what is read back from its dump; or one line refuses it."""
+    """Check that the config equals what is read back from its dump, or that one line refuses it."""
     config = made(make)
     if isinstance(config, Config):
         (folder / "dumped.yaml").write_text(config.dump(), encoding="utf-8")
@@ -62,7 +62,7 @@ def same_or_one_line(folder: Path, make: Callable[[], Config]) -> None:
 
 
 def made(make: Callable[[], T]) -> T | str:
-    """What is made, or the line that refuses it."""
+    """Return what `make` returns, or the line that refuses it."""
     try:
         return make()
     except ConfigError as error:

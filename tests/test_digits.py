@@ -1,4 +1,4 @@
-"""The main job as the README's first command runs it."""
+"""The README's first example."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the pages promise holds: commands run, links lead somewhere, every config key is explained."""
+"""The documentation is right: commands run, links are valid, every config key is explained."""
 
 import re
 import shutil
@@ -29,7 +29,7 @@ def test_every_command_of_extending_runs(mark: str, tmp_path: Path) -> None:
 
 
 def run_commands(page: Path, mark: str, folder: Path) -> int:
-    """Run a page's `sh` blocks in order, in one folder, beside the files that it shows. Return how many there were."""
+    """Run a page's `sh` blocks in order in one folder, with the files that the page shows. Return their number."""
     for name in ("configs", "launch"):
         (folder / name).symlink_to(ROOT / name)
     commands = 0
@@ -46,7 +46,8 @@ def run_commands(page: Path, mark: str, folder: Path) -> int:
 
 
 def test_distrib_installs_into_an_environment_of_ones_own(mark: str, tmp_path: Path) -> None:
-    """The README's command, on a copy: building leaves files beside the sources. What distrib depends on is here."""
+    """Install a copy with the README's command, because building leaves files in the sources. The dependencies are
+    installed already."""
     for name in ("pyproject.toml", "README.md", "LICENSE", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "distrib", tmp_path / "distrib", ignore=shutil.ignore_patterns("__pycache__"))
@@ -75,14 +76,15 @@ def test_links_are_valid(page: Path) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives to a page's headings."""
+    """Return the anchors that GitHub gives to a page's headings."""
     headings = re.findall(r"^#+ (.*)$", _without_blocks(page), re.MULTILINE)
     return {"#" + re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_a_page_names_exist(page: Path) -> None:
-    """Paths with a folder in `code`, such as `training/loop.py`: below the root, distrib/ or the page's own folder."""
+    """Paths with a folder in `code`, such as `training/loop.py`, relative to the root, distrib/ or the page's
+    folder."""
     if page.parent.name == "results":  # a measurement names the files of its time, and those of libraries
         return
     for name in re.findall(r"`((?:[\w-]+/)+[\w-]+\.(?:py|yaml|sbatch|html|js))`", _without_blocks(page)):
@@ -92,7 +94,7 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_tables_have_a_header(page: Path) -> None:
-    """Each run of lines that begin with | has its header line: a blank line within a table would cut it in two."""
+    """A blank line within a table would leave lines without a header."""
     for table in re.findall(r"(?:^\|.*\n?)+", _without_blocks(page), re.MULTILINE):
         rows = table.splitlines()
         assert len(rows) > 2, f"{page.relative_to(ROOT)}: {rows[0]}"
@@ -100,7 +102,7 @@ def test_tables_have_a_header(page: Path) -> None:
 
 
 def test_the_map_of_the_code_is_complete() -> None:
-    """docs/architecture.md has one line for each file of distrib/ but the empty ones, and no others."""
+    """docs/architecture.md has one line for each non-empty file of distrib/, and no others."""
     page = (ROOT / "docs" / "architecture.md").read_text()
     lines = re.findall(r"^\| `([\w/]+\.\w+)` \| \S.* \|$", page, re.MULTILINE)
     files = [path for path in (ROOT / "distrib").rglob("*") if path.suffix in (".py", ".html", ".js")]

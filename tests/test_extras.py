@@ -1,5 +1,5 @@
-"""Without the optional libraries: each command and task that needs one ends in a line that names its extra, and the
-rest works. The libraries are really hidden, in processes of their own."""
+"""Without an optional library, each command and task that needs it ends with a line that names the extra; the others
+work. Libraries are hidden in separate processes."""
 
 import json
 import re
@@ -35,7 +35,7 @@ OWN_TASK = {
 
 
 def hiding(folder: Path, *libraries: str) -> dict[str, str]:
-    """Variables of a process, and of those that it starts, in which these libraries are not installed."""
+    """Return environment variables that hide these libraries from a process and its child processes."""
     (folder / "hiding").mkdir()
     (folder / "hiding" / "sitecustomize.py").write_text(HIDING)
     return {"PYTHONPATH": f"{folder / 'hiding'}:{environment('')['PYTHONPATH']}", "HIDDEN": " ".join(libraries)}

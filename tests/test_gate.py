@@ -1,4 +1,4 @@
-"""Who comes through the gate of a job: over real sockets, on loopback."""
+"""Connections through the gate of a job, over real sockets on loopback."""
 
 import hashlib
 import hmac
@@ -28,7 +28,7 @@ def store() -> TCPStore:
 
 @pytest.fixture(scope="module", params=[LOOPBACK, "::1"])
 def gate(request: pytest.FixtureRequest, store: TCPStore) -> tuple[Gate, str, int]:
-    """And where it is."""
+    """Start a gate, and return it with its address and port."""
     try:
         server = listen(request.param, 0)
     except OSError:
@@ -50,7 +50,7 @@ def test_the_right_key_reaches_the_store(gate: tuple[Gate, str, int], store: TCP
 
 
 def test_one_relay_port_serves_the_stores_of_all_rounds(gate: tuple[Gate, str, int]) -> None:
-    """However often the ranks start again, no listener and no thread is left behind."""
+    """However often the ranks restart, no listener or thread is left behind."""
     there, host, port = gate
     relay, way = Relay(host, port, KEY, 10, "rank 0"), 0
     threads = threading.active_count()
@@ -72,7 +72,7 @@ def test_another_key_is_refused_on_both_sides(gate: tuple[Gate, str, int]) -> No
 
 
 def test_a_gate_without_the_key_is_refused() -> None:
-    """It lets everybody in, to see what they send."""
+    """It would accept everybody, to see what they send."""
     server = listen(LOOPBACK, 0)
 
     def pretend() -> None:
@@ -87,7 +87,7 @@ def test_a_gate_without_the_key_is_refused() -> None:
 
 
 def test_a_gate_that_closes_before_it_answers_is_retried(store: TCPStore) -> None:
-    """As one that is started again; it has not refused anybody."""
+    """It may be restarting, and has not refused anybody."""
     server = listen(LOOPBACK, 0)
     port = server.getsockname()[1]
 

@@ -1,4 +1,4 @@
-"""Imports go down only, and the heavy libraries are imported where CONTRIBUTING.md says."""
+"""Imports only go to lower layers, and heavy libraries are imported only in the listed files."""
 
 import ast
 from pathlib import Path
@@ -46,7 +46,7 @@ MODULES = sorted((ROOT / "distrib").rglob("*.py"))
 
 
 def imported(path: Path) -> set[str]:
-    """Every module that the file imports, anywhere in it."""
+    """Return every module that the file imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -1,7 +1,7 @@
-"""Runs, configs and checkpoints of earlier versions load, go on, and can be compared.
+"""Runs, configs and checkpoints of earlier versions can be loaded, resumed and compared.
 
-tests/old_runs/ holds what distrib wrote in November 2026: a task, its config, and the folder of a run of 8 steps on two
-processes. Nothing in it is ever written again.
+tests/old_runs/ has what distrib wrote in November 2026: a task, its config, and the folder of a run of 8 steps on two
+processes. These files must never be written again.
 """
 
 import json
@@ -21,7 +21,7 @@ RUN = OLD / "first"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where the run was made, as it is where it ended."""
+    """Copy the run and its task to a folder."""
     for name in ("first_task.py", "first.yaml"):
         shutil.copy(OLD / name, tmp_path)
     shutil.copytree(RUN, tmp_path / "runs" / "first")
@@ -48,7 +48,7 @@ def test_a_finished_run(run: Run, folder: Path) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_interrupted_run_resumes(run: Run, folder: Path, processes: int) -> None:
-    """To the same end, though the order in which two processes add up differs from that of one."""
+    """To the same result within rounding, because two processes sum in another order than one."""
     shutil.rmtree(folder / "runs")
     at = interrupted(RUN, folder / "runs" / "first", after=4)
     check(run("distrib", "launch", "--processes", processes, "first.yaml"))

@@ -9,7 +9,7 @@ from distrib.processes.heartbeat import enter
 
 
 def test_ranks_find_the_store_by_their_machines_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a SLURM job of several tasks a node. The name may lead to loopback, where rank 0 does not listen."""
+    """As in a SLURM job with several tasks per node. The name may resolve to loopback, where rank 0 does not listen."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")  # put back afterwards
     host, port = socket.gethostname(), free_port()

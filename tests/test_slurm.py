@@ -1,4 +1,4 @@
-"""What SLURM tells a task; tests/slurm/ has a real cluster."""
+"""How a rank reads SLURM's variables; tests/slurm/ uses a real cluster."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +26,7 @@ def test_a_task_of_an_srun_step_is_a_rank() -> None:
 
 
 def test_a_launcher_started_by_srun_takes_precedence() -> None:
-    """torchrun and distrib launch, started by srun on each node."""
+    """For example torchrun or distrib launch, started by srun on each node."""
     torchrun = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
     world = World.detect({**STEP, **torchrun})
     assert (world.rank, world.world_size, world.launcher) == (1, 2, "torchrun")
@@ -52,7 +52,7 @@ def test_a_task_that_sees_one_gpu_takes_that() -> None:
 
 
 def test_job_ids_of_jobs_and_arrays() -> None:
-    """Number 17 is that of the array too, where this task was the last to start."""
+    """Job 17 is also the id of the array, because this task was the last to start."""
     assert Slurm({**STEP, "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "4"}).job == "17_4"
     assert Slurm({**STEP, "SLURM_JOB_ID": "18", "SLURM_JOB_ID_HET_GROUP_0": "17"}).job == "17"
     assert Slurm({"SLURM_JOB_ID": "17"}).job is None

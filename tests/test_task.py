@@ -126,7 +126,7 @@ def test_a_file_that_cannot_be_imported_is_named_with_the_line(
 
 
 class Layer(nn.Sequential):
-    """A block that has blocks of its own."""
+    """A block that contains blocks."""
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))

@@ -1,4 +1,4 @@
-"""What libraries leave below the temporary folder when their process is killed."""
+"""Files that libraries leave in the temporary folder when their process is killed."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ print(temporary.folder(), flush=True)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The temporary folder of what is started; its path is short, as sockets need."""
+    """Make a temporary folder for started processes, with a path short enough for sockets."""
     folder = Path("/tmp") / f"t{os.getpid()}"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
@@ -40,8 +40,8 @@ def making_socket(more: str, **env: str) -> "subprocess.Popen[str]":
 
 
 def test_only_folders_of_dead_processes_are_removed(folder: Path) -> None:
-    """A process that is killed leaves its folder, and the next removes it: but none of one that lives, nor a folder
-    that only has such a name."""
+    """The next process removes the folder of a killed one, but not that of a living one, nor other folders with a
+    similar name."""
     (folder / "distrib-a notes").mkdir()
     lives, killed = making_socket("signal.pause()"), making_socket("signal.pause()")
     try:
@@ -61,7 +61,7 @@ def test_only_folders_of_dead_processes_are_removed(folder: Path) -> None:
 
 
 def test_an_ending_worker_does_not_remove_the_folder(folder: Path) -> None:
-    """The folder is a process's own and not its children's, who end without removing it."""
+    """The folder belongs to the process that made it; its forks end without removing it."""
     forks = """
 import os, sys
 if os.fork() == 0:
@@ -96,7 +96,7 @@ def test_the_folder_of_a_killed_run_is_removed(folder: Path, tmp_path: Path, mar
 def test_a_temporary_folder_with_a_long_name(
     folder: Path, monkeypatch: pytest.MonkeyPatch, length: int, workers: int, fits: bool
 ) -> None:
-    """Linux's limit; torch makes its sockets below it when workers hand over their first batch, and would hang."""
+    """Linux limits socket paths. Without the check, workers would hang when they send their first batch."""
     long = str(folder / "x".ljust(length - len(str(folder)) - 1, "x"))
     os.mkdir(long)
     monkeypatch.setattr("tempfile.tempdir", long)

@@ -1,4 +1,4 @@
-"""Cores and memory of a process, and when it collects garbage."""
+"""Cores, memory, scheduling and garbage collection of a process."""
 
 import gc
 import os

@@ -1,4 +1,4 @@
-"""Detection is a predicate over the environment; tests/distributed/test_launchers.py has the real launchers."""
+"""Detection of the launcher from environment variables; tests/distributed/test_launchers.py uses the real launchers."""
 
 import os
 
@@ -78,7 +78,7 @@ def test_processes_that_would_train_alone_are_refused(environ: dict[str, str], p
 
 
 def test_without_a_local_rank_it_is_the_only_process_of_its_machine() -> None:
-    """As Kubeflow's PyTorchJob starts it."""
+    """As in Kubeflow's PyTorchJob."""
     world = World.detect({key: value for key, value in JOINED.items() if key != "LOCAL_RANK"})
     assert (world.rank, world.local_rank, world.world_size, world.local_world_size) == (1, 0, 2, 1)
     with pytest.raises(LaunchError, match="but not LOCAL_RANK"):
@@ -86,7 +86,7 @@ def test_without_a_local_rank_it_is_the_only_process_of_its_machine() -> None:
 
 
 def test_a_local_rank_before_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch.distributed.launch and deepspeed put it there."""
+    """As torch.distributed.launch and deepspeed pass it."""
     monkeypatch.setenv("LOCAL_RANK", "7")
     monkeypatch.delenv("LOCAL_RANK")
     assert without_local_rank(["--local_rank=1", "train", "a.yaml"]) == ["train", "a.yaml"]

@@ -1,5 +1,4 @@
-"""Each token that counts is a target once, after what stands before it in its document and window, and after that
-alone."""
+"""Each counted token is a target exactly once, predicted from the tokens before it in its document and window only."""
 
 import pickle
 from itertools import pairwise
@@ -32,7 +31,7 @@ def written(folder: str, documents: list[Document]) -> Path:
 
 
 def pieces(documents: list[Document], length: int, packed: bool) -> list[list[tuple[int, int, int]]]:
-    """What each window holds, told one token after the other: (document, place in it, token)."""
+    """Compute token by token what each window holds: (document, index in the document, token)."""
     rows = [[(n, place, token) for place, token in enumerate(tokens)] for n, (tokens, _) in enumerate(documents)]
     if packed:
         rows = [[entry for row in rows for entry in row]]

@@ -1,4 +1,4 @@
-"""The fingerprint of a dataset: what it notices, and what it must not."""
+"""The fingerprint of a dataset: changes that it must detect, and differences that it must tolerate."""
 
 import json
 import os
@@ -29,7 +29,7 @@ SAMPLES = {
 
 
 def changed(sample: Any) -> Any:
-    """The sample with one entry replaced."""
+    """Return the sample with one entry replaced."""
     if isinstance(sample, tuple):
         return (changed(sample[0]), *sample[1:])
     if isinstance(sample, dict):
@@ -49,7 +49,7 @@ def test_a_print_changes_with_the_content(kind: str) -> None:
 
 @given(st.lists(st.floats(allow_nan=True, width=32), max_size=40), st.integers(0, 2**32))
 def test_prints_tolerate_rounding(values: list[float], seed: int) -> None:
-    """Other numbers of threads sum in another order: here, each number is off by some units in its last place."""
+    """Another number of threads sums in another order. Here each number is off by some units in the last place."""
     array = np.array(values, dtype=np.float32)
     away = np.random.default_rng(seed).integers(-3, 4, len(array)).astype(np.float32)
     limit = np.finfo(np.float32).max
@@ -90,7 +90,7 @@ class Strange(Augmented):
 
 
 class Opened(Augmented):
-    """Says in a file who reads it, and keeps what it opened, as datasets over HDF5 do."""
+    """Appends to a file which process reads, and keeps it open, as datasets over HDF5 do."""
 
     def __init__(self, readers: Path) -> None:
         self.readers, self.file = readers, None

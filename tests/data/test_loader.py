@@ -14,7 +14,7 @@ from distrib.data.sampler import DistributedSampler
 
 
 class Augmented(Dataset[Any]):
-    """Gives each sample with random numbers from the three generators people use."""
+    """Returns each sample with random numbers of Python, numpy and torch."""
 
     def __len__(self) -> int:
         return 10
@@ -24,14 +24,14 @@ class Augmented(Dataset[Any]):
 
 
 class Whole(Augmented):
-    """Read a batch at a time: the result is taken as it is."""
+    """Reads whole batches with __getitems__, which returns a dict."""
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         return {"index": torch.tensor(indices)}
 
 
 class Listed(Augmented):
-    """Read a batch at a time, as a list of samples, as torch's Subset does."""
+    """Reads whole batches with __getitems__, which returns a list of samples, as torch's Subset does."""
 
     def __getitems__(self, indices: list[int]) -> list[tuple[int, int]]:
         return [(index, -index) for index in indices]
@@ -57,7 +57,7 @@ def flat(read: list[Any]) -> list[Any]:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_random_numbers_depend_only_on_epoch_and_sample(num_workers: int) -> None:
-    """Whoever reads it: one process or two, with workers or without, from the start or later."""
+    """With one process or two, with or without workers, from the start or from a later step."""
     alone = flat(windows(Augmented()))
     assert flat(windows(Augmented(), num_workers=num_workers)) == alone
     assert flat(windows(Augmented(), start=3, num_workers=num_workers)) == alone[6:]
@@ -94,7 +94,7 @@ def test_the_windows_digest_matches_the_samples_read() -> None:
 
 
 def test_the_prefetcher_keeps_the_order() -> None:
-    """What is copied ahead comes in the same order, as the same samples, one for each that was read."""
+    """The prefetcher yields each sample once, in the order read."""
     dataset = TensorDataset(torch.arange(10))
     options = {"global_batch_size": 4, "micro_batch_size": 2, "stop": 7}
     copies: list[int] = []

@@ -1,4 +1,4 @@
-"""The same rows from every kind of file, packed by what they say, and refused where they are not what was asked for."""
+"""Every kind of file gives the same rows. They are cached by content. Unusable files are refused."""
 
 import gzip
 import hashlib

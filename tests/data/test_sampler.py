@@ -15,7 +15,7 @@ def sampler(size: int, **arguments: int) -> DistributedSampler:
 
 @st.composite
 def shapes(draw: st.DrawFn) -> tuple[int, int, int, int]:
-    """size, micro_batch_size, micro-batches a step (divisible by 1, 2, 3, 4 processes), seed"""
+    """Draw size, micro_batch_size, micro-batches per step (divisible by 1, 2, 3 and 4 processes) and seed."""
     micro = draw(st.integers(1, 5))
     return draw(st.integers(1, 300)), micro, 12 * draw(st.integers(1, 2)), draw(st.integers(0, 99))
 

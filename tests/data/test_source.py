@@ -1,4 +1,4 @@
-"""Streams in this process; tests/distributed/test_resume.py has them on two."""
+"""Streams in one process; tests/distributed/test_resume.py tests them on two."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ def fit(folder: Path, task: Masked, **train: Any) -> Path:
 
 
 def test_a_stream_resumes_where_it_was(tmp_path: Path) -> None:
-    """Also beyond its end: 12 steps of 16 samples, of 97."""
+    """Also past the end of the stream: 12 steps of 16 samples, out of 97."""
     whole = fit(tmp_path / "whole", Streamed())
     assert {line["epoch"] for line in lines(whole)} == {0}
     check_same(fit(interrupted(whole, tmp_path / "run", after=5), Streamed()), whole)

@@ -1,4 +1,4 @@
-"""Text becomes tokens once, whole, whoever asks at the same time, and each byte of it is a target once."""
+"""Text is packed once, completely, by concurrent processes too, and each byte of it is a target once."""
 
 import hashlib
 import multiprocessing
@@ -37,7 +37,7 @@ def write(folder: Path, documents: Sequence[bytes]) -> list[Path]:
 
 
 def unpacked(folder: Path, split: str) -> list[bytes]:
-    """The documents of a split, read with numpy alone."""
+    """Return the documents of a split, read with numpy only."""
     tokens = np.load(folder / f"{split}.npy")
     (separators,) = np.nonzero(tokens == SEPARATOR)
     assert separators[0] == 0
@@ -85,7 +85,7 @@ def test_packed_text_is_cached_by_content(tmp_path: Path, cache: Path, capsys: p
 
 
 def side_by_side(count: int, work: Callable[..., None], *arguments: Any) -> list[Any]:
-    """Start so many processes at once, wait for them, and return what they put into the queue."""
+    """Start `count` processes at the same time, wait for them, and return what they put into the queue."""
     queue, gate = FORK.SimpleQueue(), FORK.Barrier(count)
     processes = [FORK.Process(target=work, args=(queue, gate, *arguments)) for _ in range(count)]
     for process in processes:
@@ -111,7 +111,7 @@ def test_concurrent_processes_pack_once(tmp_path: Path, capfd: pytest.CaptureFix
 
 
 def packs_as_far_as(size: int, killed: bool, files: list[Path]) -> None:
-    """The system refuses to let a file grow further, as it does on a full disk; or kills for it."""
+    """Pack with a limit on file sizes: beyond it, writing fails as on a full disk, or kills the process."""
     if killed:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

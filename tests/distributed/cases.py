@@ -1,6 +1,6 @@
-"""What is trained in one launch of so many processes; test_parity, test_verdicts, test_running_statistics … look at it.
+"""The runs that each world (a launch on 1 to 4 processes) makes. test_parity, test_verdicts and others check them.
 
-Starting processes is what costs time in these tests, so that one launch serves many cases.
+Starting processes takes most of the time of these tests, so one launch makes many runs.
 """
 
 from typing import Any
@@ -50,7 +50,7 @@ COMPRESSED = ("ddp", "zero0", "zero2", "zero3", "fsdp2")
 
 
 def cases(world: int) -> dict[str, dict[str, Any]]:
-    """Name and config of each run."""
+    """Return name and config of each run."""
     found = _parity_cases(world)
     if world in (1, 2):
         found.update({f"precision-{name}": _config(STEPS, mixed_precision=name) for name in PRECISIONS})
@@ -73,7 +73,7 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
 
 
 def resumed(world: int) -> list[str]:
-    """The runs that are also interrupted, and gone on with."""
+    """Return the names of the runs that are also interrupted and resumed."""
     if world == 2:
         return [f"{name}-{precision}" for name in ("ddp", *SHARDED) for precision in PRECISIONS] + [
             *("ddp-static", "stream-0", "stream-2", "buffers-ddp", "buffers-zero1", "buffers-fsdp2"),
@@ -154,7 +154,7 @@ def _hsdp_cases() -> dict[str, dict[str, Any]]:
 
 
 def _mishap(how: str, strategy: dict[str, Any]) -> dict[str, Any]:
-    """On rank 1, in the second micro-batch of step 4, or of step 0 for -first."""
+    """Return a run in which something goes wrong on rank 1, in the second micro-batch of step 4 (or 0, for -first)."""
     if how == "nothing":
         return _config(3, task={"target": "tasks:Empty"}, strategy=strategy)
     task = {"target": "tasks:Misbehaving", "how": how.split("-")[1 if how.startswith("fp16") else 0], "on_rank": 1}

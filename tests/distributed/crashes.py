@@ -1,6 +1,6 @@
-"""Run by test_resume: a run on two ranks is killed at random moments and started again, for many seeds.
+"""Kills a run on two ranks at random moments, and starts it again, for many seeds. test_crashes runs this program.
 
-Ranks are forked from a process that has imported everything, so that a start takes a tenth of a second.
+Ranks are forked from a process that has imported everything, so a start takes a tenth of a second.
 """
 
 import json
@@ -35,7 +35,7 @@ CONFIG: dict[str, Any] = {
 
 
 def start(folder: Path) -> list[int]:
-    """Fork the ranks; returns their process ids."""
+    """Fork the ranks, and return their process ids."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -62,7 +62,8 @@ def wait(pids: list[int]) -> list[int]:
 
 
 def killed(folder: Path, steps: int, moment: float, ranks: list[int]) -> None:
-    """Start, and kill these ranks `moment` seconds after so many steps; the launcher's part is to kill the others."""
+    """Start the run, and kill these ranks `moment` seconds after `steps` steps. Then kill the others, as a launcher
+    does."""
     pids, ledger = start(folder), folder / "steps.jsonl"
     deadline = time.monotonic() + 60
     while not ledger.exists() or ledger.read_bytes().count(b"\n") < steps:

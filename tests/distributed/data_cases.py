@@ -18,7 +18,7 @@ from distrib.training import build
 
 
 class Parts(Masked):
-    """Gives each rank a part of its own."""
+    """Returns a different part of the data on each rank."""
 
     def __init__(self, sizes: tuple[int, int]) -> None:
         super().__init__(samples=101)
@@ -31,7 +31,7 @@ class Parts(Masked):
 
 
 class Cached(Masked):
-    """Reads a file that rank 0 writes, in two halves and slowly."""
+    """Reads a file that rank 0 writes slowly, in two halves."""
 
     def __init__(self, cache: str) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Refusing(Masked):
 
 
 class Split(Masked):
-    """Splits without a seed, as tutorials do, by each generator there is."""
+    """Splits its data without a seed, as tutorials do, with each kind of generator."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Run as a member by `distrib launch`: all that the tests want of so many processes, one thing after the other."""
+"""The program that `distrib launch` runs on each rank of a world: it makes all runs that the tests check."""
 
 import gc
 import json
@@ -60,7 +60,7 @@ def engine(task: Task, config: Config, world: World, *, training: bool, max_grad
 
 
 def evaluations(world: World) -> dict[str, dict[str, str]]:
-    """Of sets of 1 to 39 samples, some of which leave ranks without a batch; metrics as hexadecimal floats."""
+    """Evaluate sets of 1 to 39 samples, so that some ranks have no batch. Return metrics as hexadecimal floats."""
     found = {}
     for strategy, batch_sizes in {"auto": (1, 4, 7), "zero3": (4,), "fsdp2": (4,)}.items():
         config = Config.from_dict({"train": {"steps": 1}, "strategy": {"name": strategy}, "data": _data(world)})
@@ -75,7 +75,7 @@ def evaluations(world: World) -> dict[str, dict[str, str]]:
 
 
 def memory(world: World) -> dict[str, dict[str, int]]:
-    """Bytes planned, and bytes that this rank holds between two steps."""
+    """Return the bytes that the plan estimates, and those that this rank holds between two steps."""
     found = {}
     for name in ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2", *(["hsdp"] if world.world_size == 4 else [])):
         strategy: dict[str, Any] = HSDP if name == "hsdp" else {"name": name}
@@ -104,7 +104,7 @@ def memory(world: World) -> dict[str, dict[str, int]]:
 
 
 class Reads(TorchDispatchMode):
-    """Counts where a tensor is asked for its value: there a device would be waited for."""
+    """Counts how often a tensor's value is read, because on a GPU each read waits for the device."""
 
     count = 0
 
@@ -114,8 +114,11 @@ class Reads(TorchDispatchMode):
 
 
 def late(world: World) -> dict[str, dict[str, Any]]:
-    """Steps of which some are skipped, decided by the host, and by the device as an accelerator would: each step's
-    verdict, loss and norm, the sum of the parameters' squares after the last, and how often a value was asked for."""
+    """Make steps, of which some are skipped, with the decision on the host and, as on a GPU, on the device.
+
+    Return each step's verdict, loss and norm, the sum of squares of the final parameters, and the number of reads of
+    values.
+    """
     found = {}
     for strategy in ("ddp", "zero0", "fsdp2"):
         for optimizer in ({"name": "adamw"}, {"name": "sgd", "momentum": 0.9}):
@@ -144,7 +147,7 @@ def late(world: World) -> dict[str, dict[str, Any]]:
 
 
 def windows(dataset: Dataset[Any], config: Config, world: World) -> Iterator[Window]:
-    """Of a whole run."""
+    """Yield the windows of a whole run."""
     sampler = DistributedSampler(
         dataset,
         global_batch_size=config.data.global_batch_size,
@@ -157,7 +160,7 @@ def windows(dataset: Dataset[Any], config: Config, world: World) -> Iterator[Win
 
 
 def parameter_bytes(trained: Engine) -> int:
-    """Of the module's own parameters: whole, or this rank's shard, or both."""
+    """Return the bytes of the module's own parameters: whole tensors and this rank's shards."""
     parameters = list(trained.module.parameters())
     shards = [parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor")]
     return storage_bytes([local(parameter) for parameter in parameters] + shards)
@@ -168,7 +171,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def live_bytes() -> int:
-    """Of all tensors that the garbage collector knows of."""
+    """Return the bytes of all tensors that the garbage collector tracks."""
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the collector meets deprecated objects
@@ -177,7 +180,7 @@ def live_bytes() -> int:
 
 
 def storage_bytes(tensors: list[Tensor]) -> int:
-    """Each piece of memory once."""
+    """Return the bytes of the tensors' storages, each counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
     return sum(storages.values())
 

@@ -1,4 +1,4 @@
-"""Small tasks for tests, importable in the processes that they start."""
+"""Small tasks for tests, importable by the processes that the tests start."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ VOCABULARY, LENGTH = 11, 6
 
 
 class Masked(Task):
-    """Predict tokens, of which a different number in each sample counts; some samples count none."""
+    """Predicts tokens. The number of counted tokens differs between samples, and may be 0."""
 
     def __init__(self, samples: int = 97, dropout: float = 0.0) -> None:
         self.samples, self.dropout = samples, dropout
@@ -61,7 +61,7 @@ class Masked(Task):
 
 
 class Numbered(Task):
-    """An evaluation set whose samples are their own indices, and whose metrics depend on the order of the rows."""
+    """Has an evaluation set whose samples are their own indices, and metrics that depend on the order of rows."""
 
     def __init__(self, samples: int = 20) -> None:
         self.samples = samples
@@ -104,7 +104,8 @@ HOW = ("inf", "", "", "nan", "", "nothing", "", "")  # what is wrong with each s
 
 
 class Uneven(Masked):
-    """Steps of 8 samples, some of which are to be skipped: for the sake of one sample, or because nothing counts."""
+    """Makes steps of 8 samples, some of which are skipped: because one sample is not finite, or because nothing
+    counts."""
 
     def _data(self, seed: int) -> TensorDataset:
         size = self.samples
@@ -121,7 +122,7 @@ class Uneven(Masked):
 
 
 class Misbehaving(Masked):
-    """Goes wrong on one rank, in the `at`-th micro-batch that it trains on in a process."""
+    """Goes wrong on one rank, in the `at`-th micro-batch that a process trains on."""
 
     def __init__(self, how: str, on_rank: int = 1, at: int = 5) -> None:
         super().__init__()
@@ -145,7 +146,7 @@ class Misbehaving(Masked):
 
 
 class Broken(Dataset[Any]):
-    """Raises in a worker process."""
+    """Raises an exception in a worker process."""
 
     def __len__(self) -> int:
         return 64
@@ -162,7 +163,7 @@ class BrokenData(Masked):
 
 
 class Groups(Masked):
-    """Brings an optimizer with two groups at different rates."""
+    """Returns an optimizer with two groups at different rates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,7 +177,7 @@ class Groups(Masked):
 
 
 class Centred(nn.Module):
-    """Subtracts a mean over all that it saw, which it assigns anew each time."""
+    """Subtracts a running mean, which it assigns as a new tensor in each forward."""
 
     mean: Tensor
 
@@ -191,7 +192,7 @@ class Centred(nn.Module):
 
 
 class Twice(nn.Module):
-    """One normalisation that a forward uses twice."""
+    """Uses one normalisation layer twice in a forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +203,7 @@ class Twice(nn.Module):
 
 
 class WithBuffers(Masked):
-    """A model with every kind of buffers that a training forward changes. One sample is not finite."""
+    """A model with every kind of buffer that a training forward may change. One sample is not finite."""
 
     def __init__(self, centred: bool = True) -> None:
         super().__init__()
@@ -235,7 +236,7 @@ class WithBuffers(Masked):
 
 
 class Formats(Masked):
-    """A convolution in channels_last, and a scale that is a scalar or a vector of one element."""
+    """A convolution in channels_last, and a scale that is a scalar or a vector with one element."""
 
     def __init__(self, scalar: bool = True) -> None:
         super().__init__()
@@ -270,7 +271,7 @@ class NoLength(Masked):
 
 
 class Empty(Masked):
-    """Counts nothing at all in the step that holds sample 0 of the first epoch."""
+    """Has a count of 0 in the step that holds sample 0 of the first epoch."""
 
     def loss(self, output: Tensor, batch: Any) -> Loss:
         loss = super().loss(output, batch)
@@ -278,7 +279,7 @@ class Empty(Masked):
 
 
 class Either(nn.Module):
-    """Uses two models for its first micro-batch; then one of them, which one depends on the batch."""
+    """Uses two models in its first micro-batch, and then one of them, depending on the batch."""
 
     def __init__(self, left: nn.Module, right: nn.Module) -> None:
         super().__init__()
@@ -331,7 +332,7 @@ class Stacked(Masked):
 
 
 class Asking(Masked):
-    """Its forward asks for a value, which no graph can hold."""
+    """Reads a tensor's value in forward, which a compiled graph cannot contain."""
 
     def model(self) -> nn.Module:
         return nn.Sequential(super().model(), Answer())
@@ -343,7 +344,7 @@ class Answer(nn.Module):
 
 
 class Counting(Masked):
-    """Its forward depends on how often it was called."""
+    """Has a forward that depends on how often it was called."""
 
     def model(self) -> nn.Module:
         torch._dynamo.config.recompile_limit = 1  # not 8, to save the time
@@ -364,7 +365,7 @@ class Counter(nn.Module):
 
 
 class Slow(Masked):
-    """Takes its time for each micro-batch."""
+    """Sleeps in each micro-batch."""
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         time.sleep(0.01)
@@ -372,7 +373,7 @@ class Slow(Masked):
 
 
 class Tokens(IterableDataset[Any]):
-    """Samples of Masked, of which each rank and each worker reads its own; it knows where it is."""
+    """A stream of Masked's samples that is split between ranks and workers, and has a state_dict."""
 
     def __init__(self, samples: TensorDataset, split: bool) -> None:
         self.samples, self.place = samples, 0
@@ -400,7 +401,7 @@ class Tokens(IterableDataset[Any]):
 
 
 class Streamed(Masked):
-    """A stream in place of a dataset, shorter than the run."""
+    """Trains on a stream that is shorter than the run."""
 
     def __init__(self, dropout: float = 0.0, split: bool = True) -> None:
         super().__init__(dropout=dropout)
@@ -411,8 +412,8 @@ class Streamed(Masked):
 
 
 class Phased(Slow):
-    """Leaves a mark in `folder` when rank 0 is in `start-up` or `evaluation`, and stays there for a while; its
-    checkpoints are large enough to be met while they are written."""
+    """Writes a file into `folder` when rank 0 is in `start-up` or `evaluation`, and then waits for a while. Its
+    checkpoints are large enough to be caught while they are written."""
 
     def __init__(self, folder: str, dropout: float = 0.1) -> None:
         super().__init__(dropout=dropout)

@@ -1,4 +1,4 @@
-"""train.determinism: bitwise. The same bits from 1, 2, 4 and 8 processes, and from a run that changed their number."""
+"""train.determinism: bitwise has the same bits on 1, 2, 4 and 8 processes, and in a run that changed their number."""
 
 from collections.abc import Callable
 from pathlib import Path

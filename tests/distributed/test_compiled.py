@@ -1,4 +1,4 @@
-"""train.compile on several processes: the same run under every strategy; being asked to stop while it compiles."""
+"""train.compile on several processes: the same losses under every strategy, and a request to stop while compiling."""
 
 import json
 import shutil
@@ -46,8 +46,7 @@ for name, (train, strategy) in {cases}.items():
 
 
 def counted(run: Path, rank: int) -> tuple[int, int, int]:
-    """By torch in this run: graphs that were made, and those of their forwards and backwards that were found in its
-    folder, and that were not."""
+    """Return torch's counts for this start: graphs compiled, and cache hits and misses for forwards and backwards."""
     found = json.loads(run.with_name(f"{run.name}.json-{rank}").read_text())
     cache = found["inductor"]
     return found["stats"]["unique_graphs"], cache.get("fxgraph_cache_hit", 0), cache.get("fxgraph_cache_miss", 0)
@@ -65,8 +64,8 @@ def values() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run on two processes that was asked to stop while it compiled, beside the same run in whole, on
-    one process and uncompiled."""
+    """Make a run on two processes that is asked to stop while it compiles, and the same run, uninterrupted, on one
+    process and uncompiled. Return their folder."""
     folder = tmp_path_factory.mktemp("compiled")
     (folder / "config.yaml").write_text(yaml.safe_dump(values()))
     with no_process_left() as mark:

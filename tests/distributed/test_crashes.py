@@ -1,4 +1,4 @@
-"""Killed at random moments, and started again."""
+"""Runs that are killed at random moments and started again."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from conftest import ROOT, check, environment, no_process_left
 
 @pytest.mark.timeout(900)
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """SIGKILL of one rank or of both, in training, evaluation and saving, for 20 seeds; see crashes.py."""
+    """SIGKILL to one rank or both, in training, evaluation and saving, for 20 seeds; see crashes.py."""
     with no_process_left() as mark:
         script = ROOT / "tests" / "distributed" / "crashes.py"
         command = [sys.executable, str(script), str(tmp_path), "20"]

@@ -1,4 +1,4 @@
-"""Ranks whose data differ are refused before the first step; Task.prepare is the way to write files first."""
+"""Ranks whose data differ are refused before the first step. Task.prepare may write files first."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,8 @@ def test_different_data_on_two_ranks_are_refused(run: Run, tmp_path: Path) -> No
 
 
 def check_split(folder: Path) -> None:
-    """A split without a seed is the same on both ranks, on one process, and in evaluate; another with another seed."""
+    """A split without a seed is the same on both ranks, on one process and in evaluate; it depends on the config's
+    seed."""
     for name, seed in (("alone", 0), ("other", 1)):
         torch.manual_seed(seed + 5)  # what was drawn before is of no account
         config = data_cases.config(seed=seed, **data_cases.SPLIT)

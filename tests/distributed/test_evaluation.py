@@ -1,4 +1,5 @@
-"""Every sample exactly once, and the same bits from any number of processes and any strategy."""
+"""Each sample is evaluated exactly once, and metrics have the same bits for any number of processes and any
+strategy."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ def test_every_rank_gets_the_metrics(world: Callable[[int], Path]) -> None:
 def test_a_sharded_run_is_evaluated_by_any_number_of_processes(
     world: Callable[[int], Path], run: Run, strategy: str
 ) -> None:
-    """Three, which divide neither the batch nor its micro-batches; and one."""
+    """By three, which divide neither the batch nor its micro-batches; and by one."""
     trained = world(2) / f"{strategy}-no"
     (during,) = lines(trained, "evals.jsonl")
     expected = "eval/loss {eval/loss:.4f}  eval/right {eval/right:.4f}".format_map(during["metrics"])

@@ -1,4 +1,4 @@
-"""Bad input: one line, exit code 2, nothing started. A crash: all processes end, the rank that failed is named."""
+"""Wrong input: one line, exit code 2, nothing started. A crash: all processes end, and the failed rank is named."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The lines of docs/faults.md that no other test holds."""
+"""The rows of docs/faults.md that no other test covers."""
 
 import os
 import shutil
@@ -52,7 +52,7 @@ def test_a_rank_that_runs_out_of_memory(run: Run, tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of 2 MB."""
+    """Mount a file system of 2 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk]).returncode != 0:
@@ -64,7 +64,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk(run: Run, tmp_path: Path, small_disk: Path) -> None:
-    """It fills up between two saves: the run ends with an error, and goes on when there is room again."""
+    """The disk fills up between two saves. The run ends with an error, and resumes when there is room again."""
     write(tmp_path)
     check(run("distrib", "launch", "--processes", 2, "run.yaml"))
     path = small_disk / "run"

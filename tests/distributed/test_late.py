@@ -1,5 +1,4 @@
-"""Where an accelerator trains nobody waits for it: it decides itself whether to update, and what came of it is read
-late. Here a CPU does the same."""
+"""Steps that are decided on the device, and whose results are read late, as on a GPU. Here the device is a CPU."""
 
 from collections.abc import Callable
 from pathlib import Path

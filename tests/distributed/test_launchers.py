@@ -1,4 +1,4 @@
-"""The real launchers, each starting two real processes; and each silent fallback, refused."""
+"""The real launchers, each of which starts two processes. Silent fallbacks are refused."""
 
 import json
 import subprocess
@@ -44,7 +44,7 @@ def test_each_launcher_starts_two_ranks(run: Run, config: Path, tmp_path: Path, 
 
 
 def test_a_script_may_end_with_running_threads(run: Run, tmp_path: Path) -> None:
-    """A pool's threads wait for ever, unless they are told that the program is over; others are waited for."""
+    """Threads of a pool would wait for ever, unless they learn that the program ends; other threads are joined."""
     (tmp_path / "script.py").write_text(
         "import threading, time\n"
         "from concurrent.futures import ThreadPoolExecutor\n"
@@ -111,7 +111,7 @@ def test_a_config_that_contradicts_accelerates_file_is_refused(run: Run, config:
 
 
 def test_accelerate_on_two_machines(config: Path, tmp_path: Path) -> None:
-    """launch/multi-node.yaml, both machines being this one."""
+    """launch/multi-node.yaml, with this machine as both."""
     here = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()), "--num_processes", "2"]
     command = [BIN / "accelerate", "launch", "--config_file", LAUNCH / "multi-node.yaml", *here]
     with no_process_left() as mark:
@@ -138,7 +138,7 @@ def test_a_strategy_for_one_process_is_refused_for_two(run: Run, config: Path) -
 
 
 def test_launch_of_a_script_with_arguments(run: Run, tmp_path: Path) -> None:
-    """Also: several runs in one script, and `Trainer` handing every rank the same summary."""
+    """Also several runs in one script, and `Trainer` returning the same summary on every rank."""
     (tmp_path / "my_script.py").write_text(
         "import json, sys\n"
         "from distrib import Config, Trainer, World\n"
@@ -190,7 +190,7 @@ def test_a_missing_module_is_refused(run: Run, tmp_path: Path, arguments: list[s
 
 
 def test_a_syntax_error_in_a_script(run: Run, tmp_path: Path) -> None:
-    """As Python itself has it, without the lines that led there."""
+    """The message is Python's own, without distrib's frames."""
     (tmp_path / "script.py").write_text("import os\nprint(os\n")
     result = run("distrib", "launch", "--processes", 1, "script.py")
     check(result, code=1)

@@ -1,4 +1,4 @@
-"""The loss of every step equals a plain PyTorch loop's, whatever the strategy, the number of processes, the window."""
+"""The loss of every step equals that of a plain PyTorch loop, for every strategy, number of processes and window."""
 
 from collections.abc import Callable
 from functools import cache
@@ -19,7 +19,8 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("worlds")]  # th
 
 @cache
 def plain_losses(optimizer: str, batch: int) -> list[float]:
-    """A PyTorch loop in one process that takes the whole global batch at once: no distrib but the data order."""
+    """Train with a plain PyTorch loop in one process, which takes the whole global batch at once. Only the data order
+    is distrib's."""
     task = Masked()
     tokens, targets = task.train_dataset().tensors
     torch.manual_seed(7)

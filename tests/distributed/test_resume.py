@@ -1,4 +1,4 @@
-"""Interrupted under every strategy, gone on with on as many processes, on others, under another strategy; killed."""
+"""Runs that are interrupted and resumed on the same or another number of processes, or under another strategy."""
 
 from collections.abc import Callable
 from pathlib import Path

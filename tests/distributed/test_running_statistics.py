@@ -1,4 +1,4 @@
-"""Running statistics and other buffers are a function of the step, whatever the strategy and number of processes."""
+"""Running statistics and other buffers depend only on the step, not on strategy or number of processes."""
 
 from collections.abc import Callable
 from functools import cache
@@ -22,8 +22,8 @@ BATCH, SEED = 16, 3
 
 @cache
 def plain(centred: bool) -> tuple[list[float], dict[str, Any], float, float]:
-    """A PyTorch loop in one process over the micro-batches in their order, without distrib: the losses, the model's
-    state at the end, and loss and metric of the evaluation."""
+    """Train with a plain PyTorch loop over the micro-batches in order. Return the losses, the model's final state, and
+    loss and metric of the evaluation."""
     task = WithBuffers(centred)
     features, targets, _ = task.train_dataset().tensors
     torch.manual_seed(SEED)
@@ -64,7 +64,7 @@ def plain(centred: bool) -> tuple[list[float], dict[str, Any], float, float]:
 
 
 def check_parity(run: Path, centred: bool = True) -> None:
-    """To the 1e-5 of test_parity; to the bit where both count whole numbers."""
+    """Compare within test_parity's 1e-5, and exactly for integers."""
     losses, state, loss, score = plain(centred)
     skipped = [step for step, value in enumerate(losses) if not np.isfinite(value)]
     assert 0 < len(skipped) < FEW / 2

@@ -1,4 +1,5 @@
-"""Asked to stop: every rank saves at the same step and ends with 75; started again, it is the same run."""
+"""A request to stop: every rank saves at the same step and exits with 75. Started again, the run has the same
+result."""
 
 import os
 import signal
@@ -40,7 +41,7 @@ def test_a_signal_to_one_rank_stops_all(mark: str, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_in_one_process(mark: str, tmp_path: Path) -> None:
-    """Once it saves and ends, twice it ends at once."""
+    """After one Ctrl-C it saves and ends; after two it ends at once."""
     (tmp_path / "slow.yaml").write_text(yaml.safe_dump({**CONFIG, "train": {"steps": 100_000}}))
     once = start(mark, tmp_path, "train", "slow.yaml", "--run-dir", "once")
     until(lambda: steps_done(tmp_path / "once") >= 5, "it does not begin")
@@ -99,7 +100,7 @@ except Preempted:
 
 
 def test_every_stop_signal(run: Run, tmp_path: Path) -> None:
-    """Each ends a start of the run, in one process; the one that nohup ignores does nothing."""
+    """Each ends one start of the run, in one process. A signal that nohup ignores does nothing."""
     (tmp_path / "each.py").write_text(EACH_SIGNAL)
     assert check(run(sys.executable, "each.py")).splitlines()[-1] == "all as they should"
     assert events(tmp_path / "runs/run").count("preempted") == 5
@@ -108,7 +109,8 @@ def test_every_stop_signal(run: Run, tmp_path: Path) -> None:
 
 
 def test_sighup_while_starting(mark: str, tmp_path: Path) -> None:
-    """distrib train alone ends as it does under distrib launch; each signal but SIGTERM and SIGINT goes this way."""
+    """`distrib train` alone ends as under distrib launch. All signals but SIGTERM and SIGINT are handled in this
+    way."""
     phased = {**CONFIG, "task": {"target": "tasks:Phased", "folder": str(tmp_path)}}
     (tmp_path / "phased.yaml").write_text(yaml.safe_dump(phased))
     running = start(mark, tmp_path, "train", "phased.yaml")

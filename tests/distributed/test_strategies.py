@@ -1,4 +1,4 @@
-"""Options of the strategies: what they must not change, what they may, and what a rank holds."""
+"""Options of the strategies: which change losses and which do not, and what memory a rank needs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -55,8 +55,8 @@ def test_unused_parameters_with_find_unused_parameters(together: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
 def test_unused_parameters_are_refused(run: Run, tmp_path: Path, strategy: str) -> None:
-    """DeepSpeed and fully_shard would reduce gradients of different parameters together, without a word; DDP would
-    make the first update with gradients that are not reduced."""
+    """Otherwise DeepSpeed and fully_shard would silently mix gradients of different parameters, and DDP would make its
+    first update with unreduced gradients."""
     config = {"task": {"target": "tasks:Unused"}, "data": {"global_batch_size": 16, "micro_batch_size": 4}}
     (tmp_path / "unused.yaml").write_text(yaml.safe_dump({**config, "train": {"steps": 5}}))
     result = run("distrib", "launch", "--processes", 2, "unused.yaml", f"strategy.name={strategy}")
@@ -74,7 +74,8 @@ def test_gradients_in_bf16_are_rounded(together: Path, strategy: str) -> None:
 
 
 def test_fsdp2_with_communication_in_bf16(together: Path) -> None:
-    """Parameters and gradients travel in bf16: normalisations see rounded weights, which ddp's do not."""
+    """Parameters and gradients are communicated in bf16, so normalisation layers get rounded weights, unlike under
+    ddp."""
     got, full = losses(together / "fsdp2-compressed-bf16"), losses(together / "ddp-no")
     np.testing.assert_allclose(got, full, rtol=0.003)  # as bf16 alone, see test_verdicts
     assert got != losses(together / "fsdp2-bf16")

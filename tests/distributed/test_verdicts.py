@@ -1,4 +1,4 @@
-"""Mixed precision, and steps that are skipped: on two real processes, under every strategy."""
+"""Mixed precision and skipped steps, on two processes under every strategy."""
 
 import json
 from collections.abc import Callable
@@ -50,7 +50,8 @@ def test_two_processes_follow_one_in_every_precision(alone: Path, together: Path
 
 
 def test_the_first_loss_scale_fits_a_sum(alone: Path, together: Path) -> None:
-    """GradScaler's 2^16, divided by the likely count of the window, so that no step is lost to finding it."""
+    """It is GradScaler's 2^16 divided by the estimated count of the window, so that no step is skipped to find the
+    scale."""
     scales = [{line["loss_scale"] for line in lines(run / "precision-fp16")} for run in (alone, together)]
     assert scales[0] == scales[1]
     (scale,) = scales[0]

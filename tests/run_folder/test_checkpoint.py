@@ -1,4 +1,4 @@
-"""The canonical form on disk: written by any number of ranks, read by any, whole or noticed."""
+"""The checkpoint format: any number of ranks writes it, any number reads it, and damage is detected."""
 
 import os
 import resource
@@ -39,7 +39,7 @@ def some_tensors(seed: int = 0) -> dict[str, Tensor]:
 
 
 def cut(tensors: dict[str, Tensor], world_size: int) -> list[dict[str, Shard]]:
-    """As ZeRO cuts: flat, evenly, the last rank's shorter; every second tensor is whole on each rank."""
+    """Shard as ZeRO does: flat, evenly, with a shorter last shard. Every second tensor is replicated."""
     ranks: list[dict[str, Shard]] = [{} for _ in range(world_size)]
     for number, (name, tensor) in enumerate(tensors.items()):
         size = -(-tensor.numel() // world_size)
@@ -60,7 +60,7 @@ def save(folder: Path, tensors: dict[str, Tensor], step: int = 1, world_size: in
 
 @pytest.mark.parametrize("offsets", [(0, 11), (0, 9), (1, 11)])
 def test_shards_with_gaps_or_overlaps_are_refused(offsets: tuple[int, int]) -> None:
-    """Not by an assert, which `python -O` leaves out."""
+    """Not with an assert, which `python -O` removes."""
     parts = [
         checkpoint.Part(rank, {"model.w": torch.zeros(10)}, {"model.w": ((20,), offset)})
         for rank, offset in enumerate(offsets)
@@ -140,7 +140,7 @@ def test_another_models_weights_are_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_different_scalars_are_not_loaded_into_a_shared_one(tmp_path: Path) -> None:
-    """ZeRO keeps one count of steps for a whole group of parameters."""
+    """ZeRO keeps one step count for a whole parameter group."""
     saved = {"optimizer.step.a": torch.tensor(3.0), "optimizer.step.b": torch.tensor(3.0)}
     one = torch.tensor(0.0)
     path = save(tmp_path, saved)
@@ -190,7 +190,7 @@ def test_an_exported_file_is_verified_and_never_overwritten(tmp_path: Path) -> N
 
 
 class Fancy(Task):
-    """Writes a file of its own beside the weights; the disk may be full then."""
+    """Exports a file of its own with the weights, and may then fail as on a full disk."""
 
     full = False
 
@@ -245,7 +245,7 @@ def test_a_save_does_not_see_later_updates(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_earlier_checkpoints_valid(tmp_path: Path) -> None:
-    """A limit on the size of files stands for a full disk: the write fails in the middle, for root too."""
+    """A limit on file sizes acts as a full disk: writing fails halfway, also for root."""
     saved_by(tmp_path, 1, torch.zeros(10))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
@@ -274,7 +274,7 @@ OPERATIONS = (
 
 
 def with_operations(patch: pytest.MonkeyPatch, before: Callable[[int], None]) -> None:
-    """Call `before` with its number before each operation."""
+    """Call `before(number)` before each file operation of a save."""
     count = iter(range(10_000))
     for place, name in OPERATIONS:
         original = getattr(place, name)
@@ -287,7 +287,7 @@ def with_operations(patch: pytest.MonkeyPatch, before: Callable[[int], None]) ->
 
 
 def third_save(folder: Path) -> None:
-    """With one to be written, and one to be deleted."""
+    """Make a save that writes one checkpoint and deletes one."""
     saved_by(folder, 3, torch.full((20,), 3.0))
 
 
@@ -298,7 +298,7 @@ def two_saves(folder: Path) -> Path:
 
 
 def check_newest(folder: Path) -> int:
-    """The step of the newest checkpoint that can be seen: it must be whole, with the values of its step."""
+    """Return the step of the newest visible checkpoint, after checking that it is valid and has its step's values."""
     path = next(checkpoint.steps_of(folder))
     read = torch.empty(20)
     checkpoint.load(path, checkpoint.verify(path), {"model.weight": replicated(read)})

@@ -1,6 +1,6 @@
-"""A damaged run folder: the run goes on from a whole checkpoint, or ends in one line; what can be read is shown.
+"""A damaged run folder: the run resumes from a valid checkpoint or ends with one line; commands show what can be read.
 
-Each case damages a copy of one small run in one place, and then uses every command on it.
+Each case damages a copy of one small run in one place, and then runs every command on it.
 """
 
 import json
@@ -57,7 +57,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def interrupted(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `whole`, killed before its last save."""
+    """Make the same run as `whole`, killed before its last save."""
     folder = tmp_path_factory.mktemp("interrupted") / "run"
     shutil.copytree(whole, folder)
     (folder / "summary.json").unlink()
@@ -71,7 +71,7 @@ def copy(run: Path, to: Path) -> Path:
 
 
 def flipped(file: Path, chance: random.Random) -> None:
-    """Four bytes, anywhere."""
+    """Flip four bytes anywhere."""
     content = bytearray(file.read_bytes())
     for _ in range(4):
         content[chance.randrange(len(content))] ^= chance.randrange(1, 256)
@@ -79,7 +79,7 @@ def flipped(file: Path, chance: random.Random) -> None:
 
 
 def a_line_flipped(file: Path, chance: random.Random) -> None:
-    """In the first third of the file: an early line of the ledger."""
+    """Flip bytes in the first third of the file, an early line of the ledger."""
     content = bytearray(file.read_bytes())
     content[chance.randrange(max(1, len(content) // 3))] ^= chance.randrange(1, 256)
     file.write_bytes(content)
@@ -104,7 +104,7 @@ def a_socket(file: Path) -> None:
 
 
 def other_values(file: Path, chance: random.Random) -> None:
-    """JSON or YAML as it was, but for one value of another type."""
+    """Write the same JSON or YAML with one value of another type."""
     text = file.read_text()
     value = chance.choice([None, [], {}, "x", -1, 10**30, 1.5, True, "\ud800"])
     if file.suffix == ".yaml":
@@ -146,7 +146,7 @@ GONE_ON_FROM = ("flipped", "other values", "missing", "a FIFO")  # the others en
 
 
 def in_one_line(work: Callable[[], object]) -> str:
-    """What it raises, if anything: an error of ours, without a line end."""
+    """Return the message of the DistribError that `work` raises, which must be one line; or an empty string."""
     said = ""
     try:
         work()
@@ -157,7 +157,7 @@ def in_one_line(work: Callable[[], object]) -> str:
 
 
 def readable(run: Path, other: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every command that reads a run ends, with what it could read or in one line."""
+    """Check that every command that reads a run ends, with output or with one line."""
     in_one_line(lambda: verify_run(run))
     in_one_line(lambda: watch_run(run))
     in_one_line(lambda: compare(load_runs([other, run])))
@@ -166,13 +166,13 @@ def readable(run: Path, other: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:
-    """The ledger's lines that can be read."""
+    """Return the valid lines of the ledger."""
     trouble: list[str] = []
     return list(read_lines(run / "steps.jsonl", STEP, trouble))
 
 
 def check_goes_on(run: Path, whole: Path, kind: str) -> None:
-    """To the bits of the undisturbed run, with its last steps in the ledger and all evaluations."""
+    """Resume, and check that the bits equal those of the undisturbed run, with all last steps and evaluations."""
     assert fit(run)["steps"] == STEPS, kind
     found, expected = tensors(run), tensors(whole)
     assert all((found[key] == expected[key]).all() for key in expected), kind
@@ -188,7 +188,7 @@ def check_goes_on(run: Path, whole: Path, kind: str) -> None:
 def test_any_damage_of_a_small_file(
     whole: Path, interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """The run goes on to the same bits: every checkpoint is whole."""
+    """The run resumes to the same bits, because every checkpoint is valid."""
     for number, (kind, damage) in enumerate(DAMAGES.items()):
         folder = tmp_path / str(number)
         run = copy(whole if name == "summary.json" else interrupted, folder)
@@ -201,7 +201,7 @@ def test_any_damage_of_a_small_file(
 
 
 def test_files_that_are_set_aside_are_reported(whole: Path, interrupted: Path, tmp_path: Path) -> None:
-    """By an event for each file, and by verify, which then finds all in order."""
+    """There is an event for each file, and verify then finds no problem."""
     run = copy(interrupted, tmp_path)
     for name in ("config.yaml", "environment.json", "evals.jsonl", "events.jsonl"):
         file = run / name
@@ -233,7 +233,7 @@ def test_files_that_are_set_aside_are_reported(whole: Path, interrupted: Path, t
 
 
 def test_changed_values_are_restored_from_the_checkpoint(interrupted: Path, tmp_path: Path) -> None:
-    """What the checkpoint holds is what the run is."""
+    """The checkpoint's copy takes precedence."""
     run = copy(interrupted, tmp_path)
     for name, before, after in (
         ("config.yaml", "lr: 0.001", "lr: 0.002"),
@@ -257,7 +257,7 @@ def test_changed_values_are_restored_from_the_checkpoint(interrupted: Path, tmp_
 def test_another_config_is_refused_if_the_ledger_is_lost(
     whole: Path, interrupted: Path, tmp_path: Path, kind: str
 ) -> None:
-    """The checkpoints are the run's own: no other run takes them over."""
+    """The checkpoints belong to the run, and another run may not resume from them."""
     run = copy(interrupted, tmp_path)
     DAMAGES[kind](run / "steps.jsonl", random.Random(0))
     with pytest.raises(RunDirError, match=r"another config \(optim\.lr was 0\.001, is 1\.0\)"):
@@ -266,7 +266,7 @@ def test_another_config_is_refused_if_the_ledger_is_lost(
 
 
 def test_a_config_changed_in_the_run_folder_is_refused(interrupted: Path, tmp_path: Path) -> None:
-    """As where `distrib train RUN/config.yaml --run-dir RUN` goes on: the checkpoint's copy is the run's config."""
+    """The run is resumed with `distrib train RUN/config.yaml --run-dir RUN`, but the checkpoint's copy differs."""
     run = copy(interrupted, tmp_path)
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("lr: 0.001", "lr: 0.002", 1))
@@ -277,7 +277,7 @@ def test_a_config_changed_in_the_run_folder_is_refused(interrupted: Path, tmp_pa
 
 @pytest.mark.parametrize("kind", ["missing", "a list"])
 def test_a_fork_whose_origin_is_lost_is_refused(interrupted: Path, tmp_path: Path, kind: str) -> None:
-    """Before its first save: it is not begun again from random weights."""
+    """Before its first save it would otherwise start from random weights."""
     run = tmp_path / "fork"
     fit(run, resume=str(interrupted), fork=True)
     (run / "summary.json").unlink()
@@ -294,7 +294,7 @@ def test_a_fork_whose_origin_is_lost_is_refused(interrupted: Path, tmp_path: Pat
 
 
 def test_a_last_line_of_many_blocks(tmp_path: Path) -> None:
-    """It is not read as a line, and those before it are found, from the end."""
+    """An incomplete last line of many blocks is ignored, and the lines before it are found."""
     file = tmp_path / "evals.jsonl"
     entries = [
         {"step": step, "count": 1, "metrics": {"x" * size: 1.0}, "seconds": 0.0}
@@ -312,7 +312,7 @@ def test_a_last_line_of_many_blocks(tmp_path: Path) -> None:
 
 
 def test_a_ledger_that_leads_to_no_checkpoint_is_repaired(whole: Path, interrupted: Path, tmp_path: Path) -> None:
-    """It goes on at the newest checkpoint, and the steps whose lines are lost are named."""
+    """The run resumes at the newest checkpoint, and names the steps whose lines are lost."""
     run = copy(interrupted, tmp_path)
     ledger = (run / "steps.jsonl").read_text().splitlines(keepends=True)
     for number in (2, 5):  # those before the checkpoints
@@ -339,14 +339,14 @@ def test_a_ledger_that_leads_to_no_checkpoint_is_repaired(whole: Path, interrupt
 
 
 def sealed(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """A manifest whose digest is right, and whose content is not."""
+    """Write a manifest with a valid digest and other content."""
     manifest = json.loads(file.read_text())
     del manifest["sha256"]
     file.write_text(seal(change(manifest)))
 
 
 def test_a_damaged_manifest_is_passed_over(whole: Path, interrupted: Path, tmp_path: Path) -> None:
-    """Whatever it is: the checkpoint before is taken, and one line says why."""
+    """The checkpoint before is taken, and one line tells why."""
     others: dict[str, Callable[[Path, random.Random], None]] = {
         "other tensors": lambda file, _: sealed(file, lambda manifest: {**manifest, "tensors": []}),
         "no step": lambda file, _: sealed(file, lambda manifest: {**manifest, "step": None}),
@@ -386,7 +386,7 @@ def test_checkpoints_of_older_versions_without_copies_of_files(whole: Path, inte
 
 
 def test_no_command_blocks_on_a_fifo(whole: Path, interrupted: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """In the place of a file that a run writes before it gives it its name, or that trackers keep."""
+    """A FIFO takes the place of a partial file, or of a file that trackers keep."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = copy(interrupted, tmp_path)
     (run / "wandb").mkdir(exist_ok=True)
@@ -414,7 +414,7 @@ def test_an_environment_without_a_key_is_reported(whole: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a device", "a folder"])
 def test_a_finished_run_started_again(whole: Path, tmp_path: Path, kind: str) -> None:
-    """Its summary is returned, from a folder of which no file is opened that is none."""
+    """Its summary is returned, and nothing that is not a regular file is opened."""
     run = copy(whole, tmp_path)
     for name in ("environment.json", "config.yaml"):
         DAMAGES[kind](run / name, random.Random(0))
@@ -423,7 +423,7 @@ def test_a_finished_run_started_again(whole: Path, tmp_path: Path, kind: str) ->
 
 
 def test_a_checkpoints_path_that_is_not_a_folder(interrupted: Path, tmp_path: Path) -> None:
-    """Nothing is begun from scratch."""
+    """The run does not start from scratch."""
     run = copy(interrupted, tmp_path)
     shutil.rmtree(run / "checkpoints")
     (run / "checkpoints").write_text("")
@@ -433,7 +433,7 @@ def test_a_checkpoints_path_that_is_not_a_folder(interrupted: Path, tmp_path: Pa
 
 
 def test_commands_on_a_damaged_run(run: Run, whole: Path, interrupted: Path, tmp_path: Path) -> None:
-    """As processes: what can be read is shown, one line says what cannot."""
+    """Real processes print what can be read, and one line about what cannot."""
     folder = copy(interrupted, tmp_path)
     (folder / "config.yaml").write_bytes(b"\0\xff")
     os.unlink(folder / "evals.jsonl")

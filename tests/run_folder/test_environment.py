@@ -1,4 +1,4 @@
-"""Which code a run is made with: told apart as git and the task's file are."""
+"""environment.json records the code of each start: the git commit, uncommitted changes, and the task's file."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""`distrib verify`: what was changed in a run folder is found, and named."""
+"""`distrib verify` finds and names changes in a run folder."""
 
 import json
 import shutil
@@ -87,7 +87,7 @@ def test_lines_missing_at_the_end_are_found(run_dir: Path) -> None:
 
 
 def test_other_samples_with_a_valid_chain_are_found(run_dir: Path) -> None:
-    """Who can write the ledger can compute the chain: the samples still are not those that the config means."""
+    """Anyone who can write the ledger can compute its chain, but the samples do not match the config."""
 
     def forge(lines: list[str]) -> None:
         chain = ""

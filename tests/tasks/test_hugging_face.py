@@ -1,5 +1,5 @@
-"""Models of Hugging Face's by config alone: the same training under every strategy, documents that do not see one
-another, and folders that go out and come back in. Everything is made here, with random weights."""
+"""The Hugging Face tasks: the same losses under every strategy, documents that do not attend to each other, and import
+and export of models. All models are made here, with random weights."""
 
 import importlib
 import json
@@ -55,7 +55,7 @@ CAUSAL, CLASSIFIER = (f"distrib.tasks.hugging_face:{name}" for name in ("CausalL
 
 @pytest.fixture(scope="module", autouse=True)
 def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder to work in, with a cache of its own, some texts, and a tokenizer."""
+    """Make a folder with its own cache, some texts and a tokenizer, and change to it."""
     folder = tmp_path_factory.mktemp("work")
     generator = np.random.default_rng(3)
     words = np.array(["tensor", "process", "rank", "gradient", "step", "loss"])
@@ -72,7 +72,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def byte_pairs(folder: Path) -> None:
-    """A tokenizer as GPT-2 has one, of 300 tokens, and no pad_token."""
+    """Save a byte-pair tokenizer like GPT-2's, with 300 tokens and no pad_token."""
     from tokenizers import ByteLevelBPETokenizer
 
     trained = ByteLevelBPETokenizer()
@@ -93,7 +93,7 @@ def classifier(model: Any = None, **more: Any) -> SequenceClassification:
 
 @cache
 def sensitive(architecture: str) -> Any:
-    """A model with weights so large that what attention does is seen."""
+    """Return a model with large weights, so that attention has a visible effect."""
     torch.manual_seed(0)
     model = causal(MODELS[architecture]).model()
     for parameter in model.parameters():
@@ -103,7 +103,7 @@ def sensitive(architecture: str) -> Any:
 
 
 def total(task: HuggingFace, model: Any, rows: list[str]) -> tuple[Tensor, float]:
-    """The loss and the count of these texts, in one batch of all windows."""
+    """Return loss and count of these texts, in one batch of all windows."""
     Path("some.jsonl").write_text("".join(f"{json.dumps({'text': row})}\n" for row in rows))
     task.files = task.eval_files = "some.jsonl"
     task.__dict__.pop("packed", None)
@@ -152,7 +152,7 @@ def test_the_loss_does_not_count_the_prompt() -> None:
 
 
 def llama_like(folder: Path) -> None:
-    """A tokenizer that puts <s> before a text by itself, as Llama's does."""
+    """Save a tokenizer that adds <s> before a text, as Llama's does."""
     from tokenizers import processors
 
     byte_pairs(folder)
@@ -288,7 +288,7 @@ def language(strategy: str = "auto", **task: Any) -> dict[str, Any]:
 
 
 def plain(task: CausalLM) -> list[float]:
-    """A PyTorch loop that takes the whole global batch at once, with the mean that torch computes."""
+    """Train with a plain PyTorch loop over the whole global batch, with the mean that torch computes."""
     torch.manual_seed(7)
     model, windows = task.model().train(), task.train_dataset()
     matrices, others = ([p for p in model.parameters() if (p.dim() > 1) == flag] for flag in (True, False))
@@ -311,7 +311,7 @@ def plain(task: CausalLM) -> list[float]:
 
 @pytest.fixture(scope="module")
 def trained(work: Path) -> Path:
-    """A run of each kind, in this process."""
+    """Make a run of each kind in this process."""
     for name, values in (("language", language()), ("classes", classes())):
         loaded = Config.from_dict(values)
         Trainer(load_task(loaded.task), loaded, work / "runs" / name).fit()
@@ -361,7 +361,7 @@ def check_evaluated(at: Path, alone: Path) -> None:
 
 
 def check_exported(run: Run, at: Path, out: Path, task: CausalLM) -> None:
-    """Its weights go out through the command, are read by transformers, and come in again by config."""
+    """Export the weights with the command, load them with transformers, and train them further by config."""
     said = check(run("distrib", "export", at, "--out", out))
     assert {Path(line).name for line in said.splitlines()} == {path.name for path in out.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json"} <= set(
@@ -391,7 +391,7 @@ def check_exported(run: Run, at: Path, out: Path, task: CausalLM) -> None:
 
 
 def perplexity(model: Any, held_out: Any) -> float:
-    """One window after the other, one token after the other, from the probabilities themselves."""
+    """Compute it from the probabilities, window by window and token by token."""
     nats, count = 0.0, 0
     for sample in held_out:
         positions, targets = sample["position_ids"], sample["targets"]
@@ -430,7 +430,7 @@ def test_an_exported_classifier_can_be_loaded(trained: Path, tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def saved(work: Path) -> Path:
-    """A model's folder, as transformers writes it."""
+    """Save a model's folder with transformers."""
     values = {**MODELS["llama"], "vocab_size": 259, "max_position_embeddings": 32}
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values))
     model.save_pretrained(work / "saved")

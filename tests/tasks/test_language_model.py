@@ -1,4 +1,4 @@
-"""What a byte's loss depends on, what is counted, and that every strategy trains the same model of it."""
+"""What a byte's loss depends on, what is counted, and that every strategy trains the same model."""
 
 import math
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def task(**more: Any) -> LanguageModel:
 
 
 def gpt() -> GPT:
-    """With weights so large that what attention does is seen."""
+    """Return a model with large weights, so that attention has a visible effect."""
     torch.manual_seed(0)
     model = GPT(layers=2, heads=2, width=16)
     for parameter in model.parameters():
@@ -51,13 +51,13 @@ def gpt() -> GPT:
 
 
 def row(*documents: bytes) -> Tensor:
-    """A sample of these documents, shape (1, length)."""
+    """Return a sample of these documents, shape (1, length)."""
     separated = [token for document in documents for token in (SEPARATOR, *document)]
     return torch.tensor([[*separated, SEPARATOR]])
 
 
 def total(model: GPT, sample: Tensor) -> tuple[Tensor, int, list[Tensor]]:
-    """Loss, count and gradients of a sample."""
+    """Return loss, count and gradients of a sample."""
     loss = task().loss(task().forward(model, sample), sample)
     return loss.total.detach(), int(loss.count), list(torch.autograd.grad(loss.total, list(model.parameters())))
 
@@ -171,7 +171,7 @@ def written(folder: Path) -> dict[str, Any]:
 
 
 def plain(language_model: LanguageModel) -> tuple[list[float], GPT]:
-    """A PyTorch loop that takes the whole global batch at once."""
+    """Train with a plain PyTorch loop over the whole global batch."""
     torch.manual_seed(7)
     model, windows = language_model.model(), language_model.train_dataset()
     matrices = [
@@ -236,7 +236,7 @@ def test_an_interrupted_language_model_run_has_the_same_bits(tmp_path: Path) -> 
 
 
 def bits_per_byte(model: GPT, rows: list[Tensor]) -> float:
-    """One sample after the other, from the probabilities themselves."""
+    """Compute it from the probabilities, sample by sample."""
     nats, count = 0.0, 0
     for sample in rows:
         with torch.no_grad():

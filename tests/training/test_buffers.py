@@ -1,4 +1,4 @@
-"""What a training forward may do with buffers, and what is refused, in one process."""
+"""Buffers that a training forward changes, and those that are refused, in one process."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ NORMS = {
 
 
 class Uncounted(nn.BatchNorm1d):
-    """Changes its statistics without counting that it did."""
+    """Updates its statistics without counting the forward."""
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.batch_norm(x, self.running_mean, self.running_var, training=True, momentum=0.1)
@@ -44,7 +44,7 @@ NORMS["uncounted"] = lambda: Uncounted(CHANNELS)
 def test_statistics_are_as_if_all_micro_batches_ran_in_order(
     kinds: list[str], steps: list[list[list[int]]], seed: int
 ) -> None:
-    """Whichever normalisations a micro-batch uses, and however often."""
+    """Whichever normalisation layers a micro-batch uses, and however often."""
     expected, merged = ([NORMS[kind]() for kind in kinds] for _ in range(2))
     statistics = RunningStatistics(World(), merged)
     generator = torch.Generator().manual_seed(seed)
@@ -74,7 +74,7 @@ def test_statistics_are_as_if_all_micro_batches_ran_in_order(
 
 
 class Buffer(nn.Module):
-    """Does with its buffer `b` what it is told, and leaves its input as it is."""
+    """Changes its buffer `b` in the given way, and returns its input unchanged."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ def test_with_one_micro_batch_buffers_are_those_of_torch(tmp_path: Path) -> None
 
 
 def test_an_evaluation_does_not_change_buffers(tmp_path: Path) -> None:
-    """Or the run would depend on how often it is evaluated, and by how many processes."""
+    """Otherwise a run would depend on how often and by how many processes it is evaluated."""
     run = fit(tmp_path / "run", "always")
     np.testing.assert_array_equal(tensors(run)["model.1.0.b"], [6, 6])  # 6 steps, 3 evaluations of 25 batches
     assert len(warnings(run)) == 1

@@ -1,4 +1,4 @@
-"""train.compile in one process: the run stays the same, its code lies in its folder, nothing falls back in silence."""
+"""train.compile in one process: the same losses, code in the run folder, and no silent fallback."""
 
 import shutil
 import stat
@@ -35,7 +35,7 @@ def values(task: str = "Stacked", **train: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Of two runs, of which one is compiled."""
+    """Make two runs, one of them compiled."""
     folder = tmp_path_factory.mktemp("compiling")
     (folder / "config.yaml").write_text(yaml.safe_dump(values()))
     with no_process_left() as mark:
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_a_compiled_run_has_the_same_losses(folder: Path) -> None:
-    """With dropout, accumulation, clipping; and the evaluation, whose last batch is smaller, is not compiled at all."""
+    """With dropout, accumulation and clipping. The evaluation, whose last batch is smaller, is not compiled."""
     compiled, plain = folder / "compiled", folder / "plain"
     np.testing.assert_allclose(losses(compiled), losses(plain), rtol=ROUNDING)
     found, other = tensors(compiled), tensors(plain)
@@ -66,7 +66,7 @@ def test_compiled_code_is_in_the_run_folder(folder: Path) -> None:
 
 
 def test_a_resumed_run_compiles_nothing_again(folder: Path, run: Run, tmp_path: Path) -> None:
-    """A run that goes on finds its code, and then has the same bits."""
+    """It finds its code, and has the same bits."""
     again = tmp_path / "again"
     shutil.copytree(folder / "compiled", again)
     before = {path: path.stat().st_mtime_ns for path in again.rglob("*.so")}
@@ -77,7 +77,7 @@ def test_a_resumed_run_compiles_nothing_again(folder: Path, run: Run, tmp_path: 
 
 
 def test_a_run_may_resume_with_another_train_compile(folder: Path, run: Run, tmp_path: Path) -> None:
-    """Compiled or not is no part of what is computed: a checkpoint of one is gone on with by the other."""
+    """train.compile does not belong to what is computed, so a run may resume from a checkpoint of the other kind."""
     shutil.copytree(folder / "plain", tmp_path / "plain")
     shutil.copytree(folder / "compiled", tmp_path / "compiled")
     shutil.copytree(folder / "compiled/compiled", tmp_path / "plain/compiled")  # to save the time

@@ -1,4 +1,4 @@
-"""What a task's methods must return, and the trial before anything is trained. In this process."""
+"""Checks of what a task's methods return, and the trial before training, in one process."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ CONFIG = {"data": {"global_batch_size": 8, "micro_batch_size": 4}, "train": {"st
 
 
 class Classes(Task):
-    """Of which a test changes one method."""
+    """A correct task. Each test changes one method."""
 
     def train_dataset(self) -> Any:
         return TensorDataset(torch.randn(16, 3), torch.arange(16) % 2)
@@ -154,7 +154,7 @@ def test_a_metric_that_is_none_on_few_samples_is_a_warning(tmp_path: Path) -> No
 
 
 def test_a_numpy_count_keeps_its_value(tmp_path: Path) -> None:
-    """Weights that sum to 7.5 count 7.5 items, also as float32."""
+    """Weights that sum to 7.5 have the count 7.5, also as float32."""
     found = []
     for number in (float, np.float32, np.array):
 
@@ -182,7 +182,7 @@ def test_a_mean_with_the_batch_size_as_count_is_refused(tmp_path: Path, strategy
 
 
 class WithLoss(nn.Module):
-    """Computes the loss itself, as Hugging Face's models do."""
+    """Computes the loss itself, as Hugging Face models do."""
 
     def __init__(self, reduction: str) -> None:
         super().__init__()
@@ -287,7 +287,7 @@ def test_a_very_large_output_is_not_copied(elements: int) -> None:
 
 
 def test_the_check_does_not_change_buffers(tmp_path: Path) -> None:
-    """Of a model that computes its own loss, which the check therefore runs a few times more."""
+    """With a model that computes its own loss, for which the check runs additional forwards."""
 
     class Counting(WithLoss):
         forwards: Tensor

@@ -1,4 +1,4 @@
-"""A new run that begins from another's checkpoint with another model or optimizer."""
+"""Forks: new runs that begin from another run's checkpoint, with another model or optimizer."""
 
 import json
 from pathlib import Path
@@ -57,7 +57,8 @@ def test_a_fork_with_another_optimizer(
 
 
 def test_reset_optimizer_drops_the_optimizers_state(parents: dict[str, Path], tmp_path: Path) -> None:
-    """Adam counts its updates; a run that is interrupted before its first checkpoint begins anew once more."""
+    """Adam counts its updates. A fork that is interrupted before its first checkpoint starts without the state
+    again."""
     fork(parents["adamw"], tmp_path / "kept", ADAMW)
     fork(parents["adamw"], tmp_path / "anew", ADAMW, reset_optimizer=True)
     for name, updates in {"kept": 6, "anew": 3}.items():
@@ -91,7 +92,8 @@ def test_a_fork_with_another_model(parents: dict[str, Path], tmp_path: Path) -> 
 
 
 def test_a_fork_with_parameters_that_were_frozen() -> None:
-    """Each with a state of its own begins anew; under ZeRO, where they share one, they would count other updates."""
+    """Under ddp their optimizer state starts new. Under ZeRO, parameters share one step count, which would be wrong for
+    them."""
     saved = {"optimizer.step.a.weight", "optimizer.exp_avg.a.weight"}
     state = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2)}
     own = [("a.weight", state, None), ("b.weight", dict(state), None)]

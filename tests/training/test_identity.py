@@ -1,4 +1,4 @@
-"""What makes a run this run besides its config: its data, and a task that is given in Python."""
+"""The identity of a run besides its config: its data, and a task that a script constructs."""
 
 import importlib
 import json
@@ -29,7 +29,7 @@ VALUES: dict[str, Any] = {
 
 
 class Rows(Masked):
-    """Some of the rows of its data, which lie outside of the config."""
+    """Returns some rows of data that are outside the config."""
 
     rows: "list[int] | range" = range(97)
 
@@ -108,7 +108,7 @@ def test_attributes_of_a_task_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_string_arguments_are_recorded_as_digests(tmp_path: Path) -> None:
-    """It may be a secret."""
+    """A string may be a secret."""
 
     class Keyed(Masked):
         def __init__(self, key: str) -> None:
@@ -121,7 +121,7 @@ def test_string_arguments_are_recorded_as_digests(tmp_path: Path) -> None:
 
 
 def older(environment: dict[str, Any]) -> dict[str, Any]:
-    """As versions wrote it that recorded neither data nor task."""
+    """Return an environment as older versions wrote it, without data and task."""
     return {key: value for key, value in environment.items() if key not in ("data", "task")}
 
 
@@ -137,7 +137,7 @@ def test_records_that_older_versions_lack_are_not_compared(tmp_path: Path, monke
 
 @pytest.fixture
 def in_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Config]:
-    """A config whose task stands in a file of its own."""
+    """Write a task into a file of its own, and return a function that makes its config."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     (tmp_path / "of_ones_own.py").write_text("from tasks import Masked\n\n\nclass Own(Masked):\n    pass\n")
@@ -158,7 +158,7 @@ def test_a_changed_file_is_a_warning(tmp_path: Path, in_file: Callable[[], Confi
 
 
 class OnDisk(Masked):
-    """Rows of a folder that the config names."""
+    """Reads rows from a folder that the config names."""
 
     def __init__(self, folder: str) -> None:
         super().__init__()

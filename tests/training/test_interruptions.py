@@ -1,4 +1,4 @@
-"""A run that was interrupted goes on as if it had not been. In this process; tests/distributed has many."""
+"""An interrupted run has the same result as an uninterrupted one. In one process; tests/distributed uses several."""
 
 import json
 import re
@@ -110,7 +110,8 @@ def test_a_checkpoint_that_the_ledger_does_not_lead_to_is_passed_over(whole: Pat
 
 
 def test_resume_from_a_run_whose_newest_checkpoint_is_damaged(whole: Path, tmp_path: Path) -> None:
-    """Each rank chooses by the files' sizes alone; what is in them the ranks compare together, and may refuse."""
+    """Each rank chooses a checkpoint by the sizes of its files. The ranks check the contents together, and may refuse
+    it."""
     origin = interrupted(whole, tmp_path / "origin", after=10)
     damaged = origin / "checkpoints" / "step-00000010" / "shard-00000.safetensors"
     content = damaged.read_bytes()
@@ -244,7 +245,7 @@ def test_resume_with_any_optimizer(tmp_path: Path, name: str) -> None:
 
 
 class Counting(torch.optim.Optimizer):
-    """Keeps a number that is no tensor, as some do."""
+    """Keeps a state that is a number and not a tensor, as some optimizers do."""
 
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, {"lr": lr})
@@ -284,7 +285,7 @@ def test_running_statistics(tmp_path: Path) -> None:
 
 
 class Mistaken(Masked):
-    """Its metrics fail on the whole evaluation set, until the mistake is mended."""
+    """Has metrics that fail on the whole evaluation set until the mistake is fixed."""
 
     mended = False
 

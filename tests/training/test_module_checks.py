@@ -31,7 +31,7 @@ def with_embedding() -> nn.Module:
 
 
 def refused_by(module: nn.Module, blocks: list[nn.Module] | None = None) -> dict[str, str]:
-    """The strategies that refuse it, and what each says."""
+    """Return the strategies that refuse a model, with the message of each."""
     found = {}
     for name in ALL:
         values = {"train": {"steps": 1}, "strategy": {"name": name}}

@@ -1,4 +1,4 @@
-"""Where a step's time goes, and how much work it is."""
+"""The time of a step's parts, and its FLOPs."""
 
 import time
 from typing import Any
@@ -19,7 +19,7 @@ CONFIG = {"task": None, "data": {"global_batch_size": 8, "micro_batch_size": 4},
 
 
 class Products(Task):
-    """Two matrix products, and nothing else to count."""
+    """Has two matrix products and nothing else to count."""
 
     def train_dataset(self) -> TensorDataset:
         return TensorDataset(torch.ones(16, 3), torch.zeros(16, dtype=torch.long))
@@ -32,7 +32,7 @@ class Products(Task):
 
 
 class Looks(Products):
-    """At the values of its output."""
+    """Reads the values of its output in forward."""
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         output = model(batch[0])
@@ -48,8 +48,7 @@ def counted(task: Products, warnings: list[str]) -> tuple[float | None, nn.Modul
 
 
 def test_flops_of_a_step() -> None:
-    """Two for each multiplication and addition, three times for a backward too, of eight samples; the module is as it
-    was."""
+    """Two per multiply-add, three times as many with the backward, for eight samples. The module is unchanged."""
     warnings: list[str] = []
     flops, module = counted(Products(), warnings)
     assert not warnings

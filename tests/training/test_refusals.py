@@ -1,4 +1,5 @@
-"""Strategies that contradict the launcher, options that no strategy would heed, DeepSpeed's JSON: refused at once."""
+"""Refused before training: strategies that contradict the launcher, options that would be ignored, wrong DeepSpeed
+JSON."""
 
 import json
 from pathlib import Path
@@ -201,7 +202,7 @@ def test_accelerates_wrapped_classes_must_match_the_blocks(tmp_path: Path, monke
 
 
 def template(**zero: Any) -> dict[str, Any]:
-    """A DeepSpeed JSON as transformers' documentation has it, without its optimizer and scheduler."""
+    """Return a DeepSpeed JSON as in transformers' documentation, without optimizer and scheduler."""
     scaler = {
         "loss_scale": 0,
         "loss_scale_window": 1000,
@@ -231,7 +232,7 @@ def template(**zero: Any) -> dict[str, Any]:
 
 
 def test_a_usual_deepspeed_json_is_accepted() -> None:
-    """Its offload holds without repeating it, and "auto" is ours, or DeepSpeed's own default."""
+    """Its offload applies without being repeated, and "auto" is the config's value or DeepSpeed's default."""
     given = config(name="zero3", deepspeed=template())
     options = deepspeed_json(given)
     assert options["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
@@ -342,7 +343,7 @@ OPTIONS = st.recursive(
 
 @given(OPTIONS.filter(lambda options: isinstance(options, dict)))
 def test_required_deepspeed_options_are_never_overridden(given: dict[str, Any]) -> None:
-    """Whatever JSON is added: either refused, or there, with nothing of ours changed."""
+    """Any added JSON is either refused, or kept without changing a required option."""
     ours = deepspeed_json(config(name="zero2"))
     before = json.dumps(given, sort_keys=True)
     try:

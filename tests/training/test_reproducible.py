@@ -1,4 +1,4 @@
-"""The order in which gradients are summed is that of one binary tree."""
+"""Bitwise gradients are summed in the order of one binary tree."""
 
 import torch
 from hypothesis import given

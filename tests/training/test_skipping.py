@@ -1,4 +1,4 @@
-"""A run that only skips steps ends, and says since when."""
+"""A run that only skips steps ends, and reports since when."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from distrib.training.engine import LossScale
 
 
 class Diverging(Misbehaving):
-    """From its `at`-th micro-batch of the run on."""
+    """Goes wrong from the run's `at`-th micro-batch on."""
 
     before = 0  # micro-batches of earlier starts
 

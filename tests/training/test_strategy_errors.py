@@ -1,4 +1,4 @@
-"""Errors that a strategy causes become one line; others stay what they are."""
+"""Errors that a strategy causes become one line; others are unchanged."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Trainer in this process: the run folder, the optimizers, the checkpoint."""
+"""Trainer in one process: the run folder, the optimizers, the checkpoint."""
 
 import hashlib
 import json
@@ -68,7 +68,7 @@ def test_the_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_ledgers_chain_as_documented(tmp_path: Path) -> None:
-    """As docs/run-folder.md defines it, without the code that wrote it."""
+    """Computed as docs/run-folder.md defines it, without distrib's code."""
     run = fit(tmp_path / "run")
     chain = ""
     for line in (run / "steps.jsonl").read_text().splitlines():
@@ -170,7 +170,7 @@ def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_signal_handlers_are_restored_after_a_failed_run(tmp_path: Path) -> None:
-    """Such as a notebook's: SIGTERM ends it as before, and what it starts."""
+    """For example in a notebook: SIGTERM ends the process and its child processes as before."""
 
     class Fails(Masked):
         def metrics(self, rows: Any) -> dict[str, float]:

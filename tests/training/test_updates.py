@@ -1,4 +1,4 @@
-"""What an optimizer is given: the gradient of the window's mean, whoever divides by the count."""
+"""Every kind of optimizer gets the gradient of the window's mean."""
 
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ SAMPLES = torch.tensor([[1.0], [2.0], [3.0], [6.0]])
 
 
 class Looks(AdamW):
-    """One of torch's fused ones, with a step of its own that looks at the gradient."""
+    """A subclass of a fused torch optimizer, whose step reads the gradient."""
 
     def step(self, closure: Any = None) -> None:
         self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
 class Wraps:
-    """As lookahead and the like: what it does not have, it has from the optimizer inside."""
+    """A wrapper, such as lookahead, that takes missing attributes from the inner optimizer."""
 
     def __init__(self, inner: Optimizer) -> None:
         self.inner = inner
@@ -33,7 +33,7 @@ class Wraps:
 
 
 class Line(Task):
-    """One weight w, and a loss w * x: its gradient is the mean of x, which is 3."""
+    """One weight w and the loss w * x. Its gradient is the mean of x, which is 3."""
 
     def __init__(self, make: Any) -> None:
         self.make = make
@@ -55,7 +55,7 @@ class Line(Task):
 
 
 def trained(make: Any, folder: Path) -> tuple[Any, float]:
-    """The optimizer, and the weight after one step."""
+    """Return the optimizer, and the weight after one step."""
     task = Line(make)
     config = {"data": {"global_batch_size": 4, "micro_batch_size": 2}, "train": {"steps": 1}}
     trainer = Trainer(task, Config.from_dict({**config, "tracking": {"wandb": "off"}}), folder)

@@ -63,7 +63,7 @@ def test_explain_prints_the_memory_of_a_rank(
 
 
 class LooksAtWeights(Masked):
-    """A model that torch's meta device cannot hold."""
+    """Has a model that cannot be built on torch's meta device."""
 
     def model(self) -> torch.nn.Module:
         module = super().model()
@@ -125,7 +125,7 @@ def test_export_imports_the_task_only_if_it_overrides_export(
 def test_commands_work_from_another_directory(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The task's module, and the files that it reads, lie where the run was started."""
+    """The task's module and its files are found from where the run was started."""
     project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
     project.mkdir()
     elsewhere.mkdir()

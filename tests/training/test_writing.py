@@ -1,4 +1,4 @@
-"""A disk that refuses, at each operation of a run: one line names the file and the reason, and the run can go on."""
+"""Write errors at each file operation of a run: one line names file and reason, and the run can resume."""
 
 import errno
 import io
@@ -47,7 +47,7 @@ def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def with_operations(patch: pytest.MonkeyPatch, folder: Path, before: Callable[[str, Any], None]) -> None:
-    """Call `before` with 'OPERATION FILE' and the operation's second argument before each that writes in `folder`."""
+    """Call `before('OPERATION FILE', second argument)` before each operation that writes in `folder`."""
     for place, name, which in OPERATIONS:
         original = getattr(place, name)
 
@@ -72,7 +72,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_every_operation_of_a_run_may_fail(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first time that each is done to each file, and the last that something is written."""
+    """Fails the first of each operation on each file, and the last one that writes."""
     done: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         with_operations(patch, tmp_path / "counted", lambda operation, _: done.append(operation))
@@ -130,7 +130,7 @@ def test_every_operation_of_a_run_may_fail(whole: Path, tmp_path: Path, capsys: 
 def test_curves_that_cannot_be_drawn_are_a_warning(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any
 ) -> None:
-    """As under an ASCII locale, or where matplotlib cannot write its cache: the run finishes, and says so."""
+    """For example with an ASCII locale, or if matplotlib cannot write its cache. The run finishes."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise error
