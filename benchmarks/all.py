@@ -1,4 +1,4 @@
-"""All benchmarks, one after the other, each with its own results: python benchmarks/all.py (an hour on two cores)"""
+"""Runs all benchmarks, each with its own results: python benchmarks/all.py (an hour on two cores)"""
 
 import subprocess
 import sys

@@ -1,6 +1,6 @@
-"""What the benchmarks share: distrib's loop and another take turns in the same processes, block by block.
+"""Shared code of the benchmarks: distrib's loop and another alternate in the same processes, block by block.
 
-So a slow moment of the machine meets both; what counts is the median of the ratios of neighbouring blocks.
+A slow moment of the machine then affects both. The result is the median of the ratios of neighbouring blocks.
 """
 
 import copy
@@ -34,7 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 class Loop(Protocol):
-    """The loop that distrib's is compared with, over a copy of the same model."""
+    """The loop that distrib is compared with, over a copy of the same model."""
 
     loss: torch.Tensor  # of the last step on this rank
 
@@ -43,7 +43,7 @@ class Loop(Protocol):
 
 
 class AlternatingTrainer(Trainer):
-    """A Trainer which, between blocks of its steps, lets the other loop run: what is timed is Trainer's own loop."""
+    """A Trainer that runs the other loop between blocks of its own steps. So Trainer's real loop is timed."""
 
     blocks_timed: int  # of each loop; one of each goes before and is not counted
     steps_a_block: int
@@ -80,7 +80,7 @@ class AlternatingTrainer(Trainer):
         self.milliseconds[loop].append((time.perf_counter() - started) * 1000 / self.steps_a_block)
 
     def finish_member(self, folder: Path) -> None:
-        """After `fit`: check that both learned, and leave folder/result.json on rank 0."""
+        """After `fit`: check that both loops have learned, and write folder/result.json on rank 0."""
         for loop, losses in self.losses.items():
             if not (all(map(math.isfinite, losses)) and losses[-1] < self.learned):
                 raise RuntimeError(f"{loop} does not learn, so its time says nothing: losses {losses}")
@@ -96,7 +96,7 @@ class AlternatingTrainer(Trainer):
 
 
 def measure(script: str, processes: int, target: float, *arguments: str) -> dict[str, Any]:
-    """Start one case, `script --member FOLDER *arguments`, wait for it, and work out its ratios."""
+    """Start one case, `script --member FOLDER *arguments`, wait for it, and compute its ratios."""
     command = [sys.executable, "-m", "distrib", "launch", "--processes", str(processes), str(Path(script).resolve())]
     with tempfile.TemporaryDirectory() as folder:
         command += ["--member", folder, *arguments]
@@ -117,7 +117,7 @@ def measure(script: str, processes: int, target: float, *arguments: str) -> dict
 
 
 def write_results(name: str, title: str, what: str, column: str, plain: str, cases: dict[Any, dict[str, Any]]) -> None:
-    """benchmarks/results/DATE-name.json and .md; `cases` by what stands in the first column, called `column`."""
+    """Write benchmarks/results/DATE-name.json and .md. `cases`: results by the value of the first column, `column`."""
     versions = [case.pop("versions") for case in cases.values()].pop()
     rows = [
         f"| {column} | {plain}, ms a step | distrib, ms a step | distrib / {plain} (min to max) | target |",
@@ -136,7 +136,8 @@ def write_results(name: str, title: str, what: str, column: str, plain: str, cas
 def write_table(
     name: str, title: str, what: str, rows: list[str], figures: dict[str, Any], versions: dict[str, str]
 ) -> Path:
-    """benchmarks/results/DATE-name.json, with the figures, and .md, with the rows of a table; returns the former."""
+    """Write benchmarks/results/DATE-name.json with the figures, and .md with the rows of a table. Return the path of
+    the first."""
     result: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": _describe_machine(),
@@ -165,7 +166,7 @@ def write_table(
 
 @contextmanager
 def folder_on_disk() -> Iterator[Path]:
-    """A temporary folder in runs/, which git ignores: the system's folder for what is temporary may lie in memory."""
+    """Make a temporary folder in runs/, because the system's temporary folder may be in memory."""
     runs = Path.cwd() / "runs"
     runs.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runs) as folder:
@@ -176,7 +177,7 @@ _LOAD_BEFORE = round(os.getloadavg()[0], 2)
 
 
 def _describe_machine() -> dict[str, Any]:
-    """Cores, CPU, and how busy it was before we began."""
+    """Return cores, CPU, and the load before the benchmark started."""
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -184,6 +185,6 @@ def _describe_machine() -> dict[str, Any]:
 
 
 def _describe_commit() -> str:
-    """The commit that was measured; '-dirty' where tracked files differ from it."""
+    """Return the measured commit, with '-dirty' if tracked files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"

@@ -1,4 +1,4 @@
-"""What `train.determinism: bitwise` costs: its time a step against ddp's, in the same processes.
+"""Measures what `train.determinism: bitwise` costs: the time of a step relative to ddp, in the same processes.
 
 python benchmarks/bitwise.py    measure, write results/DATE-bitwise.json and .md
 """
@@ -27,7 +27,7 @@ BLOCKS, STEPS = 11, 8
 
 
 class Bytes(Task):
-    """Predict the next byte of Python's own library: a transformer of 3.3 million parameters."""
+    """Predicts the next byte of Python's library with a transformer of 3.3 million parameters."""
 
     def train_dataset(self) -> TensorDataset:
         folder = Path(sysconfig.get_paths()["stdlib"])

@@ -1,4 +1,4 @@
-"""What `train.compile` gains: a compiled step's time against the same step's uncompiled, in the same processes.
+"""Measures what `train.compile` gains: the time of a step relative to uncompiled, in the same processes.
 
 python benchmarks/compiling.py    measure, write results/DATE-compiling.json and .md
 """

@@ -1,4 +1,4 @@
-"""What distrib's imports take of a rank's start and memory, beside torch's: python benchmarks/imports.py"""
+"""Measures time and memory of distrib's imports, compared with torch's: python benchmarks/imports.py"""
 
 import functools
 import importlib
@@ -14,8 +14,8 @@ OURS = ("psutil", "yaml", "pydantic.main", "distrib.config", "accelerate", "rich
 
 @functools.cache  # the same for each case of peers.py
 def measured() -> dict[str, tuple[float, float]]:
-    """Of each of OURS the seconds and the MB of memory that it takes to import after those before it; in a process of
-    its own, the second of two, so that all is compiled."""
+    """Measure the seconds and the MB of memory that each of OURS takes to import after those before it. It runs in the
+    second of two new processes, so that all modules are compiled."""
     command = [sys.executable, __file__, "--member"]
     for _ in range(2):
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)

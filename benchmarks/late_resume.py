@@ -1,5 +1,5 @@
-"""The time from a process's start to its first step: resumed at the millionth step of a dataset of a billion samples,
-against a fresh start. See README.md.
+"""Measures the time from the launcher's start to the first step of a run that resumes at the millionth step of a
+dataset of a billion samples, compared with a fresh start. See README.md.
 
 python benchmarks/late_resume.py   measure, write results/DATE-late-resume.json and .md
 """
@@ -35,7 +35,7 @@ _STARTED = "DISTRIB_BENCHMARK_STARTED"
 
 
 class Synthetic(Dataset[Any]):
-    """A billion samples, each computed from its number."""
+    """A billion samples, each computed from its index."""
 
     def __len__(self) -> int:
         return SAMPLES
@@ -71,7 +71,7 @@ def trainer(kind: type[Trainer], folder: str) -> Trainer:
 
 
 class Prepare(Trainer):
-    """Makes the run folder of a run that was stopped after its millionth step: a million lines in its ledger, and a
+    """Makes the run folder of a run that was stopped after its millionth step, with a million ledger lines and a
     checkpoint. Only the last step is computed."""
 
     def _windows(self, engine: Engine) -> Iterator[Window]:
@@ -81,7 +81,7 @@ class Prepare(Trainer):
 
 
 class Timed(Trainer):
-    """Ends after its first step, and says how long that took from the start of the launcher."""
+    """Ends after its first step, and prints the time since the launcher's start."""
 
     def _windows(self, engine: Engine) -> Iterator[Window]:
         windows = super()._windows(engine)
@@ -94,7 +94,7 @@ class Timed(Trainer):
 
 
 def launched(folder: Path, kind: str) -> tuple[int, float]:
-    """The step that was made, and after how many seconds."""
+    """Return the step that was made, and after how many seconds."""
     command = [sys.executable, "-m", "distrib", "launch", "--processes", str(PROCESSES), __file__, kind, str(folder)]
     environment = {**os.environ, _STARTED: str(time.time())}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)

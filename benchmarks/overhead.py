@@ -1,7 +1,7 @@
-"""The time a step takes: distrib against the DDP loop of the PyTorch tutorial, see README.md.
+"""Measures the time of distrib's step relative to the DDP loop of the PyTorch tutorial, see README.md.
 
 python benchmarks/overhead.py             measure with 1 and with 2 processes, write results/DATE-overhead.json and .md
-python benchmarks/overhead.py --profile   say instead where distrib's steps spend their time
+python benchmarks/overhead.py --profile   print where distrib's steps spend their time
 """
 
 import argparse
@@ -18,7 +18,7 @@ from distrib import Config
 from distrib.processes.world import World
 from distrib.task import load_task
 
-TARGETS = {1: 0.90, 2: 1.00}  # distrib's time a step by the plain loop's, at most, for each number of processes
+TARGETS = {1: 0.90, 2: 1.00}  # by number of processes: the largest ratio of distrib's step time to the plain loop's
 GLOBAL_BATCH_SIZE = 64
 BLOCKS = 15
 EPOCHS = 5  # of the plain loop, a block
@@ -55,7 +55,7 @@ class OverheadTrainer(AlternatingTrainer):
 
 
 def run_member(folder: Path, profiled: bool) -> None:
-    """One process of one case."""
+    """Run one process of one case."""
     config = Config.from_dict(
         {
             "name": "overhead",

@@ -1,8 +1,8 @@
-"""distrib against what a user would take instead, see README.md.
+"""Compares distrib with what a user would take instead, see README.md.
 
-python benchmarks/peers.py                  all of it, half an hour; writes results/DATE-peers.json, .md and .png
-python benchmarks/peers.py --only "gpt 2"   one workload on so many processes, printed
-python benchmarks/peers.py --only "gpt 2" --profile   says instead where its steps spend their time
+python benchmarks/peers.py                  everything, half an hour; writes results/DATE-peers.json, .md and .png
+python benchmarks/peers.py --only "gpt 2"   print one workload on 2 processes
+python benchmarks/peers.py --only "gpt 2" --profile   print where its steps spend their time
 """
 
 import argparse
@@ -30,7 +30,7 @@ from alternating import write_table  # noqa: E402
 from turns import ADDRESS, CHECKED, PROFILE, Length  # noqa: E402
 
 PLAIN, OURS = "plain DDP loop", "distrib"
-KNOWN = {  # by name: the module of contenders/, and the package that it is about
+KNOWN = {  # name -> module of contenders/, and its package
     PLAIN: ("plain", "torch"),
     OURS: ("with_distrib", "distrib"),
     "accelerate": ("with_accelerate", "accelerate"),
@@ -38,27 +38,27 @@ KNOWN = {  # by name: the module of contenders/, and the package that it is abou
     "transformers": ("with_transformers", "transformers"),
 }
 CONTENDERS = {name: known for name, known in KNOWN.items() if find_spec(known[1]) is not None}
-CASES = {  # a workload on so many processes, and what it is run for
+CASES = {  # (workload, processes) -> length
     "gpt 2": Length(8, 4),
     "digits 2": Length(16, 200),
     "digits 1": Length(16, 400),
     "gpt 1": Length(8, 4),
 }
-SESSIONS = 5  # in each of which all are started anew
-TOLERANCE = 1e-3  # of losses, relative: sums of 32-bit numbers in another order, in CHECKED steps of AdamW
+SESSIONS = 5  # each starts all contenders again
+TOLERANCE = 1e-3  # relative, of losses after CHECKED steps of AdamW whose fp32 sums have different orders
 _TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
 @dataclass
 class Running:
-    """A contender's processes, each at the other end of a connection, in rank order."""
+    """A contender's processes, each with a connection to it, in rank order."""
 
     launcher: subprocess.Popen[bytes]
     ranks: list[Connection]
     started: float
 
     def answers(self) -> list[Any]:
-        """What each rank has to say where it waits next."""
+        """Return what each rank reports when it next waits."""
         return [rank.recv() for rank in self.ranks]
 
     def go(self) -> None:
@@ -74,9 +74,11 @@ class Running:
 def running(
     contender: str, processes: int, script: str, *arguments: Any, folder: Path, **more: str
 ) -> Iterator[Running]:
-    """From its start to its end, with exit code 0; `answers` first gives what each rank says of its first step.
+    """Run a contender's processes until they exit with code 0. `answers` first returns each rank's report of its first
+    step.
 
-    `contender` is its module. A rank is `contenders/SCRIPT CONTENDER *arguments FOLDER`; `more` is for its environment.
+    `contender` is its module. A rank runs `contenders/SCRIPT CONTENDER *arguments FOLDER`. `more`: environment
+    variables.
     """
     with Listener(family="AF_UNIX") as listener:
         launcher = ["distrib", "launch", "--processes"] if contender == KNOWN[OURS][0] else _TORCHRUN
@@ -104,7 +106,7 @@ def running(
 
 @contextmanager
 def contending(name: str, case: str, **more: str) -> Iterator[Running]:
-    """A contender that takes its turns in a case."""
+    """Run a contender that takes turns in a case."""
     workload, processes = case.split()
     of_workload = (workload, CASES[case].blocks, CASES[case].steps)
     with (
@@ -115,7 +117,8 @@ def contending(name: str, case: str, **more: str) -> Iterator[Running]:
 
 
 def session(case: str) -> dict[str, dict[str, list[float]]]:
-    """All contenders are started, one after the other, take turns in steps, and evaluate; by name what was measured."""
+    """Start all contenders one after the other, let them take turns in steps, and evaluate. Return the measurements by
+    name."""
     with ExitStack() as stack:
         contenders: dict[str, Running] = {}
         found: dict[str, dict[str, list[float]]] = {}
@@ -139,7 +142,7 @@ def session(case: str) -> dict[str, dict[str, list[float]]]:
 
 
 def profile(case: str) -> list[str]:
-    """Where the steps of the plain loop and of distrib spend their time, each run by itself."""
+    """Profile the steps of the plain loop and of distrib, each in a run of its own."""
     length, rows = CASES[case], []
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/profile"
@@ -158,7 +161,7 @@ def _mean(ranks: list[list[float]]) -> list[float]:
 
 
 def _require_same(losses: dict[str, list[float]]) -> None:
-    """Who computes something else, or does not learn, is not compared."""
+    """Raise if a contender computes something else or does not learn."""
     for name, found in losses.items():
         off = max(abs(one - other) / other for one, other in zip(found, losses[PLAIN], strict=True))
         if len(found) != CHECKED or off > TOLERANCE or found[-1] >= found[0]:
@@ -166,7 +169,7 @@ def _require_same(losses: dict[str, list[float]]) -> None:
 
 
 def summary(sessions: list[dict[str, dict[str, list[float]]]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """For each figure and contender the median, and that of its ratio to the plain loop's turn just before."""
+    """Return the median of each figure and contender, and the median of its ratio to the plain loop's previous turn."""
     result: dict[str, dict[str, dict[str, Any]]] = {}
     for figure in sessions[0][PLAIN]:
         values = {name: [v for one in sessions for v in one[name][figure]] for name in CONTENDERS}
@@ -178,7 +181,7 @@ def summary(sessions: list[dict[str, dict[str, list[float]]]]) -> dict[str, dict
 
 
 def verdicts(case: str, figures: dict[str, dict[str, dict[str, Any]]]) -> list[tuple[str, float, float]]:
-    """The targets of this case, that of steps first: what, the figure, and what it may be at most."""
+    """Return the targets of this case, steps first: what, the figure, and its upper limit."""
     steps, starts, memory = (figures[key] for key in ("step ms", "start-up s", "memory MB"))
     peers = [name for name in CONTENDERS if name != OURS]
     best = min(peers, key=lambda name: steps[name]["ratio"])
@@ -197,7 +200,7 @@ def verdicts(case: str, figures: dict[str, dict[str, dict[str, Any]]]) -> list[t
 
 
 def table(case: str, figures: dict[str, dict[str, dict[str, Any]]], explain: bool) -> list[str]:
-    """Return the rows of a case; to `explain` is to add, if a target is missed, what says why."""
+    """Return the rows of a case. `explain` adds the reasons if a target is missed."""
     workload, processes = case.split()
     rows = [
         f"\n## {workload}, {processes} process(es)\n",
@@ -221,7 +224,7 @@ def table(case: str, figures: dict[str, dict[str, dict[str, Any]]], explain: boo
 
 
 def plot(cases: dict[str, dict[str, dict[str, dict[str, Any]]]], path: Path) -> None:
-    """A step's time by the plain loop's, each turn a dot, the median a bar."""
+    """Plot step times relative to the plain loop: a dot for each turn, a bar for the median."""
     ratios: dict[str, dict[str, list[float]]] = {}
     for case, figures in cases.items():
         steps = {name: found["all"] for name, found in figures["step ms"].items()}
@@ -235,7 +238,7 @@ def plot(cases: dict[str, dict[str, dict[str, dict[str, Any]]]], path: Path) -> 
 
 
 def bars(values: dict[str, dict[str, list[float]]]) -> Any:
-    """A figure with, for each title, a bar a contender, at the median of its values, each of which is a dot."""
+    """Return a figure with a bar for each title and contender, at the median of its values, which are dots."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3 * len(values), 4), layout="constrained")
@@ -279,7 +282,7 @@ def main() -> None:
         rows += table(case, cases[case], explain=not arguments.small)
         if arguments.only:
             print("\n".join(rows))
-        else:  # after each: it is a long time until all are done
+        else:  # after each case, because all take a long time
             path = write_table("peers", "Side by side with the peers", what, rows, {"cases": cases}, versions)
             plot(cases, path.with_suffix(".png"))
 

@@ -1,4 +1,4 @@
-"""Where steps spend their time, as a table."""
+"""Profiles of steps as a table."""
 
 import cProfile
 import pstats
@@ -8,8 +8,8 @@ TOP = 15  # functions
 
 
 def table(profile: cProfile.Profile | str, steps: int, title: str) -> list[str]:
-    """The functions that took most of these steps, by their own time; `profile`, or the file that it was left in. The
-    profiler makes Python look slower than C."""
+    """Return the functions that took the most time of these steps. `profile`: a profile or its file. The profiler makes
+    Python look slower than C."""
     stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     rows = ["", f"| {title}, own us a step | with inner | calls | |", "|--:|--:|--:|---|"]
     by_own = sorted(stats.items(), key=lambda item: item[1][2], reverse=True)

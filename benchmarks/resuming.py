@@ -1,4 +1,4 @@
-"""Saving and resuming, side by side with the peers, see README.md.
+"""Compares saving and resuming with the peers, see README.md.
 
 python benchmarks/resuming.py               all of it, in 15 minutes; writes results/DATE-resuming.json, .md and .png
 python benchmarks/resuming.py --only late   one case, printed
@@ -26,14 +26,14 @@ MODULES = {name: module for name, (module, _) in CONTENDERS.items()}
 if "Lightning" in MODULES:
     MODULES["Lightning, stateful"] = "with_lightning_stateful"
 PROCESSES = 2
-ROUNDS = {"large": 5, "late": 3}  # a start of the plain loop's takes most of a minute in the latter
+ROUNDS = {"large": 5, "late": 3}  # in the case "late", a start of the plain loop takes most of a minute
 RIGHT, AGAIN, ELSEWHERE = "right", "began its epoch again", "read samples that stand elsewhere in its order"
 Seconds = dict[str, dict[str, list[float]]]  # by figure and contender
 
 
 @dataclass
 class Uninterrupted:
-    """What the first step after a resume is held against; each step as its ranks made it."""
+    """The steps of an uninterrupted run, with which the first step after a resume is compared."""
 
     begun: list[Made]  # the first one
     made: list[Made]  # that after the last save
@@ -43,14 +43,14 @@ class Uninterrupted:
         return abs(loss - there) <= TOLERANCE * abs(there)
 
     def place_of(self, made: list[Made]) -> str:
-        """Where in its order the samples stand, in words."""
+        """Describe where the samples are in the contender's order."""
         read, right, first = ([rank.samples for rank in step] for step in (made, self.made, self.begun))
         return RIGHT if read == right else AGAIN if read == first else ELSEWHERE
 
 
 def saved(workload: str, saves: int, step: int, folder: Path, seconds: Seconds) -> dict[str, Uninterrupted]:
-    """All contenders are started, one after the other, and take turns in saving; then each makes one step more, with
-    the samples of `step`, where that is not 0."""
+    """Start all contenders one after the other, and let them take turns in saving. Each then makes one more step; if
+    `step` is not 0, with the samples of that step."""
     steps = {}
     with ExitStack() as stack:
         contenders = {}
@@ -71,7 +71,7 @@ def saved(workload: str, saves: int, step: int, folder: Path, seconds: Seconds) 
 
 
 def started(name: str, workload: str, resumed: bool, folder: Path) -> tuple[float, list[Made]]:
-    """From the launcher's start to the end of the first step: seconds, and that step."""
+    """Return the seconds from the launcher's start to the end of the first step, and that step."""
     with running(MODULES[name], PROCESSES, "saving_member.py", workload, 0, 0, int(resumed), folder=folder) as one:
         made = one.answers()
         one.go()
@@ -79,7 +79,7 @@ def started(name: str, workload: str, resumed: bool, folder: Path) -> tuple[floa
 
 
 def measure(case: str, workload: str, rounds: int) -> dict[str, Any]:
-    """The seconds, and of each contender whether its first step after a resume was the right one, in every round."""
+    """Return the seconds, and for each contender and round whether its first step after a resume was the right one."""
     late = case == "late"
     steps = len(Numbered(*WORKLOADS[workload]).train) // Numbered.global_batch_size
     step = steps * 9 // 10 // EVERY * EVERY if late else 0
@@ -112,7 +112,7 @@ def measure(case: str, workload: str, rounds: int) -> dict[str, Any]:
 
 
 def later(seconds: Seconds) -> dict[str, list[float]]:
-    """By contender, how much later a resumed start made its first step than the fresh one just before."""
+    """Return by contender how much later the first step was in a resumed start than in the fresh start before it."""
     pairs = {name: zip(seconds["fresh s"][name], own, strict=True) for name, own in seconds["resumed s"].items()}
     return {name: [resumed - fresh for fresh, resumed in of_both] for name, of_both in pairs.items()}
 
@@ -136,7 +136,7 @@ def table(case: str, result: dict[str, Any]) -> list[str]:
 
 
 def plot(cases: dict[str, dict[str, Any]], path: Path) -> None:
-    """Seconds, each save or start a dot, the median a bar."""
+    """Plot seconds: a dot for each save or start, a bar for the median."""
     waits = {"a save, large": cases["large"]["seconds"]["save s"]}
     figure = bars(waits | {f"resumed - fresh, {case}": later(result["seconds"]) for case, result in cases.items()})
     figure.axes[0].set_ylabel("seconds")

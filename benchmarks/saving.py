@@ -1,4 +1,4 @@
-"""How long training waits for a checkpoint, against a synchronous torch.save of the same state; and a resume's time.
+"""Measures how long training waits for a checkpoint, relative to a synchronous torch.save, and how long a resume takes.
 
 python benchmarks/saving.py                 measure, write results/DATE-saving.json and .md
 python benchmarks/saving.py --millions 10   a smaller model
@@ -25,7 +25,7 @@ NOTHING_ELSE: dict[str, Any] = {"chain": "", "applied": 0, "loss_scale": None, "
 
 
 def state_of(millions: int) -> dict[str, torch.Tensor]:
-    """Parameters and Adam's two moments."""
+    """Return parameters and Adam's two moments."""
     model = nn.Sequential(*(nn.Linear(1000, 1000, bias=False) for _ in range(millions)))
     named = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
     kinds = ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")
@@ -33,7 +33,7 @@ def state_of(millions: int) -> dict[str, torch.Tensor]:
 
 
 def load_plainly(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """As load_state_dict does."""
+    """Load as load_state_dict does."""
     for name, tensor in torch.load(path, weights_only=True).items():
         state[name].copy_(tensor)
 

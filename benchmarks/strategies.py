@@ -1,7 +1,7 @@
-"""The time a step takes under each strategy: distrib against the shortest loop that drives the same library directly.
+"""Measures a step's time under each strategy, relative to the shortest loop that uses the same library directly.
 
 python benchmarks/strategies.py                 measure all, write results/DATE-strategies.json and .md
-python benchmarks/strategies.py --only zero3    say what one takes
+python benchmarks/strategies.py --only zero3    print the time of one
 """
 
 import argparse
@@ -22,7 +22,7 @@ from distrib.processes.world import World
 from distrib.tasks.digits import Digits
 
 PROCESSES = 2
-TARGET = 1.03  # distrib's time a step by the direct loop's, at most
+TARGET = 1.03  # the largest ratio of distrib's step time to the direct loop's
 STRATEGIES = ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2")
 GLOBAL_BATCH_SIZE = 64
 MAX_GRAD_NORM = 1.0
@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 class Deep(Digits):
-    """The digits, with 2.1 million parameters in eight blocks."""
+    """Classifies digits with 2.1 million parameters in eight blocks."""
 
     def model(self) -> nn.Module:
         blocks = nn.Sequential(*(Block() for _ in range(DEPTH)))
@@ -51,7 +51,7 @@ class Deep(Digits):
 
 
 class Direct:
-    """What the loops have in common; each strategy says how it wraps, and how it updates."""
+    """Base class of the loops. A subclass for each strategy wraps the model and updates."""
 
     def __init__(self, module: nn.Module, dataset: Any, world: World) -> None:
         self.sampler = DistributedSampler(dataset, num_replicas=world.world_size, rank=world.rank)
@@ -95,7 +95,7 @@ class DirectZero(Direct):
     stage: int
 
     def wrap(self, module: nn.Module, world: World) -> None:
-        import deepspeed  # made ready for this machine by the engine that runs beside it
+        import deepspeed  # distrib's engine in this process has configured it for this machine
 
         optimizer = torch.optim.AdamW(module.parameters(), fused=True)
         config = {
@@ -123,7 +123,7 @@ class StrategiesTrainer(AlternatingTrainer):
 
 
 def run_member(folder: Path, strategy: str) -> None:
-    """One process of one case."""
+    """Run one process of one case."""
     config = Config.from_dict(
         {
             "name": "strategies",

@@ -1,4 +1,4 @@
-"""What wandb costs a step: blocks in which its processes run against blocks in which they are stopped.
+"""Measures what wandb costs a step: blocks in which its processes run, relative to blocks in which they are stopped.
 
 python benchmarks/tracking.py   measure with 1 and with 2 processes, write results/DATE-tracking.json and .md
 """
@@ -32,7 +32,7 @@ BATCH, WIDTH, DEPTH = 32, 512, 9  # about 10 ms a step on one core
 
 
 class Busy(Task):
-    """Matrix products; learns to sum."""
+    """Multiplies matrices, and learns to sum."""
 
     def train_dataset(self) -> TensorDataset:
         inputs = torch.randn(1024, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -50,8 +50,8 @@ class TrackingTrainer(AlternatingTrainer):
     blocks_timed, steps_a_block, learned = BLOCKS, STEPS, 0.5
 
     def _windows(self, engine: Engine) -> Iterator[Window]:
-        """`plain` blocks are distrib's too, with the tracking process and wandb's stopped; before the next block they
-        have time to catch up."""
+        """Yield windows. `plain` blocks are distrib's too, but with the tracking processes stopped; these then get time
+        to catch up."""
         self.milliseconds = {"plain": [], "distrib": []}
         self.losses = {"plain": [], "distrib": []}
         windows = Trainer._windows(self, engine)
@@ -78,7 +78,7 @@ class TrackingTrainer(AlternatingTrainer):
 
 
 def run_member(folder: Path) -> None:
-    """One process of one case."""
+    """Run one process of one case."""
     config = Config.from_dict(
         {
             "data": {"global_batch_size": BATCH * World.detect().world_size, "micro_batch_size": BATCH},

@@ -1,4 +1,4 @@
-"""One process of a contender, as peers.py starts it: member.py CONTENDER WORKLOAD BLOCKS STEPS FOLDER"""
+"""One process of a contender, started by peers.py: member.py CONTENDER WORKLOAD BLOCKS STEPS FOLDER"""
 
 import sys
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The workloads of resuming.py: a regression on samples that are computed from their numbers."""
+"""The workloads of resuming.py: a regression on samples that are computed from their indices."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ _FREQUENCIES = torch.arange(1.0, FEATURES + 2) * 0.618  # the last is the target
 
 
 class Numbers(Dataset[tuple[int, Tensor]]):
-    """A sample's number, and its features and target, computed from that: however many they are, none is stored."""
+    """Samples (index, features, target), computed from the index, so that no number of them takes memory."""
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -1,6 +1,7 @@
 """The DDP loop of the PyTorch tutorial: pytorch.org/tutorials/beginner/ddp_series_multigpu.html
 
-With a snapshot as in the one after it, ddp_series_fault_tolerance.html, which also has the optimizer and the step.
+It saves snapshots as in the next tutorial, ddp_series_fault_tolerance.html, with the optimizer and the step in
+addition.
 """
 
 from itertools import islice
@@ -92,6 +93,6 @@ def save(work: Numbered, part: Part) -> None:
 
 
 def renumber(folder: Path, step: int) -> None:
-    """Has the checkpoint say that it was made after `step` steps."""
+    """Change a checkpoint so that it claims to be made after `step` steps."""
     snapshot = torch.load(folder / "snapshot.pt")
     torch.save({**snapshot, "step": step}, folder / "snapshot.pt")

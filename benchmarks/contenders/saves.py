@@ -1,4 +1,4 @@
-"""A contender's side of resuming.py: it says what its steps came to, saves when it is its turn, and ends."""
+"""A contender's side of resuming.py: it reports its steps, saves when it is its turn, and ends."""
 
 import os
 import time
@@ -17,7 +17,7 @@ EVERY = 2  # steps to a save
 
 @dataclass(frozen=True)
 class Part:
-    """What a process is started for."""
+    """What a process has to do."""
 
     folder: Path  # of this contender's run, with its checkpoints
     saves: int
@@ -26,7 +26,7 @@ class Part:
 
 
 class Made(NamedTuple):
-    """A step, as a rank saw it."""
+    """A step, as one rank saw it."""
 
     at: float  # when it ended
     loss: float  # of this rank's part of the batch
@@ -34,9 +34,9 @@ class Made(NamedTuple):
 
 
 class Saves(Line):
-    """Says the first step, makes so many saves, each when it is our turn, then one more step, which it says too.
+    """Reports the first step, makes a number of saves, each in its turn, then reports one more step.
 
-    After that it ends the process: how a contender ends is not measured.
+    It then ends the process, because a contender's shutdown is not measured.
     """
 
     begun = False  # a step was made in this process
@@ -48,7 +48,7 @@ class Saves(Line):
         self._asked = 0.0
 
     def stepped(self) -> None:
-        """To be called after each step."""
+        """Call this after each step."""
         Saves.begun = True
         self._steps += 1
         (loss, samples), self._work.latest = self._work.latest, None
@@ -63,13 +63,13 @@ class Saves(Line):
         return self._steps % EVERY == 0
 
     def asked(self) -> None:
-        """To be called where a save begins."""
+        """Call this when a save begins."""
         self._asked = time.perf_counter()
 
     def saved(self, complete: Callable[[], Any] = lambda: None) -> None:
-        """To be called where the next step could begin; `complete` waits for what goes on in the background.
+        """Call this when the next step could begin. `complete` waits for work in the background.
 
-        Says after how long that was, and after how long the checkpoint had reached the disk.
+        Reports how long the save took until then, and until the checkpoint was on disk.
         """
         stall = time.perf_counter() - self._asked
         complete()
@@ -81,9 +81,9 @@ class Saves(Line):
 
 
 def skip_reading(step: int) -> None:
-    """From here on, the batch that a DataLoader reads after a save is that of `step`: its own sampler is gone through
-    until there, but nothing is read. So one sees what an uninterrupted run would read at that step. What is read before
-    the first step, to look at the data, is left alone."""
+    """Make the batch that a DataLoader reads after a save that of `step`. Its sampler is iterated up to there, but
+    nothing is read. This gives what an uninterrupted run would read at that step. Reads before the first step, to
+    look at the data, are unchanged."""
     plainly = _BaseDataLoaderIter._next_index
 
     def next_index(loader: Any) -> Any:

@@ -1,6 +1,6 @@
-"""One process of a contender, as resuming.py starts it: saving_member.py CONTENDER WORKLOAD SAVES STEP RESUMED FOLDER
+"""One process of a contender, started by resuming.py: saving_member.py CONTENDER WORKLOAD SAVES STEP RESUMED FOLDER
 
-It makes so many saves, and the step after them reads what step STEP does, where that is not 0; RESUMED is 1 or 0.
+It makes SAVES saves. If STEP is not 0, the step after them reads the samples of step STEP. RESUMED is 1 or 0.
 """
 
 import sys

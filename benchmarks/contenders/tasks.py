@@ -1,4 +1,4 @@
-"""The workloads of peers.py, which are tasks of distrib's: `digits` and `gpt`."""
+"""The workloads of peers.py as distrib tasks: `digits` and `gpt`."""
 
 from functools import cached_property
 from typing import Any
@@ -24,7 +24,8 @@ class TaskWorkload(Workload):
 
     @cached_property
     def train(self) -> TensorDataset:
-        """In the order in which distrib reads its first epoch, so that the others, unshuffled, read the same."""
+        """Return the samples in the order in which distrib reads its first epoch, so that contenders without shuffling
+        read the same."""
         dataset = self.task.train_dataset()
         order = sample_indices(np.arange(len(dataset), dtype=np.uint64), len(dataset), SEED)
         chosen = torch.from_numpy(order.astype(np.int64))
@@ -39,7 +40,7 @@ class TaskWorkload(Workload):
 
 
 class DigitsWorkload(TaskWorkload):
-    """What a step costs beside its arithmetic."""
+    """Measures the overhead of a step."""
 
     global_batch_size, max_grad_norm = 64, None
 
@@ -54,8 +55,8 @@ class DigitsWorkload(TaskWorkload):
 
 
 class Text(LanguageModel):
-    """Windows of Python's own source, in memory, without separators: each counts equally many bytes, so that also
-    those who take means of means compute the loss that is meant."""
+    """Windows of the source of Python's library, in memory and without separators. Each has the same number of bytes,
+    so a mean of means is the right loss."""
 
     def __init__(self) -> None:
         super().__init__(context_length=CONTEXT_LENGTH)
@@ -88,7 +89,7 @@ def _windows(windows: Windows, number: int) -> Tensor:
 
 
 class TextWorkload(TaskWorkload):
-    """Throughput."""
+    """Measures throughput."""
 
     global_batch_size, max_grad_norm = 16, 1.0
 

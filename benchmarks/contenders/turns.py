@@ -1,6 +1,6 @@
-"""A contender's side of the benchmark: it makes its steps when it is its turn, and says how long they took.
+"""A contender's side of peers.py: it makes its steps when it is its turn, and reports how long they took.
 
-All contenders are running at once; all but one wait, block by block. So a slow moment of the machine meets them all.
+All contenders run at once, and all but one wait, block by block. So a slow moment of the machine affects them all.
 """
 
 import cProfile
@@ -26,7 +26,7 @@ class Length:
 
     @property
     def lead(self) -> int:
-        """Steps of each block that are not counted: they find caches that another one filled."""
+        """Uncounted steps at the start of each block, because the caches hold another contender's data."""
         return max(2, self.steps // 20)
 
     @property
@@ -35,14 +35,14 @@ class Length:
 
 
 class Line:
-    """One a rank. The other end, in peers.py, gives all ranks their turn at once."""
+    """A rank's connection to peers.py, which gives all ranks of a contender their turn at once."""
 
     def __init__(self, rank: int) -> None:
         self._connection = Client(os.environ[ADDRESS])
         self._connection.send(rank)
 
     def wait(self, value: Any) -> None:
-        """Say `value`, until it is our turn."""
+        """Send `value`, and wait for our turn."""
         self._connection.send(value)
         self._connection.recv()
 
@@ -58,7 +58,7 @@ class Turns(Line):
         self._is_rank_0 = rank == 0
 
     def stepped(self, loss: Callable[[], float]) -> None:
-        """To be called after each step; `loss` gives that of this rank's part of the batch."""
+        """Call this after each step. `loss` returns the loss of this rank's part of the batch."""
         self._steps += 1
         place = (self._steps - CHECKED) % (self.length.lead + self.length.steps)
         if self._steps <= CHECKED:
@@ -79,7 +79,7 @@ class Turns(Line):
         return self._steps >= self.length.total
 
     def finish(self, evaluate: Callable[[], float]) -> None:
-        """After the last step: the most memory that was held, and the time and result of evaluating the whole set."""
+        """Report the peak memory after the last step, and time and result of evaluating the whole set."""
         if self._profile is not None:
             self._profile.disable()
             if self._is_rank_0:

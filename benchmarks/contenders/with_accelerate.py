@@ -1,6 +1,6 @@
 """accelerate's idiomatic loop: huggingface.co/docs/accelerate/basic_tutorials/migration
 
-Saving and resuming is that of its examples/by_feature/checkpointing.py.
+It saves and resumes as in accelerate's examples/by_feature/checkpointing.py.
 """
 
 from pathlib import Path
@@ -85,5 +85,5 @@ def save(work: Numbered, part: Part) -> None:
 
 
 def renumber(folder: Path, step: int) -> None:
-    """Has the checkpoint say that it was made after `step` steps."""
+    """Change a checkpoint so that it claims to be made after `step` steps."""
     next(folder.glob("step_*")).rename(folder / f"step_{step}")

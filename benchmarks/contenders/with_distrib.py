@@ -1,4 +1,4 @@
-"""distrib's own Trainer, with all that a user's run has: ledger, progress, agreement, checkpoint."""
+"""distrib's own Trainer with everything that a user's run has: ledger, progress, checks between ranks, checkpoints."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -30,7 +30,7 @@ class Timed(Trainer):
             yield window
 
     def _loss(self) -> float:
-        """Of the last step, on all ranks; read before the next, which only the checked steps do."""
+        """Return the last step's loss on all ranks. Only the checked steps read it, before the next step."""
         self.step_log.flush()
         return self.run_log.metrics["train/loss"]
 
@@ -81,7 +81,7 @@ class Regression(Task):
 
 
 def note_steps(trainer: Trainer, engine: Engine, windows: Iterator[Window]) -> None:
-    """Leave the lines of these steps in the ledger, as if they had been made."""
+    """Write ledger lines for these steps, as if they had been made."""
     for window in windows:
         sums = [1.0, 0.0, 64.0, 0.0, 0.0, *[float(window.step % 4096)] * 6]
         trainer.step_log.submit(window.step, PendingStep(sums, 1.0, 0.001, None), engine.clock.seconds())
@@ -89,7 +89,7 @@ def note_steps(trainer: Trainer, engine: Engine, windows: Iterator[Window]) -> N
 
 
 class Saving(Trainer):
-    """Its saves go on in the background, which is waited for, so that it disturbs nobody."""
+    """Saves in the background, and waits for it, so that it does not disturb other contenders."""
 
     saves: Saves
     passed = 0  # steps that nobody makes, which come first

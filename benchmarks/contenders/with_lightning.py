@@ -1,4 +1,4 @@
-"""A LightningModule under Trainer, with what takes time beside training switched off: lightning.ai/docs"""
+"""A LightningModule under Trainer, without its work besides training: lightning.ai/docs"""
 
 import logging
 import warnings
@@ -106,7 +106,7 @@ def fit(work: Numbered, part: Part, loader: DataLoader) -> None:
 
 
 def renumber(folder: Path, step: int) -> None:
-    """Has the checkpoint say that it was made after `step` steps."""
+    """Change a checkpoint so that it claims to be made after `step` steps."""
     checkpoint = torch.load(folder / "last.ckpt")
     further = step - checkpoint["global_step"]
     loops = checkpoint["loops"]["fit_loop"]

@@ -1,6 +1,6 @@
-"""Lightning with a loader that has a state, which it asks for where a run is gone on with in the midst of an epoch.
+"""Lightning with torchdata's stateful loader, whose state Lightning restores if a run resumes within an epoch.
 
-The sampler, too, is torchdata's: in place of `shuffle=True` Lightning puts one whose order is another after a resume.
+The sampler is torchdata's too, because Lightning replaces `shuffle=True` by a sampler whose order changes on resume.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ def save(work: Numbered, part: Part) -> None:
 
 
 def renumber(folder: Path, step: int) -> None:
-    """Has the checkpoint say that it was made after `step` steps."""
+    """Change a checkpoint so that it claims to be made after `step` steps."""
     renumber_loops(folder, step)
     checkpoint = torch.load(folder / "last.ckpt")
     for state in checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]:

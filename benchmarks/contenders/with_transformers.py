@@ -1,4 +1,4 @@
-"""transformers.Trainer, with what takes time beside training switched off: huggingface.co/docs/transformers/trainer"""
+"""transformers.Trainer, without its work besides training: huggingface.co/docs/transformers/trainer"""
 
 import json
 import warnings
@@ -16,7 +16,7 @@ from workload import LEARNING_RATE, WEIGHT_DECAY, Workload
 
 
 class WithLoss(nn.Module):
-    """As the models that Trainer knows: the loss is a part of the output."""
+    """Returns the loss as part of the output, as the models for transformers.Trainer do."""
 
     def __init__(self, work: Workload) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ def save(work: Numbered, part: Part) -> None:
 
 
 def renumber(folder: Path, step: int) -> None:
-    """Has the checkpoint say that it was made after `step` steps."""
+    """Change a checkpoint so that it claims to be made after `step` steps."""
     path = next(folder.glob("checkpoint-*")).rename(folder / f"checkpoint-{step}")
     state = json.loads((path / "trainer_state.json").read_text())
     (path / "trainer_state.json").write_text(json.dumps({**state, "global_step": step}))

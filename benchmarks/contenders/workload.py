@@ -1,4 +1,4 @@
-"""What all contenders run: the same model, data, batch, loss and optimizer, from the same initial weights."""
+"""The workload of all contenders: model, data, batch, loss and optimizer, with the same initial weights."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-2  # AdamW's own defaults
 
 
 class Workload:
-    """Imports torch alone: who starts is timed, and not all contenders need what distrib does."""
+    """This module imports only torch, because the start is timed, and not all contenders need distrib's imports."""
 
     train: Dataset[Any]
     global_batch_size: int
@@ -24,7 +24,7 @@ class Workload:
         raise NotImplementedError
 
     def loss(self, output: Tensor, batch: Any) -> Tensor:
-        """Mean over a batch."""
+        """Return the mean over a batch."""
         raise NotImplementedError
 
     def model(self) -> nn.Module:
@@ -32,5 +32,5 @@ class Workload:
         return self.network()
 
     def optimizer(self, parameters: Any) -> optim.Optimizer:
-        """As one writes it: how torch carries it out is its own choice."""
+        """Return the optimizer as users write it, with torch's default implementation."""
         return optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
