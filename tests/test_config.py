@@ -34,7 +34,7 @@ def test_the_configs_of_the_repository_are_valid_and_can_be_dumped(path: Path, t
     config = Config.load(path)
     (tmp_path / "again.yaml").write_text(config.dump())
     assert Config.load(tmp_path / "again.yaml") == config
-    assert yaml.safe_load(config.dump()) == config.model_dump(mode="json")  # other software reads it the same
+    assert yaml.safe_load(config.dump()) == config.model_dump(mode="json")  # other software reads the same values
 
 
 @given(

@@ -93,7 +93,7 @@ def test_any_argument_of_a_task(folder: Path, tree: Any) -> None:
 
 
 @given(NUMBERS, NUMBERS, NUMBERS, st.integers(1, 10**6), st.integers(1, 2**53), st.sampled_from(["steps", "epochs"]))
-@example(2**53 - 111, 2**26, 1, 1, 2**53, "steps")  # a prime: no size of a micro-batch is near
+@example(2**53 - 111, 2**26, 1, 1, 2**53, "steps")  # a prime, so no micro-batch size divides it
 @example(2**53, 1, 2**53, 1, 2**53, "epochs")
 def test_a_plan_of_any_numbers(batch: int, micro: int, length: int, world: int, samples: int, by: str) -> None:
     values = {"data": {"global_batch_size": batch, "micro_batch_size": micro}, "train": {by: length}}

@@ -85,7 +85,7 @@ def anchors(page: Path) -> set[str]:
 def test_files_that_a_page_names_exist(page: Path) -> None:
     """Paths with a folder in `code`, such as `training/loop.py`, relative to the root, distrib/ or the page's
     folder."""
-    if page.parent.name == "results":  # a measurement names the files of its time, and those of libraries
+    if page.parent.name == "results":  # results name files that existed at their time, and files of libraries
         return
     for name in re.findall(r"`((?:[\w-]+/)+[\w-]+\.(?:py|yaml|sbatch|html|js))`", _without_blocks(page)):
         places = [folder / name for folder in (ROOT, ROOT / "distrib", page.parent)]

@@ -26,7 +26,7 @@ class Hiding(PathFinder):
 sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
 """
 OPTIONAL = sorted(library for libraries in LIBRARIES.values() for library in libraries)
-DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # if they are called otherwise than their module
+DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # module -> distribution, if the names differ
 OWN_TASK = {
     "task": {"target": "tasks:Masked"},
     "data": {"global_batch_size": 8, "micro_batch_size": 4},
@@ -128,7 +128,7 @@ def test_the_extras_install_what_they_name() -> None:
     }
     for name, libraries in LIBRARIES.items():
         wanted = {DISTRIBUTIONS.get(library, library) for library in libraries}
-        assert extras[name] == wanted - {"tokenizers"}, name  # transformers brings it
+        assert extras[name] == wanted - {"tokenizers"}, name  # transformers depends on it
     assert extras["all"] == {f"distrib[{','.join(name for name in extras if name in LIBRARIES)}]"}
     assert "distrib[all]" in extras["dev"]
     pinned = {line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}

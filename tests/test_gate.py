@@ -127,7 +127,7 @@ def test_other_bytes_never_reach_the_store(gate: tuple[Gate, str, int], junk: by
             answer += part
         greeting = len(b"distrib rendezvous 1\n") + 32
         assert len(answer[:greeting]) == greeting
-        assert answer[greeting:] == (b"" if len(junk) < 68 else bytes(32))  # where it is long enough, the refusal
+        assert answer[greeting:] == (b"" if len(junk) < 68 else bytes(32))  # the refusal, if the bytes were enough
 
 
 def test_a_key_must_not_be_short() -> None:

@@ -21,7 +21,7 @@ def test_batch_sizes_and_steps_are_consistent(micro: int, accum: int, world: int
     plan = RunPlan.create(config(batch, micro, epochs=epochs), world, batch + extra)
     assert plan.grad_accum_steps * plan.micro_batch_size * world == batch
     assert plan.num_micro_batches == accum * world
-    # every sample of each epoch is read, and not a whole step more
+    # every sample of each epoch is read, with less than one step to spare
     assert 0 <= plan.num_steps * batch - epochs * (batch + extra) < batch
     assert plan.epoch(0) == 0
     assert plan.epoch(plan.num_steps - 1) == epochs - 1 if extra == 0 else plan.epoch(plan.num_steps - 1) <= epochs

@@ -148,7 +148,7 @@ def test_children_that_do_not_repeat_are_not_blocks() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.left, self.right = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))  # in no list
+            self.left, self.right = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))  # not in a list
 
     assert Task().blocks(Pair()) == []
     assert Task().blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU())) == []

@@ -25,7 +25,7 @@ def test_threads_share_the_cores() -> None:
     assert subprocess.run([sys.executable, "-c", one], capture_output=True, text=True, check=True).stdout == "1\n"
 
 
-# A step's tensors, made and freed four times: the pages that the kernel had to give for each.
+# Allocates and frees a step's tensors four times, and prints the number of page faults of each time.
 STEPS = """
 import resource, torch
 from distrib.processes.tuning import keep_freed_memory

@@ -40,7 +40,7 @@ def test_a_rank_of_each_launcher(more: dict[str, str], launcher: str) -> None:
         ),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {"strategy.name": "megatron_lm"}),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {"strategy.name": "fsdp1"}),
-        ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, {}),  # left from elsewhere: FSDP was not asked for
+        ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, {}),  # ignored, because FSDP is not enabled
     ],
 )
 def test_the_configuration_of_accelerate_launch_is_read(told: dict[str, str], asked: dict[str, str]) -> None:

@@ -134,7 +134,7 @@ class RunDir:
             self._refuse_another(config, None, None)
             if not self.has_begun() and self.read_config() != config:
                 raise RunDirError(
-                    f"{self.path}: holds the config of a run that has yet to begin, and it differs from this one; remove "
+                    f"{self.path}: holds the config of a run that has yet to begin, and it is another; remove "
                     "the folder if that run is not in a queue, or choose another folder with --run-dir"
                 )
 

@@ -24,7 +24,7 @@ def test_each_epoch_is_a_permutation(size: int, seed: int, epoch: int) -> None:
 
 @given(st.integers(12, 5000), SEEDS, st.integers(0, 10**6))
 def test_epochs_and_seeds_have_different_orders(size: int, seed: int, epoch: int) -> None:
-    # 12! permutations: two equal ones by chance would take more examples than are ever tried
+    # there are 12! permutations, so two equal ones by chance are practically impossible
     this = sample_indices(positions(epoch * size, size), size, seed).tolist()
     assert this != sample_indices(positions((epoch + 1) * size, size), size, seed).tolist()
     assert this != sample_indices(positions(epoch * size, size), size, seed + 1).tolist()

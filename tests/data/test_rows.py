@@ -17,7 +17,7 @@ from distrib.errors import ConfigError
 
 datasets = pytest.importorskip("datasets")
 
-# What csv readers are known to take for numbers, or for nothing.
+# Values that csv readers convert to numbers or to missing values.
 ROWS = [
     {"text": text, "label": number % 2} for number, text in enumerate(("one", "2023", "NA", "", 'a, "b"\nc', "7.0"))
 ]

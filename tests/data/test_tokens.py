@@ -62,7 +62,9 @@ def test_documents_are_split_by_content_and_windows_cover_them(documents: list[b
         filled = len(targets) - (len(tokens) - 1)
         assert 0 <= filled < length
         np.testing.assert_array_equal(targets, np.append(tokens[1:], [SEPARATOR] * filled))
-        np.testing.assert_array_equal(rows[1:, 0], rows[:-1, -1])  # and each predicts from what stands before it
+        np.testing.assert_array_equal(
+            rows[1:, 0], rows[:-1, -1]
+        )  # each window starts with the last token of the one before
         for window, row in zip(windows, rows, strict=True):  # one after the other
             np.testing.assert_array_equal(window, row)
 
@@ -106,7 +108,7 @@ def packs(queue: Any, gate: Any, files: list[Path]) -> None:
 def test_concurrent_processes_pack_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     files = write(tmp_path / "text", [os.urandom(1_000_000) for _ in range(10)])
     found = side_by_side(4, packs, files)
-    assert len(set(found)) == 1  # whole, for whoever was first to go on
+    assert len(set(found)) == 1  # every process found a complete folder
     assert capfd.readouterr().err.count("packing") == 1
 
 

@@ -45,7 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         },
     },
 }
-SCALARS = ("ddp", "zero0", "zero1", "zero2")  # the others cannot cut a scalar parameter
+SCALARS = ("ddp", "zero0", "zero1", "zero2")  # the others cannot shard a scalar parameter
 COMPRESSED = ("ddp", "zero0", "zero2", "zero3", "fsdp2")
 
 
@@ -64,7 +64,7 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         found.update(_hsdp_cases())
     for config in found.values():
         if config.get("strategy", {}).get("name") == "zero3":
-            # By default each engine keeps a bucket of 2 GB for good, and a process with 24 GB of them cannot fork.
+            # By default each engine keeps a bucket of 2 GB, and a process with 24 GB of them cannot fork.
             config["strategy"] = {
                 "deepspeed": {"zero_optimization": {"reduce_bucket_size": 10**6}},
                 **config["strategy"],

@@ -81,7 +81,7 @@ def killed(folder: Path, steps: int, moment: float, ranks: list[int]) -> None:
 def main() -> None:
     base, seeds = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
-    Trainer(Masked(), Config.from_dict(CONFIG), base / "not-begun")  # for what torch imports only then
+    Trainer(Masked(), Config.from_dict(CONFIG), base / "not-begun")  # to trigger torch's late imports
     assert wait(start(base / "undisturbed")) == [0] * RANKS
     expected = tensors(base / "undisturbed")
     places = []

@@ -79,7 +79,7 @@ def memory(world: World) -> dict[str, dict[str, int]]:
     found = {}
     for name in ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2", *(["hsdp"] if world.world_size == 4 else [])):
         strategy: dict[str, Any] = HSDP if name == "hsdp" else {"name": name}
-        if name in ("zero1", "zero2", "zero3"):  # or 2 GB of DeepSpeed's default bucket would outweigh the rest
+        if name in ("zero1", "zero2", "zero3"):  # otherwise DeepSpeed's default bucket of 2 GB would dominate
             strategy["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 100_000}}
         config = Config.from_dict({"train": {"steps": 2}, "strategy": strategy, "data": _data(world)})
         task = Large(blocks=3)
@@ -174,7 +174,7 @@ def live_bytes() -> int:
     """Return the bytes of all tensors that the garbage collector tracks."""
     gc.collect()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the collector meets deprecated objects
+        warnings.simplefilter("ignore")  # some objects warn that they are deprecated
         tensors = [o for o in gc.get_objects() if isinstance(o, Tensor)]
     return storage_bytes([local(tensor) for tensor in tensors])
 

@@ -29,7 +29,7 @@ class Masked(Task):
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(0, VOCABULARY, (self.samples, LENGTH), generator=generator)
         counted = torch.randint(0, LENGTH + 1, (self.samples, 1), generator=generator)
-        # Half of the targets are noise, so that no loss comes near 0, where fp32's relative error has no bound.
+        # Half of the targets are noise, so that no loss is near 0, where the relative error of fp32 is unbounded.
         noise = torch.randint(0, VOCABULARY, tokens.shape, generator=generator)
         targets = torch.where(torch.rand(tokens.shape, generator=generator) < 0.5, noise, (tokens * 3 + 1) % VOCABULARY)
         targets = torch.where(torch.arange(LENGTH) < counted, targets, -100)
@@ -114,7 +114,7 @@ class Uneven(Masked):
 
     def loss(self, output: Tensor, batch: Any) -> Loss:
         tokens, targets, numbers = batch
-        step, place = divmod(self.positions.index(numbers.numpy()[0]), 8)  # asks no tensor for its value
+        step, place = divmod(self.positions.index(numbers.numpy()[0]), 8)  # reads no tensor's value
         how = HOW[step] if place == 7 or HOW[step] == "nothing" else ""
         if how == "nothing":
             targets = torch.full_like(targets, -100)

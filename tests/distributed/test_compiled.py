@@ -27,7 +27,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fsdp2": (BLOCKS, {"name": "fsdp2"}),
     "fsdp2-checkpointing": (BLOCKS, {"name": "fsdp2", "activation_checkpointing": True}),
 }
-# Autocast rounds to 8 bits after each operation, compiled code where it writes to memory: measured 2e-5 of the loss.
+# Autocast rounds to 8 bits after each operation, compiled code only when writing to memory: measured 2e-5 of the loss.
 BF16 = 3e-4
 SCRIPT = """
 import json, os

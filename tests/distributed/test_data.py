@@ -34,11 +34,11 @@ def check_split(folder: Path) -> None:
     """A split without a seed is the same on both ranks, on one process and in evaluate; it depends on the config's
     seed."""
     for name, seed in (("alone", 0), ("other", 1)):
-        torch.manual_seed(seed + 5)  # what was drawn before is of no account
+        torch.manual_seed(seed + 5)  # earlier draws must have no effect
         config = data_cases.config(seed=seed, **data_cases.SPLIT)
         Trainer(build.task(config), config, folder / name).fit()
     alone, two, other = (losses(folder / name) for name in ("alone", "split", "other"))
-    assert two == pytest.approx(alone, rel=1e-5)  # the promise of test_parity.py
+    assert two == pytest.approx(alone, rel=1e-5)  # the bound of test_parity.py
     assert other != pytest.approx(alone, rel=1e-2)
     data = [
         json.loads((folder / name / "environment.json").read_text())["data"] for name in ("alone", "split", "other")

@@ -74,7 +74,7 @@ def test_every_step_of_every_strategy_equals_the_plain_loops(
         for window in SHARDED_WINDOWS[optimizer]:
             run = world(processes) / f"{strategy}-{optimizer}-{window}"
             check_parity(run, optimizer, processes * window * MICRO)
-            assert {line["strategy"] for line in lines(run)} == {strategy}  # and not another one in silence
+            assert {line["strategy"] for line in lines(run)} == {strategy}  # not silently another one
 
 
 def test_dropout_is_the_same_on_any_number_of_processes(world: Callable[[int], Path]) -> None:
@@ -83,4 +83,4 @@ def test_dropout_is_the_same_on_any_number_of_processes(world: Callable[[int], P
         np.testing.assert_allclose(losses(other), losses(alone), rtol=TOLERANCE)
         for key in ("count", "samples", "lr", "epoch"):
             assert [line[key] for line in lines(other)] == [line[key] for line in lines(alone)]
-    assert abs(losses(alone)[0] - plain_losses("sgd", 16)[0]) > 1e-3  # dropout really dropped
+    assert abs(losses(alone)[0] - plain_losses("sgd", 16)[0]) > 1e-3  # dropout had an effect

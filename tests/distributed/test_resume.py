@@ -43,7 +43,7 @@ def test_one_run_under_four_strategies_on_four_two_and_one_processes(
             assert [line[key] for line in lines(folder)] == [line[key] for line in lines(undisturbed)]
         assert verify_run(folder).steps == FEW
         before = folder
-    # Adam divides by the root of the second moment: where that is near 0, rounding of the gradient shows.
+    # Adam divides by the root of the second moment. If that is near 0, it amplifies rounding of the gradient.
     expected = tensors(undisturbed)
     for name, value in tensors(before).items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-3, atol=1e-5, err_msg=name)

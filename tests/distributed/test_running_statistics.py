@@ -35,7 +35,7 @@ def plain(centred: bool) -> tuple[list[float], dict[str, Any], float, float]:
         total, count, first = 0.0, 0, before["1.mean"] if centred else None
         optimizer.zero_grad()
         for number in range(BATCH // MICRO):
-            if centred:  # what no rule merges: each begins with the same value, and the first one counts
+            if centred:  # cannot be merged: each starts with the same value, and the first one's result is kept
                 model[1].mean = before["1.mean"]  # type: ignore[index, union-attr]
             positions = np.arange(step * BATCH + number * MICRO, step * BATCH + (number + 1) * MICRO, dtype=np.uint64)
             chosen = sample_indices(positions, len(targets), SEED).tolist()

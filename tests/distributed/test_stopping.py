@@ -52,7 +52,7 @@ def test_ctrl_c_in_one_process(mark: str, tmp_path: Path) -> None:
     asleep = {**CONFIG, "task": {"target": "tasks:Misbehaving", "how": "sleep", "on_rank": 0, "at": 9}}
     (tmp_path / "asleep.yaml").write_text(yaml.safe_dump(asleep))
     twice = start(mark, tmp_path, "train", "asleep.yaml", "--run-dir", "twice")
-    until(lambda: steps_done(tmp_path / "twice") == 1, "it does not begin")  # two, of which one is written down
+    until(lambda: steps_done(tmp_path / "twice") == 1, "it does not begin")  # two steps, of which one is in the ledger
     twice.send_signal(signal.SIGINT)
     with pytest.raises(TimeoutError):
         until(lambda: twice.poll() is not None, "a rank that sleeps does not come to the end of its step", 2)

@@ -69,8 +69,8 @@ def test_unused_parameters_are_refused(run: Run, tmp_path: Path, strategy: str) 
 def test_gradients_in_bf16_are_rounded(together: Path, strategy: str) -> None:
     got, exact = losses(together / f"{strategy}-compressed"), losses(together / "ddp-no")
     np.testing.assert_allclose(got, exact, rtol=COMPRESSION)
-    assert not np.allclose(got, exact, rtol=ROUNDING)  # they really were
-    assert got[0] == exact[0]  # and the totals were not
+    assert not np.allclose(got, exact, rtol=ROUNDING)  # they were rounded
+    assert got[0] == exact[0]  # but the totals were not
 
 
 def test_fsdp2_with_communication_in_bf16(together: Path) -> None:

@@ -76,15 +76,15 @@ def test_a_non_finite_value_on_one_rank_skips_the_step_on_all(
     run = together / f"{strategy}-{case}"
     steps = lines(run)
     assert [line["verdict"] for line in steps] == ["applied"] * step + [verdict] + ["applied"] * (FEW - step - 1)
-    assert steps[step + 2]["lr"] == steps[step + 1]["lr"]  # the schedule did not move on without the optimizer,
-    assert steps[step + 1]["samples"] != steps[step]["samples"]  # the data did
+    assert steps[step + 2]["lr"] == steps[step + 1]["lr"]  # the schedule did not advance without the optimizer,
+    assert steps[step + 1]["samples"] != steps[step]["samples"]  # but the data did
     (skipped,) = [event for event in lines(run, "events.jsonl") if event["event"] == "skipped"]
     assert (skipped["step"], skipped["verdict"]) == (step, verdict)
     assert json.loads((run / "summary.json").read_text())["skipped"] == 1
     assert all(np.isfinite(tensor).all() for tensor in tensors(run).values())
     if case == "fp16-inf":
         assert steps[step + 1]["loss_scale"] == steps[step]["loss_scale"] / 2
-    # What follows is as under ddp: nothing of the skipped step is left in gradients or optimizer.
+    # Later steps equal ddp's, so nothing of the skipped step is left in gradients or optimizer.
     after = slice(step + 1, None)
     expected = losses(together / f"ddp-{case}")[after]
     np.testing.assert_allclose(losses(run)[after], expected, rtol=AGAINST_ONE_PROCESS)

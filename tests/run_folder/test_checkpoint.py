@@ -30,7 +30,7 @@ def some_tensors(seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
         "model.weight": torch.randn(7, 5, generator=generator),
-        "model.large": torch.randn(200, 100, generator=generator),  # is cut, where it is replicated
+        "model.large": torch.randn(200, 100, generator=generator),  # is split between ranks if replicated
         "model.half": torch.randn(9, generator=generator).bfloat16(),
         "model.steps": torch.tensor(7),
         "model.empty": torch.empty(0, 3),
@@ -80,7 +80,9 @@ def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path: Path, writers
     path = save(tmp_path, tensors, world_size=writers)
     sizes = [file.stat().st_size for file in path.glob("*.safetensors")]
     assert len(sizes) == writers
-    assert sum(sizes) < sum(t.numel() * t.element_size() for t in tensors.values()) + 1000 * writers  # nothing twice
+    assert (
+        sum(sizes) < sum(t.numel() * t.element_size() for t in tensors.values()) + 1000 * writers
+    )  # nothing is written twice
     read = empty(tensors)
     for shards in cut(read, readers):
         checkpoint.load(path, checkpoint.verify(path), shards)
@@ -163,7 +165,7 @@ def test_a_new_save_replaces_a_damaged_checkpoint_of_the_step(tmp_path: Path) ->
     (path / "manifest.json").unlink()
     save(tmp_path, some_tensors(1))
     checkpoint.verify(path)
-    checkpoint.prepare(tmp_path, 2).rmdir()  # the next save clears away what was replaced
+    checkpoint.prepare(tmp_path, 2).rmdir()  # the next save deletes the replaced folder
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
@@ -177,7 +179,7 @@ def test_an_exported_file_is_verified_and_never_overwritten(tmp_path: Path) -> N
     path = save(tmp_path / "run", tensors, world_size=3, tied={"head.weight": "weight"})
     (file,) = export(path, tmp_path / "out")
     names = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    assert exported(file).keys() == {*names, "head.weight"}  # both names of the tied one, and no optimizer
+    assert exported(file).keys() == {*names, "head.weight"}  # both names of the tied weight, and no optimizer state
     for name, tensor in {**names, "head.weight": names["weight"]}.items():
         assert torch.equal(exported(file)[name], tensor)
     assert [p.name for p in file.parent.iterdir()] == ["model.safetensors"]
@@ -259,7 +261,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_valid(tmp_path: Path) -> None:
     checkpoint.verify(tmp_path / "step-00000001")
 
 
-# What a save asks of the operating system.
+# System calls of a save.
 OPERATIONS = (
     (os, "mkdir"),
     (os, "fsync"),
@@ -344,4 +346,4 @@ def test_a_save_may_fail_or_be_killed_at_every_operation(tmp_path: Path) -> None
         steps.add(check_newest(folder))
         third_save(folder)
         assert check_newest(folder) == 3
-    assert steps == {2, 3}  # it was met before the rename and after it
+    assert steps == {2, 3}  # it was killed before the rename, and after it

@@ -95,7 +95,7 @@ def instead(put: Callable[[Path], object]) -> Callable[[Path, random.Random], No
 
 def a_socket(file: Path) -> None:
     before = os.getcwd()
-    os.chdir(file.parent)  # its name may not be long
+    os.chdir(file.parent)  # because the paths of sockets are limited
     try:
         with socket.socket(socket.AF_UNIX) as end:
             end.bind(file.name)
@@ -142,7 +142,12 @@ DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
     "a device": instead(lambda file: file.symlink_to("/dev/zero")),
     "a loop": instead(lambda file: file.symlink_to(file)),
 }
-GONE_ON_FROM = ("flipped", "other values", "missing", "a FIFO")  # the others end alike, which takes time
+GONE_ON_FROM = (
+    "flipped",
+    "other values",
+    "missing",
+    "a FIFO",
+)  # the other kinds have the same result, so this saves time
 
 
 def in_one_line(work: Callable[[], object]) -> str:
@@ -226,7 +231,7 @@ def test_files_that_are_set_aside_are_reported(whole: Path, interrupted: Path, t
         assert said in warnings
     starts = json.loads((run / "environment.json").read_text())["starts"]
     assert len(starts) == 2  # the first is the checkpoint's
-    shutil.copytree(run, tmp_path / "plain")  # and nothing of it disturbs another start
+    shutil.copytree(run, tmp_path / "plain")  # it does not affect another start
     (tmp_path / "plain" / "summary.json").unlink()
     check_same(run, whole)
     fit(tmp_path / "plain")
@@ -315,7 +320,7 @@ def test_a_ledger_that_leads_to_no_checkpoint_is_repaired(whole: Path, interrupt
     """The run resumes at the newest checkpoint, and names the steps whose lines are lost."""
     run = copy(interrupted, tmp_path)
     ledger = (run / "steps.jsonl").read_text().splitlines(keepends=True)
-    for number in (2, 5):  # those before the checkpoints
+    for number in (2, 5):  # lines before the checkpoints
         ledger[number] = ledger[number].replace('"loss":', '"less":')
     (run / "steps.jsonl").write_text("".join(ledger))
     check_goes_on(run, whole, "")
@@ -325,7 +330,7 @@ def test_a_ledger_that_leads_to_no_checkpoint_is_repaired(whole: Path, interrupt
         verify_run(run)
     assert f"{run / 'steps.jsonl'}: step 5 is not there: the file was damaged and set aside" in str(error.value)
     assert "line 3: is of step 3, where step 2 belongs; step 2 is missing before it" in str(error.value)
-    assert str(error.value).count("steps.jsonl") == 2  # and nothing else is wrong
+    assert str(error.value).count("steps.jsonl") == 2  # nothing else is reported
     (run / "summary.json").unlink()  # interrupted again, after the gap and at it
     shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
     check_goes_on(run, whole, "again")
@@ -376,7 +381,7 @@ def test_checkpoints_of_older_versions_without_copies_of_files(whole: Path, inte
     (run / "environment.json").write_text("[]")
     with pytest.raises(LedgerError, match=r"environment.json: damaged: .*; no checkpoint holds a copy"):
         verify_run(run)
-    check_goes_on(run, whole, "environment.json")  # which is begun anew
+    check_goes_on(run, whole, "environment.json")  # which is started again
     run = copy(undamaged, tmp_path / "config")
     (run / "summary.json").unlink()
     for manifest in run.rglob("manifest.json"):

@@ -82,7 +82,7 @@ def test_lines_missing_at_the_end_are_found(run_dir: Path) -> None:
     shutil.rmtree(run_dir / "checkpoints" / "step-00000012")
     with pytest.raises(LedgerError, match="ends after 11 steps, but the run has ended after 12"):
         verify_run(run_dir)
-    (run_dir / "summary.json").unlink()  # then it has not ended yet
+    (run_dir / "summary.json").unlink()  # without it, the run has not ended
     assert verify_run(run_dir).steps == 11
 
 
@@ -108,7 +108,7 @@ def test_other_samples_with_a_valid_chain_are_found(run_dir: Path) -> None:
 def test_another_seed_in_the_config_is_found(run_dir: Path) -> None:
     config = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(config.replace("seed: 5", "seed: 6"))
-    with pytest.raises(LedgerError, match=r"config\.yaml: damaged: seed was 5, is 6"):  # the checkpoint knows
+    with pytest.raises(LedgerError, match=r"config\.yaml: damaged: seed was 5, is 6"):  # the checkpoint has a copy
         verify_run(run_dir)
     shutil.rmtree(run_dir / "checkpoints")
     with pytest.raises(LedgerError, match="line 1: step 0 read samples"):

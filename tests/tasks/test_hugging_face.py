@@ -121,7 +121,9 @@ def test_a_documents_loss_does_not_depend_on_packing(architecture: str, rows: li
     together, count = total(causal(MODELS[architecture], context_length=length), model, rows)
     alone = [total(causal(MODELS[architecture], context_length=length), model, [row]) for row in rows]
     apart, as_many = total(causal(MODELS[architecture], context_length=length, packing=False), model, rows)
-    assert count == as_many == sum(len(row) for row in rows)  # the end of each document is predicted, not its first
+    assert (
+        count == as_many == sum(len(row) for row in rows)
+    )  # each document's eos_token is a target, its first token is not
     expected = torch.stack([part for part, _ in alone]).sum()
     torch.testing.assert_close(together, expected, rtol=10 * ROUNDING, atol=0)
     torch.testing.assert_close(apart, expected, rtol=10 * ROUNDING, atol=0)
@@ -166,7 +168,7 @@ def llama_like(folder: Path) -> None:
 
 def documents(task: CausalLM, *rows: dict[str, str]) -> list[str]:
     Path("chat.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    task.files = task.eval_files = "chat.jsonl"  # both, or a row might be held out
+    task.files = task.eval_files = "chat.jsonl"  # both, because otherwise a row might be held out
     read = task.train_dataset()
     bounds = zip(read.starts, read.starts[1:], strict=False)
     return [task.tokenizer.decode(read.tokens[start:end].astype(np.int64)) for start, end in bounds]
@@ -330,7 +332,7 @@ def test_two_processes_have_the_same_losses_under_every_strategy(
     runs["classes"] = classes("ddp")
     (tmp_path / "train.py").write_text(SCRIPT.format(runs=runs))
     (tmp_path / "rows.jsonl").symlink_to(work / "rows.jsonl")
-    with socket.create_server(("127.0.0.1", 0)) as hub:  # whoever asks the Hub asks here
+    with socket.create_server(("127.0.0.1", 0)) as hub:  # requests to the Hub would arrive here
         hub.setblocking(False)
         outside = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}", "HF_HUB_OFFLINE": "0"}
         cached = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
@@ -338,12 +340,12 @@ def test_two_processes_have_the_same_losses_under_every_strategy(
         check(result)
         with pytest.raises(BlockingIOError):
             hub.accept()
-    assert result.stderr.count("packing") == 2  # of the first of the runs, and of that on classes; by one process each
+    assert result.stderr.count("packing") == 2  # for the first run and the run on classes, by one process each
     assert "Loading" not in result.stderr
     task = causal()
     expected = plain(task)
     assert expected[-1] < expected[0] - 0.5
-    assert len({line["count"] for line in lines(trained / "language")}) > 1  # windows count differently many
+    assert len({line["count"] for line in lines(trained / "language")}) > 1  # windows have different counts
     np.testing.assert_allclose(losses(trained / "language"), expected, rtol=ROUNDING)
     for strategy in ("ddp", "zero3", "fsdp2"):
         at = tmp_path / "runs" / strategy
@@ -385,7 +387,7 @@ def check_exported(run: Run, at: Path, out: Path, task: CausalLM) -> None:
         torch.testing.assert_close(tensor, model.state_dict()[name], rtol=0, atol=0)
     loaded = Config.from_dict(language(model=str(out), tokenizer=None))
     Trainer(load_task(loaded.task), loaded, out.parent / "runs/tuned").fit()
-    assert losses(out.parent / "runs/tuned")[0] < losses(at)[0] - 0.5  # it goes on from what was learnt
+    assert losses(out.parent / "runs/tuned")[0] < losses(at)[0] - 0.5  # it starts from the trained weights
     new_head = SequenceClassification(str(out), "rows.jsonl", classes=["no", "yes"])
     assert new_head.model().score.weight.shape == (2, 16)
 

@@ -71,7 +71,7 @@ def test_a_documents_loss_and_gradient_do_not_depend_on_packing(documents: list[
     assert count == sum(len(document) for document in documents) == sum(part[1] for part in alone)
     torch.testing.assert_close(together, torch.stack([part[0] for part in alone]).sum(), rtol=ROUNDING, atol=0)
     for gradient, parts in zip(gradients, zip(*(part[2] for part in alone), strict=True), strict=True):
-        largest = gradient.abs().max().item()  # entries are sums of terms as large, of either sign
+        largest = gradient.abs().max().item()  # an entry is a sum of such terms with both signs
         torch.testing.assert_close(gradient, torch.stack(parts).sum(0), rtol=0, atol=10 * ROUNDING * largest)
 
 
@@ -84,7 +84,7 @@ def test_a_prediction_depends_only_on_earlier_bytes_of_its_document() -> None:
         changed[0, place] = (changed[0, place] + 1) % 256
         affected = (model(changed) != before).any(-1)[0].nonzero().flatten().tolist()
         document = range(8) if place < 8 else range(8, 17)
-        if sample[0, place] != SEPARATOR:  # one that goes joins two documents
+        if sample[0, place] != SEPARATOR:  # removing a separator would join two documents
             assert affected == [other for other in document if other >= place]
 
 
@@ -94,7 +94,7 @@ def test_the_loss_is_the_mean_over_the_bytes_of_all_samples() -> None:
     samples = torch.randint(0, 256, (12, 33), generator=generator)
     samples[torch.rand(samples.shape, generator=generator) < torch.arange(12)[:, None] / 12] = SEPARATOR
     parts = [task().loss(task().forward(model, part), part) for part in samples.split(4)]
-    assert len({int(part.count) for part in parts}) == 3  # uneven, or means of means would do
+    assert len({int(part.count) for part in parts}) == 3  # counts differ, so a mean of means would be wrong
     counted = samples[:, 1:] != SEPARATOR
     expected = F.cross_entropy(model(samples[:, :-1])[counted], samples[:, 1:][counted])
     got = sum(part.total for part in parts) / sum(part.count for part in parts)

@@ -54,7 +54,7 @@ def test_statistics_are_as_if_all_micro_batches_ran_in_order(
         for micro_batch in step:
             for norm, start in zip(merged, starts, strict=True):
                 norm.load_state_dict(start)
-            # A class that does not count is taken to run once a micro-batch.
+            # A class that does not count is assumed to run once per micro-batch.
             uses = [number % len(kinds) for number in micro_batch]
             once = {number for number in uses if kinds[number] == "uncounted"}
             for number in [*once, *(number for number in uses if number not in once)]:
@@ -69,7 +69,7 @@ def test_statistics_are_as_if_all_micro_batches_ran_in_order(
     for one, other in zip(expected, merged, strict=True):
         for key, value in one.state_dict().items():
             if key != "num_batches_tracked" or not isinstance(one, Uncounted):
-                # float32 is rounded once a forward there, once a step here: some 15 roundings of 6e-8.
+                # torch rounds to float32 once per forward, distrib once per step: some 15 roundings of 6e-8.
                 torch.testing.assert_close(other.state_dict()[key], value, rtol=1e-5, atol=1e-6)
 
 

@@ -53,7 +53,7 @@ def test_a_compiled_run_has_the_same_losses(folder: Path) -> None:
     np.testing.assert_allclose(losses(compiled), losses(plain), rtol=ROUNDING)
     found, other = tensors(compiled), tensors(plain)
     assert found.keys() == other.keys()
-    assert any((found[key] != other[key]).any() for key in found)  # it was compiled, and rounded otherwise
+    assert any((found[key] != other[key]).any() for key in found)  # it was compiled, so rounding differs
     assert events(compiled)[:2] == ["started", "compiling"]
     assert "compiling" not in events(plain)
 
@@ -87,7 +87,7 @@ def test_a_run_may_resume_with_another_train_compile(folder: Path, run: Run, tmp
         check(run("distrib", "train", config, f"train.compile={compile}", "--run-dir", name, "--resume", checkpoint))
         np.testing.assert_allclose(losses(tmp_path / name), losses(folder / name), rtol=ROUNDING)
         found, other = tensors(tmp_path / name), tensors(folder / name)
-        assert any((found[key] != other[key]).any() for key in found)  # it was compiled, or was not: rounded otherwise
+        assert any((found[key] != other[key]).any() for key in found)  # one of them was compiled, so rounding differs
 
 
 @pytest.mark.parametrize(

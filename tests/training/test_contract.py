@@ -213,7 +213,7 @@ def contrastive(output: Tensor, batch: Any) -> Loss:
     return Loss(F.cross_entropy(similar, torch.arange(len(output)), reduction="sum"), len(output))
 
 
-# Each is right as it is, or cannot be told from what is right.
+# Each is correct, or cannot be distinguished from a correct loss.
 RIGHT: dict[str, Callable[[Tensor, Any], Loss]] = {
     "sum": lambda output, batch: Loss(F.cross_entropy(output, batch[1], reduction="sum"), len(output)),
     "sum of squares": lambda output, batch: Loss(output.square().sum(), output.numel()),

@@ -82,7 +82,7 @@ def test_other_data_are_refused(
 
 def test_other_task_arguments_are_refused(tmp_path: Path) -> None:
     run = fit(tmp_path / "run", Masked(dropout=0.1))
-    fit(run, Masked(97, 0.1))  # the same, said otherwise: finished before
+    fit(run, Masked(97, 0.1))  # the same arguments in another form, so the run has finished
     for task, what in (
         (Masked(dropout=0.3), "argument dropout was 0.1, is 0.3"),
         (Masked(dropout=0.1, samples=98), "argument samples was 97, is 98"),
@@ -228,7 +228,7 @@ def test_verify_and_compare_know_the_data(
     with pytest.raises(RunDirError, match=r"the data have changed: task\.train_dataset has another sample 0"):
         verify_run(tmp_path / "first")
     Trainer(build.task(config), config, tmp_path / "shuffled").fit()
-    monkeypatch.setattr(rows, "rows", None)  # as data that are not here
+    monkeypatch.setattr(rows, "rows", None)  # the data cannot be read
     verify_run(tmp_path / "first")
     assert "data not checked: TypeError" in capsys.readouterr().out
 

@@ -42,7 +42,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_interrupted_run_resumes_to_the_same_bits(whole: Path, tmp_path: Path) -> None:
     run = interrupted(whole, tmp_path / "run", after=EVERY)
     with (run / "steps.jsonl").open("a") as file:
-        file.write('{"step":12,"lo')  # torn
+        file.write('{"step":12,"lo')  # an incomplete line
     with (run / "evals.jsonl").open("a") as file:
         file.write('{"st')
     fit(run)
@@ -73,7 +73,9 @@ def test_total_seconds_of_all_starts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with run.events.open("a") as file:
         file.write('damaged\n{"event": "warning"}\n[]\n')
     monkeypatch.setattr(earlier_starts, "now", lambda: "2026-01-01T00:55:00.000+00:00")
-    assert earlier_starts.total_seconds(run) == 60 * (20 + 5)  # to its last event the first, until now the second
+    assert earlier_starts.total_seconds(run) == 60 * (
+        20 + 5
+    )  # the first start counts to its last event, the second until now
 
 
 def test_a_run_without_its_summary_is_completed(whole: Path, tmp_path: Path) -> None:
@@ -175,13 +177,15 @@ def test_a_fork_starts_from_the_state_of_another_run(whole: Path, tmp_path: Path
     other = fit(tmp_path / "other", resume=at, fork=True, optim={"lr": 0.1})
     assert losses(other)[0] == losses(same)[0]
     assert losses(other)[1] != losses(same)[1]
-    run = interrupted(same, tmp_path / "interrupted", after=0)  # before its first checkpoint: from the origin again
+    run = interrupted(
+        same, tmp_path / "interrupted", after=0
+    )  # before its first checkpoint, so it starts from the origin
     fit(run, resume=at, fork=True)
     check_same(run, same)
     run = interrupted(same, tmp_path / "not-begun", after=0)
     (run / "steps.jsonl").write_text("")
     (run / "evals.jsonl").write_text("")
-    fit(run)  # without saying again where it began
+    fit(run)  # without naming the origin again
     check_same(run, same)
     run = interrupted(same, tmp_path / "again", after=10)
     fit(run)

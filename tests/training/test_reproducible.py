@@ -23,7 +23,7 @@ def test_a_bucket_adds_in_the_order_of_the_tree(level: int, seed: int, extra: in
     assert len(bucket.flat) % 4 == 0
     size = 11 + extra
     leaves = [torch.randn(size, generator=generator) * 10 ** (seed % 7) for _ in range(2**level)]
-    for _ in range(2):  # the second window starts with nothing of the first
+    for _ in range(2):  # nothing of the first window is left in the second
         for number, leaf in enumerate(leaves):
             bucket.flat.zero_()
             for parameter, gradient in zip(parameters, (leaf[:6].view(3, 2), leaf[6:11]), strict=True):

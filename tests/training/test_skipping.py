@@ -52,10 +52,10 @@ def test_too_many_skipped_steps_in_a_row_end_a_run(
     assert [line["verdict"] == "applied" for line in lines(run)] == [True] * 3 + [False] * 7
     assert lines(run, "events.jsonl")[-1]["event"] == "failed"
     monkeypatch.setattr(Diverging, "before", 6)
-    # Going on, it counts those before the checkpoint, too.
+    # After a resume, skipped steps before the checkpoint count too.
     with pytest.raises(TrainingError, match=said):
         Trainer(Diverging(how, at=4), config(), run).fit()
-    # The key is no part of what is computed: with a larger one the same run goes on.
+    # The key does not belong to what is computed: the run resumes with a larger value.
     with pytest.raises(TrainingError, match="all steps from 4 to 15 were skipped"):
         Trainer(Diverging(how, at=4), config(max_skipped=12), run).fit()
 

@@ -34,7 +34,7 @@ def test_attributes_hidden_by_a_wrapper_are_explained() -> None:
     said = r"task: reads model.in_features, but ddp reduces .* in the model's forward"
     with pytest.raises(ConfigError, match=said), recognised(wrapped):
         _ = wrapped.model.in_features
-    for obj in (wrapped.model, module):  # not the module's either; of the module itself
+    for obj in (wrapped.model, module):  # the wrapper, and the module itself
         with pytest.raises(AttributeError), recognised(wrapped):
             _ = obj.nothing
 

@@ -202,7 +202,7 @@ def test_activation_checkpointing_runs_blocks_again_in_the_backward(tmp_path: Pa
         fit(tmp_path / name, Blocks(), strategy=strategy, eval={"every_steps": 0}, train={"steps": 3})
         return Counted.forwards
 
-    micro_batches, evaluations = 3 * 2, 2 + -(-97 // 4)  # two on trial
+    micro_batches, evaluations = 3 * 2, 2 + -(-97 // 4)  # two in the trial
     assert forwards("kept") == 2 * (micro_batches + evaluations)
     assert forwards("again", activation_checkpointing=True) == 2 * (2 * micro_batches + evaluations)
     kept, again = (lines(tmp_path / name / "steps.jsonl") for name in ("kept", "again"))

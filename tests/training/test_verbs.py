@@ -41,7 +41,7 @@ def explain(capsys: pytest.CaptureFixture[str]) -> Explain:
 
 @pytest.mark.parametrize(
     ("strategy", "parameters", "gradients", "optimizer_state"),
-    [  # by hand: Ψ = 21,008,899 fp32 parameters, Adam's two moments of each, ZeRO's own copy in fp32 of what it updates
+    [  # by hand: Ψ = 21,008,899 fp32 parameters, Adam's two moments, and ZeRO's fp32 copy of its shard
         ("ddp", 1, 1, 2),
         ("zero0", 1, 1, 2),
         ("zero1", 1, 1, 3 / 4),
@@ -58,7 +58,7 @@ def test_explain_prints_the_memory_of_a_rank(
     rows = re.findall(r"^\s*(.+), a rank +([\d,]+) bytes", output, re.MULTILINE)
     held = {name: int(figure.replace(",", "")) for name, figure in rows}
     expected = {"parameters": parameters, "gradients": gradients, "optimizer state": optimizer_state}
-    # Padding, and the small parameters that zero3 keeps whole, come to less than a hundredth.
+    # Padding, and small parameters that zero3 does not shard, are less than 1 %.
     assert held == {name: pytest.approx(part * 21_008_899 * 4, rel=0.01) for name, part in expected.items()}
 
 

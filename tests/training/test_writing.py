@@ -17,7 +17,7 @@ from distrib import Config, Trainer
 from distrib.errors import DistribError
 
 STEPS = 4
-# What a run asks of the operating system to write its files, with the argument that says which.
+# System calls with which a run writes its files, and the index of the argument that names the file.
 OPERATIONS = (
     (os, "open", 0),
     (os, "write", 0),
@@ -81,7 +81,7 @@ def test_every_operation_of_a_run_may_fail(whole: Path, tmp_path: Path, capsys: 
         assert f"write {name}" in done
     for name in ("config.yaml", "environment.json", "summary.json", "curves.png", f"checkpoints/step-{STEPS:08d}"):
         assert {f"replace {name}", f"rename {name}"} & set(done), name
-    # Those of a save are tests/state/test_checkpoint.py's; here they meet a run that trains on.
+    # tests/run_folder/test_checkpoint.py tests those of a save alone; here training continues meanwhile.
     outside = [operation for operation in done if "checkpoints/" not in operation]
     cases = {(operation, done.index(operation)) for operation in [*outside, f"rename checkpoints/step-{STEPS:08d}"]}
     cases |= {(operation, len(done) - 1 - done[::-1].index(operation)) for operation in outside if "write" in operation}
