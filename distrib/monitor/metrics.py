@@ -1,12 +1,13 @@
-"""The names under which trackers know what the run folder holds: train/…, eval/…, perf/…"""
+"""The names of a run's numbers in trackers: train/…, eval/…, perf/…"""
 
 import math
 from typing import Any
 
-from distrib.config import Config
+from distrib.monitor.observer import Observer
+from distrib.run_folder.folder import RunDir
 
 _GIB = 2**30
-_PERF = {  # of a line of the ledger
+_PERF = {  # from a line of the ledger
     "seconds": "perf/step_seconds",
     "data_seconds": "perf/data_seconds",
     "optimizer_seconds": "perf/optimizer_seconds",
@@ -17,71 +18,77 @@ _LOWER_IS_BETTER = ("loss", "error", "perplexity", "bits")
 
 
 def lower_is_better(metric: str) -> bool:
-    """By its name: eval/loss, eval/bits_per_byte, … ; of others, such as eval/accuracy, more is better."""
+    """Return whether a lower value is better, judged by the name: true for eval/loss, false for eval/accuracy."""
     return any(word in metric.lower() for word in _LOWER_IS_BETTER)
 
 
-class Metrics:
-    """Of one run, from its first line on."""
+class Metrics(Observer):
+    """Turns the lines of a run into named numbers. Derive a class and override `log`."""
 
-    def __init__(self, config: Config, start: dict[str, Any]) -> None:
-        """`start`: of environment.json, the latest."""
-        self.batch_size = config.data.global_batch_size
-        self.skipped = 0
-        self.flops: float | None = start.get("flops_per_step")
-        self.peak: float | None = start.get("peak_flops")
-        self._steps_done = 0
-        self._latest: dict[str, float] = {}
-        self._best: dict[str, float] = {}
+    def __init__(self, run: RunDir) -> None:
+        self.logged = 0  # numbers up to this many steps are known already, and are not logged again
+        self.run = run
+        self.latest: dict[str, float] = {}
+        self.best: dict[str, float] = {}  # of what an evaluation found
+        self._steps_done, self._skipped = 0, 0
 
-    def of(self, kind: str, entry: dict[str, Any]) -> tuple[int, dict[str, float]]:
-        """How many steps were done, and the numbers that belong there; of News as Follower gives them."""
-        values: dict[str, float | None]
-        if kind == "step":
-            values = self._of_step(entry)
-        elif kind == "evaluation":
-            values = self._of_evaluation(entry)
-        elif kind == "checkpoint":
-            values = {"perf/save_seconds": entry.get("seconds"), "perf/save_stall_seconds": entry.get("stall")}
-        else:
-            return self._steps_done, {}
-        known = {key: value for key, value in values.items() if value is not None}
-        self._latest.update(known)
-        return self._steps_done, known
+    def log(self, steps_done: int, numbers: dict[str, float]) -> None:
+        """Called with the numbers of each line; `steps_done` never decreases. NaN stands for what is not finite."""
+        raise NotImplementedError
+
+    def on_start(self, start: dict[str, Any]) -> None:
+        self._batch_size, this = start["global_batch_size"], self.run.starts()[-1]
+        self._flops, self._peak = this.get("flops_per_step"), this.get("peak_flops")
+
+    def on_step(self, step: dict[str, Any]) -> None:
+        self._steps_done = step["step"] + 1
+        self._skipped += step["verdict"] != "applied"
+        # JSON has no NaN: null stands for a number that is not finite, or for the loss of a step without items.
+        null = None if step["verdict"] == "skipped:no_items" else math.nan
+        numbers = {f"train/{key}": null if step[key] is None else step[key] for key in _TRAIN if key in step}
+        self._log({**numbers, "train/skipped": self._skipped, **self._performance(step)})
+
+    def on_evaluation(self, evaluation: dict[str, Any]) -> None:
+        metrics = evaluation["metrics"]
+        for key, value in metrics.items():
+            if value is not None:
+                self.best[key] = (min if lower_is_better(key) else max)(self.best.get(key, value), value)
+        numbers = {key: math.nan if value is None else value for key, value in metrics.items()}
+        self._log({**numbers, "perf/evaluation_seconds": evaluation.get("seconds")})
+
+    def on_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        seconds, stall = checkpoint.get("seconds"), checkpoint.get("stall")
+        self._log({"perf/save_seconds": seconds, "perf/save_stall_seconds": stall})
+
+    @property
+    def is_new(self) -> bool:
+        """Is the latest line one that is not logged yet?"""
+        return self._steps_done > self.logged
 
     def summary(self) -> dict[str, float]:
-        """The last of each, and the best of each that an evaluation found."""
-        return {**self._latest, **{f"best/{key}": value for key, value in self._best.items()}}
+        """The latest of each number, and the best of each evaluated one as best/eval/…"""
+        return {**self.latest, **{f"best/{key}": value for key, value in self.best.items()}}
 
-    def _of_step(self, entry: dict[str, Any]) -> dict[str, float | None]:
-        self._steps_done = entry["step"] + 1
-        self.skipped += entry["verdict"] != "applied"
-        seconds = entry["seconds"]
-        # JSON has no NaN: null stands for a number that is not finite, or for the loss of a step without items.
-        null = None if entry["verdict"] == "skipped:no_items" else math.nan
-        values = {f"train/{key}": null if entry[key] is None else entry[key] for key in _TRAIN if key in entry}
-        values |= {name: entry.get(key) for key, name in _PERF.items()}
-        values["train/skipped"] = self.skipped
-        if "data_seconds" in entry:
-            values["perf/forward_backward_seconds"] = (
-                seconds - entry["data_seconds"] - entry.get("optimizer_seconds", 0.0)
-            )
-        if "peak_memory" in entry:
-            values["perf/peak_memory_gib"] = entry["peak_memory"] / _GIB
+    def _log(self, numbers: dict[str, float | None]) -> None:
+        known = {key: value for key, value in numbers.items() if value is not None}
+        self.latest.update(known)
+        if known and self.is_new:
+            self.log(self._steps_done, known)
+
+    def _performance(self, step: dict[str, Any]) -> dict[str, float | None]:
+        seconds = step["seconds"]
+        numbers: dict[str, float | None] = {name: step.get(key) for key, name in _PERF.items()}
+        if "data_seconds" in step:
+            rest = seconds - step["data_seconds"] - step.get("optimizer_seconds", 0.0)
+            numbers["perf/forward_backward_seconds"] = rest
+        if "peak_memory" in step:
+            numbers["perf/peak_memory_gib"] = step["peak_memory"] / _GIB
         if seconds:
-            values["perf/samples_per_second"] = self.batch_size / seconds
-            if entry["count"] and entry["count"] != self.batch_size:  # the loss counts something else, such as tokens
-                values["perf/items_per_second"] = entry["count"] / seconds
-            if self.flops is not None:
-                values["perf/flops_per_second"] = self.flops / seconds
-                if self.peak is not None:
-                    values["perf/utilisation"] = self.flops / seconds / self.peak
-        return values
-
-    def _of_evaluation(self, entry: dict[str, Any]) -> dict[str, float | None]:
-        for key, value in entry["metrics"].items():
-            if value is not None:
-                choose = min if lower_is_better(key) else max
-                self._best[key] = choose(self._best.get(key, value), value)
-        metrics = {key: math.nan if value is None else value for key, value in entry["metrics"].items()}
-        return {**metrics, "perf/evaluation_seconds": entry.get("seconds")}
+            numbers["perf/samples_per_second"] = self._batch_size / seconds
+            if step["count"] and step["count"] != self._batch_size:  # the loss counts something else, such as tokens
+                numbers["perf/items_per_second"] = step["count"] / seconds
+            if self._flops is not None:
+                numbers["perf/flops_per_second"] = self._flops / seconds
+                if self._peak is not None:
+                    numbers["perf/utilisation"] = self._flops / seconds / self._peak
+        return numbers

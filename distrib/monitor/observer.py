@@ -1,8 +1,17 @@
-"""The door for what looks on at a run: a message at each evaluation, a line in a file, a call of a webhook."""
+"""`Observer`, the base class of what looks on at a run, and `Notifier`, which calls observers.
 
+Examples: a message at each evaluation, a line in a file, a call of a webhook; the progress display; the trackers.
+"""
+
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any
 
-METHODS = {  # by the kind of a line; of all other events `on_event`
+from distrib.errors import TrainingError
+from distrib.run_folder.ledger import finite
+from distrib.tracebacks import first_line, place
+
+METHODS = {  # by the kind of a line: `step`, `evaluation`, or an event's name; other events go to `on_event`
     "started": "on_start",
     "step": "on_step",
     "evaluation": "on_evaluation",
@@ -72,3 +81,54 @@ class Observer:
 def pass_on(observer: Observer, kind: str, line: dict[str, Any]) -> None:
     """Call the method for a line of this kind: `step`, `evaluation`, or the event's name."""
     getattr(observer, METHODS.get(kind, "on_event"))(line)
+
+
+class Notifier:
+    """Passes each line to every observer. One that raises an exception is called no more."""
+
+    def __init__(self, ours: Sequence[Observer], users: Sequence[Observer] = ()) -> None:
+        """`ours` come first and draw no random numbers; `users` may, and the generators are put back after each
+        call."""
+        self._observers = [*((one, False) for one in ours), *((one, True) for one in users)]
+
+    def notify(self, kind: str, line: dict[str, Any], warn: Callable[[str], None]) -> None:
+        """Pass a copy of the line to each, then call `warn` for each that failed.
+
+        Raises TrainingError if one calls sys.exit before the run has ended. KeyboardInterrupt is raised on.
+        """
+        method, problems = METHODS.get(kind, "on_event"), []
+        try:
+            for observer, may_draw in self._observers:
+                if getattr(type(observer), method) is getattr(Observer, method):
+                    continue  # it does nothing
+                try:
+                    _call(observer, kind, finite(line), may_draw)
+                except (Exception, SystemExit) as error:
+                    self._observers = [one for one in self._observers if one[0] is not observer]
+                    name = f"{type(observer).__module__}:{type(observer).__qualname__}"
+                    what = f"{first_line(error)}{_line(error)}"
+                    if isinstance(error, SystemExit) and method != "on_end":
+                        raise TrainingError(
+                            f"observer {name} asked to exit in {method}: {what}; an observer cannot end a run, take "
+                            "sys.exit out of it"
+                        ) from error
+                    problems.append(f"observer {name} failed in {method} and is called no more: {what}")
+        finally:
+            for problem in problems:
+                warn(problem)
+
+
+def _call(observer: Observer, kind: str, line: dict[str, Any], may_draw: bool) -> None:
+    if not may_draw:
+        pass_on(observer, kind, line)
+        return
+    from distrib.data.seeding import random_state_kept  # imports torch, which the tracking process does without
+
+    with random_state_kept():
+        pass_on(observer, kind, line)
+
+
+def _line(error: BaseException) -> str:
+    """` at FILE:LINE`, the user's own if there is one in the traceback."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return place(error) or f" at {last.filename}:{last.lineno}"

@@ -8,10 +8,10 @@ from typing import Any
 
 from distrib.config import Config
 from distrib.errors import DistribError, Preempted, WriteError
-from distrib.monitor.notifier import Notifier
-from distrib.monitor.observer import METHODS, Observer
+from distrib.monitor.observer import METHODS, Notifier, Observer
 from distrib.monitor.progress import ProgressDisplay, Verbosity
-from distrib.monitor.trackers.process import WARNING, TrackingProcess
+from distrib.monitor.trackers.process import TrackingProcess
+from distrib.monitor.trackers.trackers import WARNING
 from distrib.plan import RunPlan
 from distrib.processes import output
 from distrib.processes.failures import lost_to_others
@@ -40,7 +40,7 @@ class RunLog:
         self.steps_done = 0
         self._ledger: Ledger | None = None
         self._tracking: TrackingProcess | None = None
-        self._notifier = Notifier(self.display, observers)
+        self._notifier, self._has_observers = Notifier([self.display], observers), bool(observers)
         self._before_start: list[tuple[str, dict[str, Any]]] | None = []  # lines of before the observers' start
         self._end: dict[str, Any] | None = None  # the last event
 
@@ -56,7 +56,7 @@ class RunLog:
     @contextmanager
     def open(self, chain: str, first_step: int) -> Iterator[None]:
         """From the first step to the last, in a run folder that ends where we go on. Collective."""
-        self._tracking = TrackingProcess(self.run, self.config.tracking, self.world, first_step)
+        self._tracking = TrackingProcess(self.run, self.config.tracking, self.world, self._start(first_step))
         if not self.world.is_rank_0:
             yield
             return
@@ -119,7 +119,7 @@ class RunLog:
 
     def close(self, ending: str) -> None:
         """After the last event, whose name is `ending`: call observers' on_end, and wait until the trackers know it."""
-        if ending == "failed" and (self._notifier.has_others or self._tracking is not None):
+        if ending == "failed" and (self._has_observers or self._tracking is not None):
             self._outlast_launcher()
         if self.world.is_rank_0 and self._end is not None:
             self._start_observers(None)
@@ -144,12 +144,9 @@ class RunLog:
                 self.close("failed")
             raise
 
-    def _start_observers(self, first_step: int | None) -> None:
-        """Call on_start, and pass on what was written before. Does nothing if that was done."""
-        if self._before_start is None:
-            return
-        waiting, self._before_start = self._before_start, None
-        start = {
+    def _start(self, first_step: int | None) -> dict[str, Any]:
+        """Return what on_start gets."""
+        return {
             **self.run.started,
             "step": first_step,
             "num_steps": self.plan.num_steps,
@@ -157,8 +154,14 @@ class RunLog:
             "name": self.config.name,
             "run_dir": str(self.run.path.absolute()),
         }
+
+    def _start_observers(self, first_step: int | None) -> None:
+        """Call on_start, and pass on what was written before. Does nothing if that was done."""
+        if self._before_start is None:
+            return
+        waiting, self._before_start = self._before_start, None
         problems: list[str] = []  # logged after what was written before
-        self._notifier.notify("started", start, problems.append)
+        self._notifier.notify("started", self._start(first_step), problems.append)
         for kind, line in waiting:
             self._notify(kind, line)
         for problem in problems:

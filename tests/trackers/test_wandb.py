@@ -310,7 +310,7 @@ def test_a_project_that_wandb_refuses_is_one_warning(run: Run, tmp_path: Path) -
     write(tmp_path, tracking={"project": "a/b", "wandb": "offline"}, train={"steps": 2}, eval={"every_steps": 0})
     result = run("distrib", "train", "run.yaml", **environment(tmp_path))
     (warning,) = [line for line in check(result).splitlines() if line.startswith("warning")]
-    assert warning.endswith("wandb is not told")
+    assert "trackers:Wandb failed in on_start and is called no more: " in warning
     assert "a/b" in warning
 
 
