@@ -21,13 +21,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+sys.path.insert(0, str(Path(__file__).parent / "contenders"))
+
 import torch
 import torch.distributed as dist
+from paced import paced
 from torch import nn
 
 from distrib import Config, Task, Trainer
 from distrib.data.loader import Window
-from distrib.training.engine import Engine
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -53,26 +55,27 @@ class AlternatingTrainer(Trainer):
     def __init__(self, task: Task, config: Config, run_dir: Path) -> None:
         super().__init__(task, config, run_dir)
         self.twin = copy.deepcopy(self.module)  # before it is wrapped and sharded
+        self.uninterrupted = self.source  # for other loops, which have turns of their own
+        paced(self, self.take_turns)
 
     def other_loop(self, twin: nn.Module) -> Loop:
         raise NotImplementedError
 
-    def _windows(self, engine: Engine) -> Iterator[Window]:
+    def take_turns(self, windows: Iterator[Window]) -> Iterator[Window]:
         self.milliseconds: dict[str, list[float]] = {"plain": [], "distrib": []}  # a step, a block
         self.losses: dict[str, list[float]] = {"plain": [], "distrib": []}  # of the last step of each block
         plain = self.other_loop(self.twin)
-        windows = super()._windows(engine)
         for block in range(1 + self.blocks_timed):
-            with self._timed("plain"):
+            with self.timed("plain"):
                 plain.run_block(block)
-            with self.profile or nullcontext(), self._timed("distrib"):
+            with self.profile or nullcontext(), self.timed("distrib"):
                 yield from islice(windows, self.steps_a_block)
             self.losses["plain"].append(plain.loss.item())
             self.losses["distrib"].append(self.run_log.metrics.get("train/loss", 0.0))  # known to rank 0
         yield from windows  # one more step: what Trainer does after the last belongs to no block
 
     @contextmanager
-    def _timed(self, loop: str) -> Iterator[None]:
+    def timed(self, loop: str) -> Iterator[None]:
         if self.world.world_size > 1:
             dist.barrier()
         started = time.perf_counter()

@@ -54,7 +54,7 @@ class Ddp:
         strategy = registry.create(fast, trainer.world)
         strategy.wrap(twin, [], trainer.make_optimizer)
         self.engine, self.task = Engine(strategy), trainer.task
-        self.windows = trainer.source.windows(0)
+        self.windows = trainer.uninterrupted.windows(0)
 
     def run_block(self, block: int) -> None:
         for window in islice(self.windows, STEPS):

@@ -31,7 +31,7 @@ class Uncompiled:
         strategy = registry.create(uncompiled, trainer.world)
         strategy.wrap(twin, [], trainer.make_optimizer)
         self.engine, self.task = Engine(strategy, max_grad_norm=config.train.max_grad_norm), trainer.task
-        self.windows = trainer.source.windows(0)
+        self.windows = trainer.uninterrupted.windows(0)
 
     def run_block(self, block: int) -> None:
         for window in islice(self.windows, STEPS):

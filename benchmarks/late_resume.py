@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent / "contenders"))
 
 import torch
 from alternating import folder_on_disk, write_table
+from paced import paced
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -27,7 +28,6 @@ from with_distrib import note_steps
 
 from distrib import Config, Loss, Task, Trainer
 from distrib.data.loader import Window
-from distrib.training.engine import Engine
 
 SAMPLES, LATE = 10**9, 10**6
 ROUNDS, TARGET, PROCESSES = 7, 1.05, 2
@@ -59,7 +59,7 @@ class Numbers(Task):
         return Loss(F.mse_loss(output, batch[:, :1], reduction="sum"), len(batch))
 
 
-def trainer(kind: type[Trainer], folder: str) -> Trainer:
+def make_trainer(folder: str) -> Trainer:
     config = {
         "name": "late",
         "data": {"global_batch_size": 64, "micro_batch_size": 32},
@@ -67,30 +67,36 @@ def trainer(kind: type[Trainer], folder: str) -> Trainer:
         "checkpoint": {"every_steps": LATE},
         "tracking": {"wandb": "off"},
     }
-    return kind(Numbers(), Config.from_dict(config), folder)
+    return Trainer(Numbers(), Config.from_dict(config), folder)
 
 
-class Prepare(Trainer):
-    """Makes the run folder of a run that was stopped after its millionth step, with a million ledger lines and a
+def prepare(folder: str) -> None:
+    """Make the run folder of a run that was stopped after its millionth step: a million lines in its ledger, and a
     checkpoint. Only the last step is computed."""
+    trainer = make_trainer(folder)
+    source = trainer.source
 
-    def _windows(self, engine: Engine) -> Iterator[Window]:
-        note_steps(self, engine, islice(super()._windows(engine), LATE - 1))
-        self.preemption.asked = True  # so that it saves and ends
-        yield from self.source.windows(LATE - 1)
+    def only_the_last(windows: Iterator[Window]) -> Iterator[Window]:
+        note_steps(trainer, islice(windows, LATE - 1))
+        trainer.preemption.asked = True  # so that it saves and ends
+        yield from source.windows(LATE - 1)
+
+    paced(trainer, only_the_last).fit()
 
 
-class Timed(Trainer):
-    """Ends after its first step, and prints the time since the launcher's start."""
+def time_first_step(folder: str) -> None:
+    """End after the first step, and print how long that took from the start of the launcher."""
+    trainer = make_trainer(folder)
 
-    def _windows(self, engine: Engine) -> Iterator[Window]:
-        windows = super()._windows(engine)
+    def only_the_first(windows: Iterator[Window]) -> Iterator[Window]:
         first = next(windows)
         yield first
-        if self.world.is_rank_0:
+        if trainer.world.is_rank_0:
             print(f"step {first.step} after {time.time() - float(os.environ[_STARTED])} s", flush=True)
-        self.world.barrier()
+        trainer.world.barrier()
         os._exit(0)
+
+    paced(trainer, only_the_first).fit()
 
 
 def launched(folder: Path, kind: str) -> tuple[int, float]:
@@ -108,7 +114,7 @@ def launched(folder: Path, kind: str) -> tuple[int, float]:
 
 def main() -> None:
     if len(sys.argv) == 3:
-        trainer({"prepare": Prepare, "timed": Timed}[sys.argv[1]], sys.argv[2]).fit()
+        {"prepare": prepare, "timed": time_first_step}[sys.argv[1]](sys.argv[2])
         return
     times: dict[str, list[float]] = {"fresh": [], "resumed": []}
     with folder_on_disk() as folder:

@@ -22,8 +22,6 @@ from torch.utils.data import TensorDataset
 from distrib import Config, Loss, Task
 from distrib.data.loader import Window
 from distrib.processes.world import World
-from distrib.training.engine import Engine
-from distrib.training.trainer import Trainer
 
 TARGET = 1.01
 BLOCKS, STEPS = 20, 150
@@ -49,12 +47,11 @@ class Busy(Task):
 class TrackingTrainer(AlternatingTrainer):
     blocks_timed, steps_a_block, learned = BLOCKS, STEPS, 0.5
 
-    def _windows(self, engine: Engine) -> Iterator[Window]:
-        """Yield windows. `plain` blocks are distrib's too, but with the tracking processes stopped; these then get time
-        to catch up."""
+    def take_turns(self, windows: Iterator[Window]) -> Iterator[Window]:
+        """`plain` blocks are distrib's too, with the tracking process and wandb's stopped; before the next block they
+        have time to catch up."""
         self.milliseconds = {"plain": [], "distrib": []}
         self.losses = {"plain": [], "distrib": []}
-        windows = Trainer._windows(self, engine)
         yield from islice(windows, STEPS)
         time.sleep(5)  # until wandb has begun
         for _ in range(1 + BLOCKS):
@@ -62,7 +59,7 @@ class TrackingTrainer(AlternatingTrainer):
                 self._signal(number)
                 if loop == "distrib":
                     time.sleep(SECONDS_TO_CATCH_UP)
-                with self._timed(loop):
+                with self.timed(loop):
                     yield from islice(windows, STEPS)
                 self.losses[loop].append(self.run_log.metrics.get("train/loss", 0.0))
         yield from windows

@@ -73,6 +73,39 @@ def test_imports_go_down(path: Path) -> None:
             assert layer(name.split(".")[1]) <= layer(part), f"{relative} imports {name}"
 
 
+def test_nothing_overrides_a_private_method() -> None:
+    """benchmarks/ and tests/ extend the classes of distrib/ by public methods alone. Classes are matched by name."""
+    private: dict[str, set[str]] = {}
+    for path in MODULES:
+        for name, _, methods in classes_of(path):
+            private[name] = {method for method in methods if method.startswith("_") and not method.endswith("__")}
+    bases_of: dict[str, set[str]] = {}
+    extending = [path for folder in ("benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")]
+    for name, bases, _ in (one for path in extending for one in classes_of(path)):
+        bases_of.setdefault(name, set()).update(bases - {name})
+
+    def ancestors(name: str) -> set[str]:
+        return bases_of.get(name, set()).union(*map(ancestors, bases_of.get(name, set())))
+
+    for path in extending:
+        for name, _, methods in classes_of(path):
+            for base in ancestors(name):
+                assert not methods & private.get(base, set()), f"{path.relative_to(ROOT)}: {name} overrides {base}"
+
+
+def classes_of(path: Path) -> list[tuple[str, set[str], set[str]]]:
+    """Name, bases and methods of each class in a file."""
+    return [
+        (
+            node.name,
+            {ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases},
+            {part.name for part in node.body if isinstance(part, ast.FunctionDef)},
+        )
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_stay_small(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 300

@@ -6,37 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from numbered import Numbered, Numbers
+from paced import paced
 from saves import EVERY, Part, Saves
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from turns import Length, Turns
 from workload import LEARNING_RATE, SEED, WEIGHT_DECAY, Workload
 
 from distrib import Config, Loss, Task, Trainer
 from distrib.data.loader import Window
 from distrib.processes.world import World
-from distrib.run_folder.async_save import Saver
 from distrib.training import build
-from distrib.training.engine import Engine
-from distrib.training.pending_step import PendingStep
-
-
-class Timed(Trainer):
-    turns: Turns
-
-    def _windows(self, engine: Engine) -> Iterator[Window]:
-        for number, window in enumerate(super()._windows(engine)):
-            if number:
-                self.turns.stepped(self._loss)
-            yield window
-
-    def _loss(self) -> float:
-        """Return the last step's loss on all ranks. Only the checked steps read it, before the next step."""
-        self.step_log.flush()
-        return self.run_log.metrics["train/loss"]
-
-    def _evaluate(self, engine: Engine, steps_done: int) -> None:
-        self.turns.stepped(self._loss)
-        self.turns.finish(lambda: build.evaluate(engine, self.task, self.eval_dataset, self.config)["eval/loss"])
+from distrib.training.step_log import PendingStep
 
 
 def config(work: Workload, world: World, steps: int, **sections: Any) -> Config:
@@ -58,9 +39,28 @@ def config(work: Workload, world: World, steps: int, **sections: Any) -> Config:
 
 def run(work: Workload, length: Length, folder: Path) -> None:
     world = World.detect()
-    trainer = Timed(work.task, config(work, world, length.total), folder / "run")
-    trainer.turns = Turns(length, world.rank)
-    trainer.fit()
+    turns = Turns(length, world.rank)
+    # One more step follows the blocks, because Trainer evaluates after its last one. The save stays in a block.
+    chosen = config(work, world, length.total + 1, checkpoint={"every_steps": length.total})
+    trainer = Trainer(work.task, chosen, folder / "run")
+
+    def loss() -> float:
+        """Of the last step, on all ranks; read before the next, which only the checked steps do."""
+        trainer.step_log.flush()
+        return trainer.run_log.metrics["train/loss"]
+
+    def evaluate() -> float:
+        return build.evaluate(trainer.engine, trainer.task, trainer.eval_dataset, trainer.config)["eval/loss"]
+
+    def take_turns(windows: Iterator[Window]) -> Iterator[Window]:
+        for number, window in enumerate(windows):
+            if number:
+                turns.stepped(loss)
+            if turns.over:
+                turns.finish(evaluate)
+            yield window
+
+    paced(trainer, take_turns).fit()
 
 
 class Regression(Task):
@@ -80,47 +80,31 @@ class Regression(Task):
         return Loss(self.work.loss(output, batch) * len(output), len(output))
 
 
-def note_steps(trainer: Trainer, engine: Engine, windows: Iterator[Window]) -> None:
-    """Write ledger lines for these steps, as if they had been made."""
+def note_steps(trainer: Trainer, windows: Iterator[Window]) -> None:
+    """Leave the lines of these steps in the ledger, as if they had been made."""
     for window in windows:
         sums = [1.0, 0.0, 64.0, 0.0, 0.0, *[float(window.step % 4096)] * 6]
-        trainer.step_log.submit(window.step, PendingStep(sums, 1.0, 0.001, None), engine.clock.seconds())
+        trainer.step_log.submit(window.step, PendingStep(sums, 1.0, 0.001, None), trainer.engine.clock.seconds())
         trainer.step_log.flush()
 
 
-class Saving(Trainer):
-    """Saves in the background, and waits for it, so that it does not disturb other contenders."""
-
-    saves: Saves
-    passed = 0  # steps that nobody makes, which come first
-    saver: Saver | None = None  # where a save was just begun
-
-    def _windows(self, engine: Engine) -> Iterator[Window]:
-        windows = super()._windows(engine)
-        note_steps(self, engine, islice(windows, self.passed))
-        for number, window in enumerate(windows):
-            if self.saver is not None:
-                self.saves.saved(self.saver.wait)
-                self.saver = None
-            if number:
-                self.saves.stepped()
-            yield window
-
-    def _is_due(self, every_steps: int, steps_done: int) -> bool:
-        self.saves.asked()  # what a save waits for, beside the copying, is part of it
-        return super()._is_due(every_steps, steps_done)
-
-    def _save(self, engine: Engine, saver: Saver, steps_done: int) -> None:
-        super()._save(engine, saver, steps_done)
-        self.saver = saver
-
-
 def save(work: Numbered, part: Part) -> None:
+    """Saves go on in the background, which is waited for, so that it disturbs nobody."""
     world = World.detect()
     saves = Saves(work, world.rank, part)
     steps = len(work.train) // work.global_batch_size
     chosen = config(work, world, steps, checkpoint={"every_steps": EVERY})
-    trainer = Saving(Regression(work), chosen, part.folder / "run")
-    trainer.saves = saves
-    trainer.passed = max(0, part.step - EVERY)
-    trainer.fit()
+    trainer = Trainer(Regression(work), chosen, part.folder / "run")
+
+    def stop_for_saves(windows: Iterator[Window]) -> Iterator[Window]:
+        note_steps(trainer, islice(windows, max(0, part.step - EVERY)))  # steps that nobody makes
+        for number, window in enumerate(windows):
+            if number and window.step % EVERY == 0:  # a save has begun after the step before
+                saves.saved(trainer.saver.wait)
+            if number:
+                saves.stepped()
+            yield window
+
+    # What a save waits for after the weights are updated, beside the copying, is part of it.
+    register_optimizer_step_post_hook(lambda *_: saves.asked())
+    paced(trainer, stop_for_saves).fit()

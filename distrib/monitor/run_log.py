@@ -1,6 +1,4 @@
-"""What a run says of itself while it trains: to its folder, to observers, of which the display is one, and to trackers.
-
-Rank 0 alone speaks."""
+"""What a run reports while it trains: to its folder, to its observers (the display is one), and to the trackers."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,7 +20,7 @@ from distrib.run_folder.ledger import Ledger, now
 
 
 class RunLog:
-    """On the other ranks it says nothing, so that nobody has to ask who is speaking."""
+    """Call it alike on all ranks; it writes and prints on rank 0 alone."""
 
     def __init__(
         self,
@@ -38,24 +36,24 @@ class RunLog:
         self.metrics: dict[str, float] = {}  # the latest of each
         self.train_seconds = 0.0
         self.steps_done = 0
-        self._ledger: Ledger | None = None
+        self._ledger: Ledger | None = None  # on rank 0, from the first step on
         self._tracking: TrackingProcess | None = None
         self._notifier, self._has_observers = Notifier([self.display], observers), bool(observers)
-        self._before_start: list[tuple[str, dict[str, Any]]] | None = []  # lines of before the observers' start
+        self._before_start: list[tuple[str, dict[str, Any]]] | None = []  # lines that observers get after on_start
         self._end: dict[str, Any] | None = None  # the last event
 
     @property
     def chain(self) -> str:
-        """The ledger's, after the last step; of rank 0."""
+        """The ledger's chain after the last step, on rank 0; empty on other ranks."""
         return "" if self._ledger is None else self._ledger.chain
 
     def state(self) -> dict[str, Any]:
-        """The part of a checkpoint's manifest that is rank 0's: the ledger's chain, and the run folder's files."""
+        """Return rank 0's part of a checkpoint's manifest: the ledger's chain, and the texts of the small files."""
         return {"chain": self.chain, "run": self.run.to_save()} if self.world.is_rank_0 else {}
 
     @contextmanager
     def open(self, chain: str, first_step: int) -> Iterator[None]:
-        """From the first step to the last, in a run folder that ends where we go on. Collective."""
+        """Log steps within, from `first_step` on, in a ledger that ends with `chain`. Collective."""
         self._tracking = TrackingProcess(self.run, self.config.tracking, self.world, self._start(first_step))
         if not self.world.is_rank_0:
             yield
@@ -65,25 +63,25 @@ class RunLog:
             yield
 
     def step(self, entry: dict[str, Any]) -> None:
-        """One line of steps.jsonl."""
+        """Append a line to steps.jsonl, and pass it to the observers."""
         self.steps_done = entry["step"] + 1
         self.train_seconds += entry["seconds"]
         self.metrics["train/loss"] = entry["loss"]
         if self._ledger is not None:
             self._ledger.append(entry)
             self._notify("step", {**entry, "chain": self._ledger.chain})
-            self._hear_tracking()
+            self._show_tracking()
             while output.problems:
                 self.warn(f"{output.problems.pop(0)}; what is printed is lost, the run goes on")
 
     def evaluation(self, step: int, count: int, metrics: dict[str, float], seconds: float) -> None:
-        """One line of evals.jsonl."""
+        """Append a line to evals.jsonl, and pass it to the observers."""
         self.metrics.update(metrics)
         if self.world.is_rank_0:
             self._notify("evaluation", self.run.evaluation(step, count, metrics, seconds))
 
     def event(self, name: str, **details: Any) -> None:
-        """One line of events.jsonl."""
+        """Append a line to events.jsonl, and pass it to the observers."""
         if self.world.is_rank_0:
             self._notify(name, self.run.event(name, **details))
 
@@ -92,10 +90,11 @@ class RunLog:
         self._end = {**self.run.finish(summary), "summary": summary}
 
     def warn(self, reason: str) -> None:
+        """Log a warning event."""
         self.event("warning", reason=reason)
 
     def trouble(self, finished: bool = False) -> None:
-        """Warn of what was found damaged in the run folder; if the run had `finished`, nothing is written there."""
+        """Log a warning for each damage found in the run folder. If the run had `finished`, only print it."""
         for reason in self.run.take_trouble():
             if finished:
                 self.display.warn(reason)
@@ -103,8 +102,8 @@ class RunLog:
                 self.warn(reason)
 
     def draw_curves(self) -> None:
-        """Write curves.png; where that fails it is a warning: nothing of the run is in it alone."""
-        from distrib.monitor.curves import draw_curves  # matplotlib takes its time, so only now
+        """Write curves.png. If that fails, log a warning: the curves can be drawn again from the other files."""
+        from distrib.monitor.curves import draw_curves  # importing matplotlib is slow
 
         try:
             draw_curves(self.run)
@@ -114,11 +113,12 @@ class RunLog:
         self.trouble()
 
     def say(self, line: str) -> None:
+        """Print a line on rank 0, unless the run is quiet."""
         if self.world.is_rank_0:
             self.display.say(line)
 
     def close(self, ending: str) -> None:
-        """After the last event, whose name is `ending`: call observers' on_end, and wait until the trackers know it."""
+        """Call observers' on_end after the last event, named `ending`, and wait until the trackers have it too."""
         if ending == "failed" and (self._has_observers or self._tracking is not None):
             self._outlast_launcher()
         if self.world.is_rank_0 and self._end is not None:
@@ -126,11 +126,11 @@ class RunLog:
             self._notifier.notify(ending, self._end, self._warn_after_end)
         if self._tracking is not None:
             self._tracking.finish(ending)
-            self._hear_tracking(ended=True)
+            self._show_tracking(ended=True)
 
     @contextmanager
     def failures(self) -> Iterator[None]:
-        """Log an exception that ends the run as its `failed` event, and raise it on."""
+        """Log an exception that ends the run as its `failed` event, and raise it again."""
         try:
             yield
         except BaseException as error:
@@ -145,7 +145,7 @@ class RunLog:
             raise
 
     def _start(self, first_step: int | None) -> dict[str, Any]:
-        """Return what on_start gets."""
+        """Return what observers' on_start gets."""
         return {
             **self.run.started,
             "step": first_step,
@@ -156,11 +156,11 @@ class RunLog:
         }
 
     def _start_observers(self, first_step: int | None) -> None:
-        """Call on_start, and pass on what was written before. Does nothing if that was done."""
+        """Call on_start, then pass on the lines that were written before. Does nothing the second time."""
         if self._before_start is None:
             return
         waiting, self._before_start = self._before_start, None
-        problems: list[str] = []  # logged after what was written before
+        problems: list[str] = []  # logged after the lines that wait
         self._notifier.notify("started", self._start(first_step), problems.append)
         for kind, line in waiting:
             self._notify(kind, line)
@@ -169,39 +169,41 @@ class RunLog:
 
     def _notify(self, kind: str, line: dict[str, Any]) -> None:
         if METHODS.get(kind) == "on_end":
-            self._end = {**line, "summary": None}  # passed on by `close`
+            self._end = {**line, "summary": None}  # `close` passes it on
         elif self._before_start is not None:
             self._before_start.append((kind, line))
         else:
             self._notifier.notify(kind, line, self.warn)
 
     def _warn_after_end(self, reason: str) -> None:
-        """No observer is called after its on_end, but for the display, which prints."""
+        """Log and print a warning after on_end, when observers are called no more."""
         with suppress(WriteError):
             self.run.event("warning", reason=reason)
         self.display.warn(reason)
 
-    def _hear_tracking(self, ended: bool = False) -> None:
-        """What the tracking process has to say. Nothing is written into the run folder after its last event."""
-        while self.world.is_rank_0 and self._tracking is not None and self._tracking.lines:
+    def _show_tracking(self, ended: bool = False) -> None:
+        """Show what the tracking process has printed. If the run has `ended`, its folder gets no more events."""
+        while self._tracking is not None and self._tracking.lines and self.world.is_rank_0:
             line = self._tracking.lines.popleft()
-            if line.startswith(WARNING) and ended:
-                self.display.warn(line.removeprefix(WARNING))
-            elif line.startswith(WARNING):
-                self.warn(line.removeprefix(WARNING))
-            else:
+            if not line.startswith(WARNING):
                 self.display.say(line)
+            elif ended:
+                self.display.warn(line.removeprefix(WARNING))
+            else:
+                self.warn(line.removeprefix(WARNING))
 
     def _outlast_launcher(self) -> None:
-        """A launcher ends all ranks when one has failed: ignore that until this one has said why.
+        """Ignore SIGTERM from now on: when one rank has failed, a launcher ends the others, and this one has yet to
+        report why.
 
-        A process without a launcher may go on, and what it starts would inherit this: there SIGTERM keeps its meaning.
+        Without a launcher SIGTERM keeps its meaning, because processes that this one starts would inherit that it is
+        ignored, and nothing else may end them.
         """
         if self.world.launcher != "plain":
             ignore_sigterm()
 
     def _lost_to_others(self, error: BaseException) -> str | None:
-        """Return which rank's end is why rank 0 failed; a collective's own words are addresses and numbers."""
+        """Return which rank's end made rank 0 fail, if it did: a collective's own error has only addresses."""
         if not self.world.is_rank_0 or isinstance(error, DistribError) or not isinstance(error, Exception):
             return None
         self._outlast_launcher()

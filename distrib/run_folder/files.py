@@ -107,16 +107,21 @@ class Unreadable:
         return [f"{self.path}: damaged: cannot read {what} {self._first}"] if self._count else []
 
 
+def not_written(path: Path, error: OSError) -> WriteError:
+    """Return the error that names the file and the reason."""
+    return WriteError(
+        f"{path}: cannot be written: {error.strerror or error}; what was saved before is untouched: start the run "
+        "again to resume"
+    )
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Convert an OSError into a WriteError that names this file."""
     try:
         yield
     except OSError as error:
-        raise WriteError(
-            f"{path}: cannot be written: {error.strerror or error}; what was saved before is untouched: start the run "
-            "again to resume"
-        ) from None
+        raise not_written(path, error) from None
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -134,43 +139,6 @@ def write_whole(path: Path, text: str) -> None:
             with suppress(OSError):
                 partial.unlink()
             raise
-
-
-class Appended:
-    """Appends whole lines to a file. Each line is passed to the operating system at once."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises WriteError."""
-        self.path = path
-        with writing(path):
-            # O_NONBLOCK: opening a FIFO would wait for a reader
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
-            self._file = os.open(path, flags, 0o666)
-
-    def append(self, line: str) -> None:
-        """Append a line. If that fails, remove the part that was written, and raise WriteError."""
-        rest = f"{line}\n".encode()
-        with writing(self.path):
-            size = os.fstat(self._file).st_size
-            try:
-                while rest:
-                    rest = rest[os.write(self._file, rest) :]
-            except OSError:
-                with suppress(OSError):
-                    os.truncate(self._file, size)
-                raise
-
-    def close(self) -> None:
-        os.close(self._file)
-
-
-def append_line(path: Path, line: str) -> None:
-    """Append one line to a file. Raises WriteError."""
-    file = Appended(path)
-    try:
-        file.append(line)
-    finally:
-        file.close()
 
 
 def set_aside(path: Path) -> Path:

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from distrib.config import Config
 from distrib.errors import ConfigError, DamagedFileError, RunDirError, WriteError
 from distrib.run_folder import formats, ledger, repair
-from distrib.run_folder.files import append_line, parse, read_bytes, read_json, to_text, write_whole, writing
-from distrib.run_folder.ledger import now, to_json
+from distrib.run_folder.files import parse, read_bytes, read_json, to_text, write_whole, writing
+from distrib.run_folder.ledger import append_line, now, to_json
 from distrib.run_folder.lock import LOCK, Lock
 from distrib.run_folder.manifest import files_saved, steps_of
 

@@ -21,11 +21,50 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from distrib.errors import DamagedFileError, WriteError
-from distrib.run_folder.files import Appended, lines_of, open_regular, parse, writing
+from distrib.run_folder.files import lines_of, not_written, open_regular, parse, writing
 from distrib.run_folder.formats import STEP
 
 GENESIS = ""  # the chain before the first line
 _ONE_LINE = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+class Appended:
+    """A file to which whole lines are appended, each handed to the operating system at once."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises WriteError."""
+        self.path = path
+        with writing(path):
+            # Without waiting for a FIFO's reader; there is no file of another kind once a run has started.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+            self._file = os.open(path, flags, 0o666)
+
+    def append(self, line: str) -> None:
+        """Raises WriteError, and then takes back what was written of the line."""
+        rest = f"{line}\n".encode()
+        try:
+            size = os.fstat(self._file).st_size
+            try:
+                while rest:
+                    rest = rest[os.write(self._file, rest) :]
+            except OSError:
+                with suppress(OSError):
+                    os.truncate(self._file, size)
+                raise
+        except OSError as error:
+            raise not_written(self.path, error) from None
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line to a file. Raises WriteError."""
+    file = Appended(path)
+    try:
+        file.append(line)
+    finally:
+        file.close()
 
 
 class Ledger:

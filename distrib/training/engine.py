@@ -20,7 +20,7 @@ from distrib.strategies.errors import recognised
 from distrib.strategies.step_sums import StepSums
 from distrib.task import Loss, Task
 from distrib.training.buffers import Buffers
-from distrib.training.pending_step import PendingStep
+from distrib.training.step_log import PendingStep
 from distrib.training.task_checks import check_loss
 from distrib.training.timing import Clock
 

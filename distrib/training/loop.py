@@ -3,7 +3,7 @@
 from distrib.data.loader import Window
 from distrib.task import Task
 from distrib.training.engine import Engine
-from distrib.training.pending_step import PendingStep
+from distrib.training.step_log import PendingStep
 
 
 def train_step(engine: Engine, task: Task, window: Window, lr: float) -> PendingStep:

@@ -21,7 +21,7 @@ from distrib.tracebacks import first_line, place
 from distrib.training import build, evaluation
 from distrib.training.engine import Engine
 from distrib.training.loop import train_step
-from distrib.training.pending_step import PendingStep
+from distrib.training.step_log import PendingStep
 from distrib.training.task_checks import check_loss, check_metrics_dict, no_metric, trial
 
 # If each sample is there twice, a mean has half the gradient of each sample and the same total; a sum has the same

@@ -1,24 +1,96 @@
-"""The results of the steps: the ledger's lines, and the schedule's position."""
+"""From what a step did to its line in the ledger. `Engine.step` returns a PendingStep; StepLog reads it one step late.
 
-from typing import Any
+Every step ends with a verdict. Schedule, ledger, trackers and counters depend on the verdict alone.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from distrib.config import TrainConfig
 from distrib.errors import TrainingError
-from distrib.monitor.run_log import RunLog
 from distrib.plan import RunPlan
 from distrib.run_folder.earlier_starts import total_seconds
-from distrib.training.pending_step import PendingStep, StepResult
+from distrib.strategies.step_sums import StepSums
+
+if TYPE_CHECKING:  # a loop of one's own needs no display and no trackers
+    from distrib.monitor.run_log import RunLog
+
+APPLIED = "applied"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, the same on every rank."""
+
+    verdict: str  # applied | skipped:<reason>
+    loss: float  # the mean over the whole window, before the update
+    count: float  # items in the window; whole, unless items have weights
+    grad_norm: float  # before clipping
+    lr: float
+    digest: int  # of the samples read by all ranks, see data/order.py
+    loss_scale: float | None = None  # fp16 only
+    stop: bool = False  # a rank was asked to stop
+
+    @property
+    def applied(self) -> bool:
+        return self.verdict == APPLIED
+
+
+class PendingStep:
+    """A step that was made. Its result may still be on a GPU; `read` it after the next step has begun, so that the
+    host does not wait."""
+
+    def __init__(self, sums: Tensor | list[float], grad_norm: Tensor | float, lr: float, scale: float | None) -> None:
+        """`sums`: the window's, over all ranks, as `StepSums.pack` makes them, shape (SIZE,); `scale`: fp16's loss
+        scale. Tensors on a GPU are copied to the host without waiting."""
+        self._lr, self._scale = lr, scale
+        self._sums, self._grad_norm = sums, grad_norm
+        self._copied: torch.Event | None = None
+        if isinstance(sums, Tensor) and sums.device.type != "cpu":  # not run here: see docs/not-run-here.md
+            self._sums, self._grad_norm = _copy_to_host(sums), _copy_to_host(grad_norm)
+            self._copied = torch.Event(device=sums.device)
+            self._copied.record()
+
+    @property
+    def known(self) -> bool:
+        """Can `read` return without waiting?"""
+        return self._copied is None or self._copied.query()
+
+    def wait(self) -> None:
+        """Wait until this step is done; later work on the GPU is not waited for."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def read(self) -> StepResult:
+        """Return the step's result. Waits until it is known."""
+        self.wait()
+        values = self._sums.tolist() if isinstance(self._sums, Tensor) else self._sums
+        sums, grad_norm = StepSums.unpack(values), float(self._grad_norm)
+        loss = sums.loss / sums.count if sums.count else math.nan
+        if sums.count == 0:
+            verdict, grad_norm = "skipped:no_items", math.nan
+        elif not math.isfinite(loss):
+            verdict, grad_norm = "skipped:nonfinite_loss", math.nan
+        elif not math.isfinite(grad_norm):
+            verdict = "skipped:nonfinite_gradient" if self._scale is None else "skipped:loss_scale"
+        else:
+            verdict = APPLIED
+        return StepResult(verdict, loss, sums.count, grad_norm, self._lr, sums.digest, self._scale, sums.stop)
 
 
 class StepLog:
     """Logs each step one step late, the same on every rank. Call `submit` after a step, and `flush` before anything
     that needs its result: an evaluation, a save, the end."""
 
-    def __init__(self, run_log: RunLog, plan: RunPlan, strategy: str, config: TrainConfig) -> None:
+    def __init__(self, run_log: "RunLog", plan: RunPlan, strategy: str, config: TrainConfig) -> None:
         self.run_log, self.plan, self.strategy, self.config = run_log, plan, strategy, config
-        self.applied = 0  # updates, as far as is known
-        self.skipped_in_a_row = 0  # steps up to the last one that was read
-        self._applied_before = -1  # the last step of which that is known
+        self.applied = 0  # updates among the steps that were read
+        self.skipped_in_a_row = 0  # up to the last step that was read
+        self._applied_before = -1  # `applied` before the last step that was read
         self._unread: tuple[int, PendingStep, dict[str, float]] | None = None
 
     @property
@@ -28,12 +100,15 @@ class StepLog:
         return (self._applied_before if self._unread is None else self.applied) + 1
 
     def submit(self, number: int, step: PendingStep, seconds: dict[str, float]) -> None:
-        """`seconds`: where its time went, and what else a ledger's line says of it."""
+        """Hand over step `number`. `seconds`: its times, and the other measurements for its line in the ledger."""
         assert self._unread is None, "the step before is read first"
         self._unread = number, step, seconds
 
     def flush(self) -> bool:
-        """Log the last step's result, if that is not done yet. Return whether a rank was asked to stop."""
+        """Log the last step's result, if that is not done yet. Return whether a rank was asked to stop.
+
+        Raises TrainingError if the run cannot go on after a skipped step.
+        """
         if self._unread is None:
             return False
         (number, step, seconds), self._unread = self._unread, None
@@ -46,12 +121,12 @@ class StepLog:
         return result.stop
 
     def close(self) -> None:
-        """However the run ends: a step that was made before it failed is noted, where nobody has to be waited for."""
+        """Log the last step when the run ends for any reason, unless that would wait for a GPU."""
         if self._unread is not None and self._unread[1].known:
             self.flush()
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint's manifest keeps of it."""
+        """Return the counters for a checkpoint's manifest."""
         return {
             "applied": self.applied,
             "applied_before": self._applied_before,
@@ -59,13 +134,13 @@ class StepLog:
         }
 
     def load(self, manifest: dict[str, Any]) -> None:
-        """Go on from it."""
+        """Continue from a checkpoint's manifest."""
         self.applied = manifest["applied"]
-        self._applied_before = manifest.get("applied_before", self.applied - 1)  # older ones counted all they knew
+        self._applied_before = manifest.get("applied_before", self.applied - 1)  # older manifests lack this key
         self.skipped_in_a_row = manifest.get("skipped_in_a_row", 0)
 
     def summary(self, name: str, first_step: int) -> dict[str, Any]:
-        """The content of summary.json after the last step. `first_step`: of this start."""
+        """Return the content of summary.json after the last step. `first_step`: of this start."""
         samples = (self.plan.num_steps - first_step) * self.plan.global_batch_size
         return {
             "name": name,
@@ -80,7 +155,7 @@ class StepLog:
         }
 
     def _entry(self, number: int, result: StepResult, seconds: dict[str, float]) -> dict[str, Any]:
-        """One line of steps.jsonl."""
+        """Return the step's line of steps.jsonl."""
         return {
             "step": number,
             "epoch": self.plan.epoch(number),
@@ -97,7 +172,7 @@ class StepLog:
         }
 
     def _skipped(self, number: int, result: StepResult) -> None:
-        """Log it. Raises TrainingError if the run cannot go on, with steps numbered from 1 as in all that is shown."""
+        """Log the event. Raises TrainingError if the run cannot go on; messages number steps from 1."""
         self.run_log.event("skipped", step=number, verdict=result.verdict)
         if self.config.on_nonfinite == "stop" and "nonfinite" in result.verdict:
             raise TrainingError(
@@ -111,3 +186,8 @@ class StepLog:
                 f"step {first - 1}. Look at the samples of step {first}, or train again with a lower optim.lr or with "
                 "train.max_grad_norm; with a larger train.max_skipped the run goes on"
             )
+
+
+def _copy_to_host(values: Any) -> Tensor:
+    """Start a copy from a GPU into pinned memory; it is complete when an event recorded after it is."""
+    return torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)

@@ -1,7 +1,7 @@
 """Assembles a run from its config, runs the training loop, and decides when to evaluate, save and stop."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,8 @@ from distrib.training.engine import Engine
 from distrib.training.loop import train_step
 from distrib.training.model_checks import check_module
 from distrib.training.optimizers import ignored_keys
-from distrib.training.pending_step import PendingStep
 from distrib.training.preemption import Preemption
-from distrib.training.step_log import StepLog
+from distrib.training.step_log import PendingStep, StepLog
 
 
 class Trainer:
@@ -46,7 +45,7 @@ class Trainer:
 
     The constructor checks all input and raises ConfigError or LaunchError, before anything is written and, unless the
     task has a `prepare`, before the processes join. The run folder is `run_dir` or runs/NAME; in a wandb sweep,
-    runs/sweep-ID/RUN.
+    runs/sweep-ID/RUN. `source` gives the windows and may be replaced before `fit`; `engine` and `saver` exist in `fit`.
     """
 
     def __init__(
@@ -139,7 +138,7 @@ class Trainer:
             compile.keep_in(self.run.compiled)
             self.run_log.event("compiling", what=self.config.train.compile)
         self.strategy.wrap(self.module, self.blocks, self.make_optimizer)
-        engine = Engine(
+        engine = self.engine = Engine(
             self.strategy,
             mixed_precision=self.config.train.mixed_precision,
             max_grad_norm=self.config.train.max_grad_norm,
@@ -155,14 +154,14 @@ class Trainer:
         if engine.strategy.learns_from_its_first_backward and 0 < self.first_step < self.plan.num_steps:
             probe.warm_up_ddp_buckets(engine, self.task, next(self.source.windows(self.first_step)))
         keep, keep_every = self.config.checkpoint.keep, self.config.checkpoint.keep_every
-        saver = Saver(self.run.checkpoints, self.world, keep, keep_every, [self.run.steps, self.run.evals])
+        saver = self.saver = Saver(self.run.checkpoints, self.world, keep, keep_every, [self.run.steps, self.run.evals])
         with ExitStack() as stack:
             stack.enter_context(when_asked_to_stop(self.preemption.take_note))
             stack.enter_context(self.run_log.open(chain, self.first_step))
             stack.callback(self.step_log.close)
             self._before_training(engine)
             engine.clock.start()
-            for window in self._windows(engine):
+            for window in self.source.windows(self.first_step, engine.prefetcher):
                 engine.stop_asked = self.preemption.asked
                 steps_done = window.step + 1
                 with tuning.no_collection():
@@ -268,9 +267,6 @@ class Trainer:
             self.run_log.event("checkpoint", **saved)
             if (reason := self.preemption.too_long(saved["seconds"] + saved["stall"])) is not None:
                 self.run_log.warn(reason)
-
-    def _windows(self, engine: Engine) -> Iterator[Window]:
-        return self.source.windows(self.first_step, engine.prefetcher)
 
     def _learning_rate(self, engine: Engine) -> float:
         optim, clock = self.config.optim, self.step_log.clock

@@ -137,7 +137,7 @@ def _observers(run: RunDir, run_id: str, host: str | None = None) -> list[Observ
     try:
         mode = wandb_mode(config.tracking) if run_id else "off"
     except ConfigError as error:
-        say(f"{WARNING}{error}")
+        say(f"{WARNING}{error}; this part of the run is kept offline")
         mode = "offline"
     if host is not None:
         return [] if mode == "off" else [Host(run, run_id, host)]
