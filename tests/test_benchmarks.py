@@ -1,5 +1,7 @@
 """The benchmarks run, and the contenders compute the same. Their measurements are in benchmarks/results/."""
 
+import sys
+
 import pytest
 from conftest import ROOT, Run, check
 
@@ -9,9 +11,8 @@ CONTENDERS = ("plain DDP loop", "distrib", "accelerate", "transformers")
 
 def test_peers_compute_the_same_and_take_turns(run: Run) -> None:
     """The benchmark fails if losses differ."""
-    said = check(
-        run("python", ROOT / "benchmarks" / "peers.py", "--only", "digits 2", "--sessions", 1, "--small", timeout=600)
-    )
+    script = ROOT / "benchmarks" / "peers.py"
+    said = check(run(sys.executable, script, "--only", "digits 2", "--sessions", 1, "--small", timeout=600))
     assert "## digits, 2 process(es)" in said
     for contender in CONTENDERS:
         assert f"| {contender} |" in said
@@ -19,7 +20,7 @@ def test_peers_compute_the_same_and_take_turns(run: Run) -> None:
 
 def test_the_benchmark_detects_who_resumes_at_the_right_sample(run: Run) -> None:
     script = ROOT / "benchmarks" / "resuming.py"
-    said = check(run("python", script, "--only", "late", "--rounds", 1, "--small", timeout=850))
+    said = check(run(sys.executable, script, "--only", "late", "--rounds", 1, "--small", timeout=850))
     assert "## late: resumed at step " in said
     rows = {line.split("|")[1].strip(): line for line in said.splitlines() if line.startswith("| ")}
     for contender in CONTENDERS:

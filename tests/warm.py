@@ -12,6 +12,7 @@ has variables that are read while libraries are imported.
 python warm.py FD PADDING     answers at this socket, for as long as the other end is open
 """
 
+import builtins
 import ctypes
 import gc
 import importlib
@@ -24,7 +25,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import types
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,7 +38,7 @@ import numpy
 # Read when libraries, or Python itself, are loaded; but for those that are read later.
 _EARLY = ("OMP_", "MKL_", "MALLOC_", "GLIBC_", "LD_", "LC_", "LANG", "PYTHON", "TORCH", "NVIDIA_", "KMP_")
 _LATE = ("TORCHELASTIC_", "TORCH_NCCL_", "TORCH_EXTENSIONS_DIR", "TORCH_CPP_LOG_LEVEL")
-_MODULES = ("distrib", "distrib.processes.exit")
+_MODULES = ("distrib", "distrib.processes.exit", "torch.distributed.run", "accelerate.commands.accelerate_cli")
 _IMPORTED = (
     "distrib.cli",
     "distrib.launching.local",
@@ -45,7 +48,7 @@ _IMPORTED = (
     "torch._dynamo",  # by torch's optimizers
     "torch._inductor.compile_fx",  # by DeepSpeed
 )
-_LAUNCHERS = ("launch", "evaluate")
+_LAUNCHERS = ("distrib launch", "distrib evaluate", "torch.distributed.run", "accelerate.commands.accelerate_cli")
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _PADDING = 16384  # bytes for the environment and the command line of who is forked
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -73,6 +76,12 @@ class Server:
                 pass_fds=[theirs.fileno()],
             )
         return cls(ours, _early(env), process)
+
+    def fits(self, env: dict[str, str]) -> bool:
+        """Whether Python would start in the same way with these variables; folders that accelerate appends, follow."""
+        own, other = self.early, _early(env)
+        path = own.get("PYTHONPATH", "")
+        return f"{other.get('PYTHONPATH', '')}:".startswith(f"{path}:") and own == other | {"PYTHONPATH": path}
 
     def close(self) -> None:
         """End the server; what it forked goes on."""
@@ -105,8 +114,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
     def _execute_child(self, *arguments: Any) -> None:
         (args, _, _, _, _, cwd, env, _, _, _, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite) = arguments[:16]
         env, command = dict(os.environ if env is None else env), [os.fspath(argument) for argument in args]
-        known = sys.platform == "linux" and command[:2] == [sys.executable, "-m"] and command[2] in _MODULES
-        if not known or _early(env) != (server := self.server or _own_server(env)).early:
+        if not _program(command) or not (server := self.server or _own_server(env)).fits(env):
             super()._execute_child(*arguments)
             return
         files = [own if own >= 0 else inherited for inherited, own in enumerate((p2cread, c2pwrite, errwrite))]
@@ -141,6 +149,16 @@ def run(
     return subprocess.CompletedProcess(command, process.returncode, *said)
 
 
+def _program(command: list[str]) -> list[str]:
+    """Return the module or script that Python runs, and its arguments, if it may be forked, else nothing."""
+    if sys.platform != "linux" or command[0] != sys.executable:
+        return []
+    rest = command[2:] if command[1:2] == ["-u"] else command[1:]
+    if rest[:1] == ["-m"]:
+        return rest[1:] if rest[1] in _MODULES else []
+    return rest if rest and rest[0].endswith(".py") else []
+
+
 def _early(env: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in env.items() if name.startswith(_EARLY) and not name.startswith(_LATE)}
 
@@ -173,13 +191,10 @@ def _import() -> None:
     gc.freeze()
 
 
-def _serve(connection: socket.socket, mask: set[signal.Signals]) -> None:
+def _serve(connection: socket.socket, mask: set[signal.Signals]) -> NoReturn:
     """Fork what is asked for, twice: when the first has ended, who asked has adopted the second."""
-    while True:
-        first, files, _, _ = socket.recv_fds(connection, 4, 3)
-        if not first:
-            return
-        request = json.loads(_receive(connection, int.from_bytes(first, "big")))
+    while request := _request(connection):
+        files, wanted = request
         between = os.fork()
         if between == 0:
             between = os.getpid()
@@ -189,11 +204,21 @@ def _serve(connection: socket.socket, mask: set[signal.Signals]) -> None:
             connection.close()
             while os.getppid() == between:
                 time.sleep(0.0005)
-            _become(files, mask, **request)
+            _become(files, mask, **wanted)
         for file in files:
             os.close(file)
         os.waitpid(between, 0)
-        connection.sendall(b".")
+        with suppress(ConnectionError):
+            connection.sendall(b".")
+    os._exit(0)
+
+
+def _request(connection: socket.socket) -> "tuple[list[int], dict[str, Any]] | None":
+    """None if the other end is gone."""
+    with suppress(ConnectionError, EOFError):
+        first, files, _, _ = socket.recv_fds(connection, 4, 3)
+        return (files, json.loads(_receive(connection, int.from_bytes(first, "big")))) if first else None
+    return None
 
 
 def _become(
@@ -210,25 +235,41 @@ def _become(
         os.close(file)
     if own_session:
         os.setsid()
-    if command[2] == "distrib" and command[3:4] and command[3] in _LAUNCHERS:
+    what, *arguments = _program(command)
+    if "RANK" not in env and (what.endswith(".py") or " ".join([what, *arguments]).startswith(_LAUNCHERS)):
         _give_server(mask)
     os.chdir(cwd)
+    behind = 1 + len(path := os.environ["PYTHONPATH"].split(":"))
+    sys.path[behind:behind] = env["PYTHONPATH"].split(":")[len(path) :]
     os.environ.clear()
     os.environ.update(env)
     _show(command, env)
     tempfile.tempdir = None
     numpy.random.seed()  # from the system, as Python's own generator does after a fork
-    sys.orig_argv = command
-    sys.argv = command[1:2] + command[3:]
-    sys.path[0] = cwd
+    if command[1] == "-u":
+        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+    sys.orig_argv, sys.argv = command, [what, *arguments]
     sys.modules["__main__"] = types.ModuleType("__main__")
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    runpy._run_module_as_main(command[2])  # type: ignore[attr-defined]
-    raise AssertionError("it ends the process")
+    warnings.filterwarnings("ignore", ".* found in sys.modules after import of package", RuntimeWarning, "runpy")
+    try:
+        if what.endswith(".py"):
+            sys.path[0] = os.path.dirname(os.path.abspath(what))
+            own = sys.modules["__main__"].__dict__
+            own |= {"__file__": what, "__builtins__": builtins}
+            exec(compile(Path(what).read_bytes(), what, "exec"), own)
+        else:
+            sys.path[0] = cwd
+            runpy._run_module_as_main(what)  # type: ignore[attr-defined]
+    except Exception as error:
+        trace = error.__traceback__
+        traceback.print_exception(type(error), error, trace and trace.tb_next)
+        sys.exit(1)
+    sys.exit()
 
 
 def _give_server(mask: set[signal.Signals]) -> None:
-    """A server for this process, with whose end it ends: torch's elastic agent has its ranks from there."""
+    """A server for this process, with whose end it ends: what it starts may be forked there."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     ours, theirs = socket.socketpair()
@@ -237,12 +278,10 @@ def _give_server(mask: set[signal.Signals]) -> None:
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)
-        with suppress(ConnectionError):
-            _serve(theirs, mask)
-        os._exit(0)
+        _serve(theirs, mask)
     theirs.close()
     Popen.server = Server(ours, _early_here)
-    subprocess_handler.Popen = Popen
+    subprocess.Popen = subprocess_handler.Popen = Popen  # type: ignore[misc]
 
 
 def _show(command: list[str], env: dict[str, str]) -> None:
@@ -262,5 +301,4 @@ if __name__ == "__main__":
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     _early_here = _early(dict(os.environ))
     _import()
-    with suppress(ConnectionError):  # the test was ended
-        _serve(socket.socket(fileno=int(sys.argv[1])), before)
+    _serve(socket.socket(fileno=int(sys.argv[1])), before)

@@ -4,12 +4,13 @@ import json
 import os
 import re
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 import tasks
 import yaml
-from conftest import BIN, Run, check, refused
+from conftest import Run, check, refused
 
 from distrib import Config, Trainer
 from distrib.errors import ConfigError
@@ -127,7 +128,7 @@ def test_a_rank_that_raises_is_named_and_ends_all(run: Run, tmp_path: Path, on_r
 
 def test_torchrun_prints_the_traceback_once(run: Run, tmp_path: Path) -> None:
     train = ["-m", "distrib", "train", write(tmp_path, task=misbehave("raise", 1))]
-    result = run(BIN / "torchrun", "--nproc_per_node", 2, *train)
+    result = run(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, *train)
     assert result.returncode == 1
     assert result.stderr.count("ZeroDivisionError: the task divided by zero") == 1
     assert result.stderr.count("rank 1 of 2") >= 1

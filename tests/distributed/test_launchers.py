@@ -1,10 +1,11 @@
 """The real launchers, each of which starts two processes. Silent fallbacks are refused."""
 
 import json
-import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
 from conftest import BIN, ROOT, Run, check, environment, free_port, lines, no_process_left, refused
 
@@ -15,6 +16,7 @@ CONFIG = {
 }
 LAUNCH = ROOT / "launch"
 DDP = LAUNCH / "ddp.yaml"
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]  # as the command does
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ def test_accelerate_starting_one_process_instead_of_two_is_refused(
 ) -> None:
     multi_cpu = {**yaml.safe_load(DDP.read_text()), "distributed_type": "MULTI_CPU", "use_cpu": True}
     (tmp_path / "multi_cpu.yaml").write_text(yaml.safe_dump(multi_cpu))
-    result = run(BIN / "accelerate", "launch", *arguments, "-m", "distrib", "train", config)
+    result = run(*ACCELERATE, *arguments, "-m", "distrib", "train", config)
     assert result.returncode != 0
     assert result.stderr.count("error: accelerate launch was asked for several processes but started one") == 1
     assert not (tmp_path / "runs").exists()
@@ -87,7 +89,7 @@ def test_accelerate_starting_one_process_instead_of_two_is_refused(
 def test_a_strategy_or_precision_that_contradicts_accelerate_is_refused(
     run: Run, config: Path, tmp_path: Path, arguments: list[str], said: str
 ) -> None:
-    command = [BIN / "accelerate", "launch", "--config_file", DDP, "--main_process_port", free_port()]
+    command = [*ACCELERATE, "--config_file", DDP, "--main_process_port", free_port()]
     result = run(*command, *arguments, "-m", "distrib", "train", config)
     assert result.returncode != 0
     assert result.stderr.count(said) == 1
@@ -97,13 +99,13 @@ def test_a_strategy_or_precision_that_contradicts_accelerate_is_refused(
 @pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
 def test_strategy_auto_follows_accelerates_config_file(run: Run, config: Path, tmp_path: Path, strategy: str) -> None:
     file = LAUNCH / f"{strategy}.yaml"
-    command = [BIN / "accelerate", "launch", "--config_file", file, "--main_process_port", free_port()]
+    command = [*ACCELERATE, "--config_file", file, "--main_process_port", free_port()]
     check(run(*command, "-m", "distrib", "train", config))
     assert {(line["world_size"], line["strategy"]) for line in lines(tmp_path / "runs" / "small")} == {(2, strategy)}
 
 
 def test_a_config_that_contradicts_accelerates_file_is_refused(run: Run, config: Path, tmp_path: Path) -> None:
-    command = [BIN / "accelerate", "launch", "--config_file", LAUNCH / "zero2.yaml", "--main_process_port", free_port()]
+    command = [*ACCELERATE, "--config_file", LAUNCH / "zero2.yaml", "--main_process_port", free_port()]
     result = run(*command, "-m", "distrib", "train", config, "strategy.name=fsdp2")
     assert result.returncode != 0
     assert result.stderr.count("told strategy.name: zero2, the config makes it fsdp2") == 1
@@ -113,12 +115,12 @@ def test_a_config_that_contradicts_accelerates_file_is_refused(run: Run, config:
 def test_accelerate_on_two_machines(config: Path, tmp_path: Path) -> None:
     """launch/multi-node.yaml, with this machine as both."""
     here = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()), "--num_processes", "2"]
-    command = [BIN / "accelerate", "launch", "--config_file", LAUNCH / "multi-node.yaml", *here]
+    command = [*ACCELERATE, "--config_file", LAUNCH / "multi-node.yaml", *here]
     with no_process_left() as mark:
         machines = []
         for rank in ("0", "1"):
             machine = [*command, "--machine_rank", rank, "-m", "distrib", "train", config]
-            machines.append(subprocess.Popen(machine, cwd=tmp_path, env=environment(mark)))
+            machines.append(warm.Popen(list(map(str, machine)), cwd=tmp_path, env=environment(mark)))
         assert [machine.wait(timeout=120) for machine in machines] == [0, 0]
     run_dir = tmp_path / "runs" / "small"
     assert {(line["world_size"], line["strategy"]) for line in lines(run_dir)} == {(2, "ddp")}
