@@ -21,7 +21,7 @@ def build(target: str, arguments: dict[str, Any], key: str, kind: type[Any], fac
     """Find what `target` names and call it with keyword arguments. `key`, `kind` and `factories` as for `find`."""
     made = call(find(target, f"{key}.target", kind, factories), arguments, key)
     if not isinstance(made, kind):
-        raise ConfigError(f"{key}.target: {target} is not {_a(kind)} but {type(made).__name__}")
+        raise ConfigError(f"{key}.target: {target} is not {_with_article(kind)} but {type(made).__name__}")
     return made
 
 
@@ -52,11 +52,11 @@ def find(target: str, key: str, kind: type[Any], factories: bool = False) -> Cal
     is true, `target` may also be a function: one of the user's own, or an installed one that is annotated to return a
     `kind`. Anything else is refused, so that a config cannot run an arbitrary program. Raises ConfigError.
     """
-    module_name, name = _parts(target, key)
+    module_name, name = _split_target(target, key)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    if _is_pythons_own(module_name):
-        raise ConfigError(f"{key}: {target} is a part of Python itself, not {_a(kind)}")
+    if _is_standard_library(module_name):
+        raise ConfigError(f"{key}: {target} is a part of Python itself, not {_with_article(kind)}")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
@@ -73,13 +73,14 @@ def find(target: str, key: str, kind: type[Any], factories: bool = False) -> Cal
     if isinstance(found, type):
         if issubclass(found, kind):
             return found
-        raise ConfigError(f"{key}: {target} is not {_a(kind)} but a class {found.__name__}")
+        raise ConfigError(f"{key}: {target} is not {_with_article(kind)} but a class {found.__name__}")
     if not factories or not inspect.isfunction(found):
-        wanted = _a(kind) + (", nor a function that makes one" if factories else "")
+        wanted = _with_article(kind) + (", nor a function that makes one" if factories else "")
         raise ConfigError(f"{key}: {target} is not {wanted}, it is a {type(found).__name__}")
-    if not _makes(found, kind):
+    if not _may_make(found, kind):
         raise ConfigError(
-            f"{key}: {target} is not annotated to return {_a(kind)}; call it in a function of your own, and name that"
+            f"{key}: {target} is not annotated to return {_with_article(kind)}; call it in a function of your "
+            "own, and name that"
         )
     return found
 
@@ -92,11 +93,11 @@ def hidden_by(library: str) -> str | None:
     return origin if own else None
 
 
-def _a(kind: type[Any]) -> str:
+def _with_article(kind: type[Any]) -> str:
     return f"{'an' if kind.__name__[0] in 'AEIO' else 'a'} {kind.__name__}"
 
 
-def _parts(target: str, key: str) -> tuple[str, str]:
+def _split_target(target: str, key: str) -> tuple[str, str]:
     """Split `module:name`. Raises ConfigError, and suggests what was probably meant."""
     module, colon, name = target.partition(":")
     if colon and name.isidentifier() and not module.endswith(".py") and _is_dotted(module):
@@ -112,7 +113,7 @@ def _is_dotted(module: str) -> bool:
     return all(part.isidentifier() for part in module.split("."))
 
 
-def _is_pythons_own(module: str) -> bool:
+def _is_standard_library(module: str) -> bool:
     """Return whether the module is from the standard library. A user's file of the same name takes precedence."""
     top = module.partition(".")[0]
     if top not in sys.stdlib_module_names:
@@ -122,10 +123,10 @@ def _is_pythons_own(module: str) -> bool:
     return origin in (None, "built-in", "frozen") or str(origin).startswith(sysconfig.get_path("stdlib") + os.sep)
 
 
-def _makes(function: Callable[..., Any], kind: type[Any]) -> bool:
+def _may_make(function: Callable[..., Any], kind: type[Any]) -> bool:
     """Return whether the function is the user's own, or annotated to return a `kind`."""
     origin = inspect.unwrap(function)
-    if not _is_installed(inspect.getfile(origin)) and not _is_pythons_own(origin.__module__):
+    if not _is_installed(inspect.getfile(origin)) and not _is_standard_library(origin.__module__):
         return True
     try:
         returned = typing.get_type_hints(origin).get("return")

@@ -60,22 +60,22 @@ def sample_print(sample: Any) -> Print:
 
     Raises TypeError for anything else.
     """
-    exact, numbers = hashlib.sha256(), _Numbers()
+    exact, numbers = hashlib.sha256(), _Tolerant()
     _add(sample, exact, numbers)
-    return {"exact": exact.hexdigest()[:16], **numbers.figures()}
+    return {"exact": exact.hexdigest()[:16], **numbers.statistics()}
 
 
-class _Numbers:
+class _Tolerant:
     """The numbers of a sample that are compared within a tolerance."""
 
     def __init__(self) -> None:
         self.parts: dict[str, list[npt.NDArray[np.float64]]] = {kind: [] for kind in TOLERANCES}
 
-    def figures(self) -> dict[str, list[float]]:
-        return {kind: _figures(np.concatenate(parts)) if parts else [0.0] for kind, parts in self.parts.items()}
+    def statistics(self) -> dict[str, list[float]]:
+        return {kind: _statistics(np.concatenate(parts)) if parts else [0.0] for kind, parts in self.parts.items()}
 
 
-def _figures(values: npt.NDArray[np.float64]) -> list[float]:
+def _statistics(values: npt.NDArray[np.float64]) -> list[float]:
     """Return the largest magnitude, and relative to it the root mean square and a weighted sum that depends on the
     order of the values."""
     largest = float(np.abs(values).max(initial=0.0))
@@ -88,7 +88,7 @@ def _figures(values: npt.NDArray[np.float64]) -> list[float]:
     return [float(f"{figure:.9g}") for figure in (largest, norm / math.sqrt(len(values)), projection)]
 
 
-def _add(value: Any, exact: Any, numbers: _Numbers) -> None:
+def _add(value: Any, exact: Any, numbers: _Tolerant) -> None:
     if isinstance(value, Tensor):
         tensor = value.detach().cpu().resolve_conj()
         exact.update(f"tensor {tensor.dtype} ".encode())
@@ -115,7 +115,7 @@ def _add(value: Any, exact: Any, numbers: _Numbers) -> None:
         raise TypeError(f"no print of a {type(value).__name__}")
 
 
-def _add_array(array: Any, exact: Any, numbers: _Numbers, coarse: bool = False) -> None:
+def _add_array(array: Any, exact: Any, numbers: _Tolerant, coarse: bool = False) -> None:
     exact.update(f"{array.shape} ".encode())
     if array.dtype.kind == "O":
         _add(array.tolist(), exact, numbers)

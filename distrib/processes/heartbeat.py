@@ -207,7 +207,7 @@ def enter(host: str, port: int, rank: int, world_size: int, node: str, seconds: 
         gate.check_key(key)
         if kept_by_launcher:
             raise LaunchError(
-                f"{gate.KEY} is set, but this launcher asks nobody for it; use distrib launch, or unset it"
+                f"{gate.KEY} is set, but this launcher does not check it; use distrib launch, or unset it"
             )
     if kept_by_launcher:
         store_host = f"the launcher at {os.environ.get(KEPT_AT) or endpoint(host, port)}"

@@ -24,7 +24,9 @@ def check_length(num_workers: int) -> None:
     path is too long hangs.
     """
     folder = tempfile.gettempdir()
-    longest = _SOCKET_PATH - len(f"/{_PREFIX}12345678/pymp-12345678/listener-12345678")  # as they are named
+    longest = _SOCKET_PATH - len(
+        f"/{_PREFIX}12345678/pymp-12345678/listener-12345678"
+    )  # longest names that multiprocessing gives
     if num_workers and len(os.fsencode(folder)) > longest:
         raise ConfigError(
             f"data.num_workers: {num_workers}, but the path of the temporary folder {folder} is too long for the "
@@ -41,7 +43,7 @@ def folder() -> Path:
     if _own is None:
         from multiprocessing import util  # imported late, because not every command needs it
 
-        _remove_those_of_the_dead()
+        _remove_folders_of_dead_processes()
         _own = os.getpid(), _make()
         util.Finalize(None, remove, exitpriority=_AFTER_SOCKETS)
     return _own[1]
@@ -74,7 +76,7 @@ def _make() -> Path:
         os.close(lock)
 
 
-def _remove_those_of_the_dead() -> None:
+def _remove_folders_of_dead_processes() -> None:
     for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)

@@ -50,14 +50,14 @@ class RunDir:
         checkpoint that a forked run begins from. Damaged files are set aside, see `trouble`. Raises RunDirError if the
         folder holds another run, WriteError.
         """
-        if (summary := self._finished_before(config, resume, origin, environment)) is not None:
+        if (summary := self._finished_summary(config, resume, origin, environment)) is not None:
             return summary
         new = not os.path.lexists(self.config) and not self.has_begun()
         try:
             self._make()
             if (reason := self._lock.hold()) is not None:
                 self.event("warning", reason=reason)
-            if (summary := self._finished_before(config, resume, origin, environment)) is not None:  # since the check
+            if (summary := self._finished_summary(config, resume, origin, environment)) is not None:  # since the check
                 return summary
             self.trouble.clear()  # the next lines report it again
             if self.has_begun():
@@ -96,7 +96,7 @@ class RunDir:
         write_whole(path, text)
         self._written[path.name] = text
 
-    def _finished_before(
+    def _finished_summary(
         self, config: Config, resume: str, origin: dict[str, Any] | None, environment: dict[str, Any]
     ) -> dict[str, Any] | None:
         """Return the summary of a finished run, else None. Raises RunDirError if this run may not resume here."""
@@ -209,7 +209,7 @@ class RunDir:
 
     def read_environment(self) -> dict[str, Any]:
         """Read environment.json, or if it is damaged, the newest checkpoint's copy. Raises DamagedFileError."""
-        return self._or_saved(
+        return self._read_or_saved_copy(
             self.environment,
             lambda: read_json(self.environment, formats.ENVIRONMENT),
             lambda text, where: parse(text, formats.ENVIRONMENT, where),
@@ -231,7 +231,7 @@ class RunDir:
         """Read config.yaml, or if it is damaged, the newest checkpoint's copy. Raises RunDirError."""
         if not os.path.lexists(self.config) and files_saved(self.checkpoints) is None:
             raise RunDirError(f"{self.path}: not a run folder, there is no config.yaml in it")
-        return self._or_saved(self.config, self.own_config, lambda text, where: Config.parse(text, where))
+        return self._read_or_saved_copy(self.config, self.own_config, lambda text, where: Config.parse(text, where))
 
     def own_config(self) -> Config:
         """Read config.yaml. Raises DamagedFileError."""
@@ -242,7 +242,7 @@ class RunDir:
             reason = str(error).removeprefix(f"{self.config}: ").splitlines()[0]
             raise DamagedFileError(f"{self.config}: damaged: {reason}") from None
 
-    def _or_saved(self, path: Path, read: Callable[[], T], parse_saved: Callable[[str, Path], T]) -> T:
+    def _read_or_saved_copy(self, path: Path, read: Callable[[], T], parse_saved: Callable[[str, Path], T]) -> T:
         try:
             return read()
         except DamagedFileError as error:

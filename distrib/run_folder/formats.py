@@ -183,7 +183,7 @@ class Manifest(TypedDict):
     run: NotRequired[dict[str, str]]
 
 
-def _complete(event: dict[str, Any]) -> dict[str, Any]:
+def _require_keys(event: dict[str, Any]) -> dict[str, Any]:
     for key in _REQUIRED_KEYS.get(event["event"], ()):
         if key not in event:
             raise ValueError(f"{event['event']} has no {key}")
@@ -197,7 +197,7 @@ def _form(of: Any) -> TypeAdapter[dict[str, Any]]:
 
 STEP = _form(Step)
 EVALUATION = _form(Evaluation)
-EVENT = _form(Annotated[Event, AfterValidator(_complete)])
+EVENT = _form(Annotated[Event, AfterValidator(_require_keys)])
 ENVIRONMENT = _form(Environment)
 SUMMARY = _form(Summary)
 MANIFEST = _form(Manifest)

@@ -32,7 +32,7 @@ _SAME_IN_ALL_STARTS = ("training_samples", "forked_from")  # keys of environment
 
 def evaluations(run: RunDir) -> str:
     """Return the valid lines of evals.jsonl."""
-    return b"".join(_split(run.evals, formats.EVALUATION)[0]).decode()
+    return b"".join(_valid_lines(run.evals, formats.EVALUATION)[0]).decode()
 
 
 def changes(run: RunDir, config: Config, environment: dict[str, Any] | None) -> tuple[str, str]:
@@ -110,7 +110,7 @@ def set_aside_damaged(run: RunDir, config: Config) -> None:
         run.report(f"the data moved: {moved}; their fingerprint is the same")
     for path, problem in ((run.config, config_damage(run, config)), (run.environment, environment_damage(run))):
         if problem is not None and (saved is not None or os.path.lexists(path)):
-            aside = _moved(path)
+            aside = _set_aside_words(path)
             if saved is None:
                 run.report(f"{problem}{aside}")
             else:
@@ -119,12 +119,12 @@ def set_aside_damaged(run: RunDir, config: Config) -> None:
     try:
         run.read_summary()
     except DamagedFileError as error:
-        run.report(f"{error}{_moved(run.summary)}")
-    if problem := _unusable(run.steps):
-        run.report(f"{problem}{_moved(run.steps)}")
-    lines, problems = _split(run.events, formats.EVENT)
+        run.report(f"{error}{_set_aside_words(run.summary)}")
+    if problem := _unreadable_reason(run.steps):
+        run.report(f"{problem}{_set_aside_words(run.steps)}")
+    lines, problems = _valid_lines(run.events, formats.EVENT)
     if problems:
-        run.report(f"{problems[0]}{_moved(run.events)}")
+        run.report(f"{problems[0]}{_set_aside_words(run.events)}")
     if problems or _is_torn(run.events):
         write_whole(run.events, b"".join(lines).decode())
 
@@ -166,7 +166,7 @@ def begin_ledger_again(run: RunDir, manifest: dict[str, Any]) -> None:
     environment = run.read_environment()
     environment["lost_steps"] = [*_lost_before(environment, first), lost]
     run.write_environment(environment)
-    aside = _moved(run.steps)
+    aside = _set_aside_words(run.steps)
     with writing(run.steps):
         partial.replace(run.steps)
     run.report(
@@ -189,14 +189,14 @@ def rewind_evaluations(run: RunDir, steps: int, manifest: dict[str, Any] | None)
 
     If the file is damaged, evaluations up to the checkpoint's come from its copy, and later ones from the file.
     """
-    saved = _up_to(steps, _lines((manifest or {}).get("run", {}).get(run.evals.name, "")))
-    lines, problems = _split(run.evals, formats.EVALUATION)
-    kept = _up_to(steps, lines)
+    saved = _lines_up_to(steps, _lines((manifest or {}).get("run", {}).get(run.evals.name, "")))
+    lines, problems = _valid_lines(run.evals, formats.EVALUATION)
+    kept = _lines_up_to(steps, lines)
     problems = problems or _other_evaluations(run, kept, saved)
     if problems:
         last = _step_of(saved[-1]) if saved else -1
         kept = [*saved, *(line for line in kept if _step_of(line) > last)]
-        run.report(f"{problems[0]}{_moved(run.evals)}")
+        run.report(f"{problems[0]}{_set_aside_words(run.evals)}")
     if kept or os.path.lexists(run.evals):
         write_whole(run.evals, b"".join(kept).decode())
 
@@ -210,7 +210,7 @@ def lacks_evaluation(run: RunDir, step: int) -> bool:
 def evaluations_damage(run: RunDir) -> list[str]:
     """Describe what is wrong with evals.jsonl, also compared with the newest checkpoint's copy."""
     saved = files_saved(run.checkpoints)  # first, because the run may be in progress
-    lines, problems = _split(run.evals, formats.EVALUATION)
+    lines, problems = _valid_lines(run.evals, formats.EVALUATION)
     return problems or _other_evaluations(run, lines, _lines(saved[1][run.evals.name]) if saved else [])
 
 
@@ -230,12 +230,12 @@ def saved_config(run: RunDir) -> Config | None:
     return None if saved is None else Config.parse(saved[1][run.config.name], saved[0])
 
 
-def _moved(path: Path) -> str:
+def _set_aside_words(path: Path) -> str:
     """Set a file aside, if there is one, and return the words for the message."""
     return f"; set aside as {set_aside(path).name}" if os.path.lexists(path) else ""
 
 
-def _unusable(path: Path) -> str | None:
+def _unreadable_reason(path: Path) -> str | None:
     """Return why a file cannot be opened; None if it can, or does not exist."""
     try:
         open_regular(path).close()
@@ -246,7 +246,7 @@ def _unusable(path: Path) -> str | None:
     return None
 
 
-def _split(path: Path, form: Any) -> tuple[list[bytes], list[str]]:
+def _valid_lines(path: Path, form: Any) -> tuple[list[bytes], list[str]]:
     """Return the valid lines of a JSON-lines file, each with a line end, and what is wrong with the others.
 
     An incomplete last line is ignored.
@@ -273,7 +273,7 @@ def _is_torn(path: Path) -> bool:
     return not last.endswith(b"\n")
 
 
-def _up_to(steps: int, lines: list[bytes]) -> list[bytes]:
+def _lines_up_to(steps: int, lines: list[bytes]) -> list[bytes]:
     return [line for line in lines if _step_of(line) <= steps]
 
 

@@ -36,7 +36,7 @@ def latest_valid(run: RunDir, world: World) -> ResumePoint | None:
     for path in world.on_rank_0(lambda: list(steps_of(run.checkpoints))):
         if problem := _damage(path, world):
             passed_over.append(problem)
-        elif _is_led_to(path, run, world):
+        elif _ledger_leads_to(path, run, world):
             return ResumePoint(path, read_manifest(path), passed_over)
         else:
             not_led = not_led or ResumePoint(path, read_manifest(path), list(passed_over), led=False)
@@ -54,7 +54,7 @@ def verified(path: Path, world: World, run: RunDir | None = None) -> ResumePoint
         raise CheckpointError(f"{problem}; give another checkpoint with --resume")
     if run is None:
         return ResumePoint(path, read_manifest(path), ours=False)
-    return ResumePoint(path, read_manifest(path), led=_is_led_to(path, run, world))
+    return ResumePoint(path, read_manifest(path), led=_ledger_leads_to(path, run, world))
 
 
 def requested(
@@ -128,7 +128,7 @@ def _damage(path: Path, world: World) -> str | None:
     return next((found for found in world.all_gather_object(problem) if found), None)
 
 
-def _is_led_to(path: Path, run: RunDir, world: World) -> bool:
+def _ledger_leads_to(path: Path, run: RunDir, world: World) -> bool:
     """Return whether the ledger has the line after which the checkpoint was saved. Collective."""
     manifest = read_manifest(path)
     return world.on_rank_0(

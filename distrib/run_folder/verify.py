@@ -43,8 +43,8 @@ def verify_run(path: Path) -> Verified:
     except DamagedFileError as error:
         raise LedgerError(f"{error}; no checkpoint holds a copy, so nothing can be verified") from None
     plan = RunPlan.create(config, 1, num_samples)
-    problems = _of_small_files(run, config)
-    manifests, damaged = _checkpoints(run)
+    problems = _check_small_files(run, config)
+    manifests, damaged = _check_checkpoints(run)
     chains = run.anchors()
     steps, in_order = min(chains), 0
     try:
@@ -54,7 +54,7 @@ def verify_run(path: Path) -> Verified:
                 steps = line.entry["step"] + 1
                 chains[steps] = line.entry.get("chain", "")
                 in_order += 1
-                problem = problem or _misplaced(line.entry, plan, config)
+                problem = problem or _check_position(line.entry, plan, config)
             if problem:
                 problems.append(f"{run.steps} line {line.number}: {problem}")
     except DamagedFileError as error:
@@ -67,12 +67,12 @@ def verify_run(path: Path) -> Verified:
     if os.path.lexists(run.summary) and steps != plan.num_steps:
         problems.append(f"{run.steps}: ends after {steps} steps, but the run has ended after {plan.num_steps}")
     if problems or damaged:
-        raise (LedgerError if problems else CheckpointError)(_in_words(problems + damaged))
+        raise (LedgerError if problems else CheckpointError)(_shorten(problems + damaged))
     aside = sorted(file.name for file in path.glob("*.damaged-*"))
     return Verified(steps, plan.num_steps, in_order * plan.global_batch_size, len(manifests), aside)
 
 
-def _of_small_files(run: RunDir, config: Config) -> list[str]:
+def _check_small_files(run: RunDir, config: Config) -> list[str]:
     """Return what is wrong with the files other than ledger and checkpoints."""
     problems = [repair.config_damage(run, config), repair.environment_damage(run)]
     found = [problem for problem in problems if problem]
@@ -86,7 +86,7 @@ def _of_small_files(run: RunDir, config: Config) -> list[str]:
     return found
 
 
-def _checkpoints(run: RunDir) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
+def _check_checkpoints(run: RunDir) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
     """Return the valid checkpoints with their manifests, and what is wrong with the others."""
     whole, damaged = [], []
     try:
@@ -100,10 +100,10 @@ def _checkpoints(run: RunDir) -> tuple[list[tuple[Path, dict[str, Any]]], list[s
     return whole, damaged
 
 
-def _misplaced(entry: dict[str, Any], plan: RunPlan, config: Config) -> str | None:
+def _check_position(entry: dict[str, Any], plan: RunPlan, config: Config) -> str | None:
     """Compare the samples and epoch of a ledger line with the config. Return what is wrong, or None."""
     step = entry["step"]
-    expected = _samples_of(step, plan, config.seed)
+    expected = _expected_digest(step, plan, config.seed)
     if entry["samples"] != expected:
         return f"step {step} read samples with the digest {entry['samples']}; by the config it is {expected}"
     if entry["epoch"] != plan.epoch(step):
@@ -111,12 +111,12 @@ def _misplaced(entry: dict[str, Any], plan: RunPlan, config: Config) -> str | No
     return None
 
 
-def _in_words(problems: list[str]) -> str:
+def _shorten(problems: list[str]) -> str:
     more = len(problems) - _MOST_SHOWN
     return "; ".join(problems[:_MOST_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _samples_of(step: int, plan: RunPlan, seed: int) -> str:
+def _expected_digest(step: int, plan: RunPlan, seed: int) -> str:
     """Return the digest of the samples of a step, over all ranks."""
     positions = np.arange(plan.global_batch_size, dtype=np.uint64) + np.uint64(step * plan.global_batch_size)
     # A sample of a stream has no index, so its position is used.

@@ -49,7 +49,7 @@ def find_config(model: Any) -> tuple[Any, Path | None]:
     from transformers import AutoConfig
 
     if isinstance(model, dict):
-        return _made_config(model), None
+        return _config_from_mapping(model), None
     path = _path(model, "task.model")
     if path.suffix == ".json" and path.is_file():
         with refused("task.model"):
@@ -74,7 +74,7 @@ def find_config(model: Any) -> tuple[Any, Path | None]:
     return config, path
 
 
-def _made_config(values: dict[str, Any]) -> Any:
+def _config_from_mapping(values: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     _require_known(values)
@@ -196,8 +196,8 @@ def require_order(model: Any, packed: bool) -> None:
             raise ConfigError(f"task.model: {name} attends to later tokens; if it has is_decoder, set it to true")
     if packed:
         with torch.no_grad(), refused("task.packing"):
-            beside = model(tokens, **positions).logits[:, 4:]
-            if _differ(beside, model(tokens[:, 4:], position_ids=positions["position_ids"][:, 4:]).logits):
+            packed_logits = model(tokens, **positions).logits[:, 4:]
+            if _differ(packed_logits, model(tokens[:, 4:], position_ids=positions["position_ids"][:, 4:]).logits):
                 raise ConfigError(
                     f"task.packing: {name} lets documents in one window attend to each other; set packing: false, "
                     "which gives each document its own windows"

@@ -38,22 +38,22 @@ class Supervised(Task):
         eval_dataset: dict[str, Any] | None = None,
         metrics: dict[str, Any] | None = None,
     ) -> None:
-        self._model = _checked(model, nn.Module, "task.model")
-        self._train_dataset = _checked(train_dataset, Dataset, "task.train_dataset")
-        self._eval_dataset = None if eval_dataset is None else _checked(eval_dataset, Dataset, "task.eval_dataset")
-        self._loss = _by_name(nn, loss, nn.modules.loss._Loss, "task.loss", reduction="none")
+        self._model = _check_spec(model, nn.Module, "task.model")
+        self._train_dataset = _check_spec(train_dataset, Dataset, "task.train_dataset")
+        self._eval_dataset = None if eval_dataset is None else _check_spec(eval_dataset, Dataset, "task.eval_dataset")
+        self._loss = _construct(nn, loss, nn.modules.loss._Loss, "task.loss", reduction="none")
         if len(inspect.signature(type(self._loss).forward).parameters) != 3:
             raise ConfigError(f"task.loss: {type(self._loss).__name__} takes more than (output, target); write a Task")
         self._metrics = _find_metrics(metrics) if metrics else {}
 
     def train_dataset(self) -> Dataset[Any]:
-        return _built(self._train_dataset, Dataset, "task.train_dataset")
+        return _build_spec(self._train_dataset, Dataset, "task.train_dataset")
 
     def eval_dataset(self) -> Dataset[Any] | None:
-        return None if self._eval_dataset is None else _built(self._eval_dataset, Dataset, "task.eval_dataset")
+        return None if self._eval_dataset is None else _build_spec(self._eval_dataset, Dataset, "task.eval_dataset")
 
     def model(self) -> nn.Module:
-        return _built(self._model, nn.Module, "task.model")
+        return _build_spec(self._model, nn.Module, "task.model")
 
     def loss(self, output: Tensor, batch: Any) -> Loss:
         """Return a sum and a count whose quotient, for one batch, is the mean that torch computes."""
@@ -84,7 +84,7 @@ class Supervised(Task):
         return values
 
 
-def _checked(spec: Any, kind: type[Any], key: str) -> dict[str, Any]:
+def _check_spec(spec: Any, kind: type[Any], key: str) -> dict[str, Any]:
     """Check that `spec` has the form `{target: module:Class, …}` and can be imported, before anything is built."""
     if not isinstance(spec, dict) or not isinstance(spec.get("target"), str):
         raise ConfigError(f"{key}: {spec!r}: write {{target: module:Class, …}} with the arguments of the class")
@@ -98,18 +98,18 @@ def _find_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
 
     return {
         # Only rank 0 computes metrics, over the whole set, so synchronising them would wait for ever.
-        key: _by_name(torchmetrics, value, torchmetrics.Metric, f"task.metrics.{key}", sync_on_compute=False)
+        key: _construct(torchmetrics, value, torchmetrics.Metric, f"task.metrics.{key}", sync_on_compute=False)
         for key, value in metrics.items()
     }
 
 
-def _built(spec: dict[str, Any], kind: type[T], key: str) -> T:
+def _build_spec(spec: dict[str, Any], kind: type[T], key: str) -> T:
     arguments = {name: value for name, value in spec.items() if name != "target"}
     made: T = build(spec["target"], arguments, key, kind, factories=True)
     return made
 
 
-def _by_name(module: ModuleType, spec: Any, base: type[Any], key: str, **fixed: Any) -> Any:
+def _construct(module: ModuleType, spec: Any, base: type[Any], key: str, **fixed: Any) -> Any:
     """Construct a subclass of `base` from its name in `module` or as module:Class, or from `{name: …, arguments}`."""
     arguments = dict(spec) if isinstance(spec, dict) else {"name": spec}
     name = arguments.pop("name", None)

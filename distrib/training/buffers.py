@@ -62,7 +62,7 @@ class _Buffer:
             self.tensor.copy_(self.start)
             self.version = self.tensor._version
 
-    def look(self) -> None:
+    def detect_untracked(self) -> None:
         """Set `untracked` if the values have changed but the version has not."""
         assert self.start is not None, "begin comes first"
         if not self.changed and not torch.equal(_bytes(self.tensor), _bytes(self.start)):
@@ -99,7 +99,7 @@ class Buffers:
         for buffer in self._persistent:
             buffer.untracked = (id(buffer.owner), buffer.key) in of_norms
         self._warned: set[str] = set()
-        self._begun = self._looked = False
+        self._begun = self._detected = False
         self._sent: Tensor | None = None
         self._work: dist.Work | None = None
 
@@ -126,9 +126,9 @@ class Buffers:
         micro-batch (`last`), changes are sent to the other ranks while the backward runs.
         """
         self._require_known()
-        if not self._looked:  # slow, so only in the first step
+        if not self._detected:  # slow, so only in the first step
             for buffer in self._others:
-                buffer.look()
+                buffer.detect_untracked()
         if self._statistics is not None:
             self._statistics.add()
         changed = [buffer for buffer in self._others if buffer.changed]
@@ -145,8 +145,8 @@ class Buffers:
         for buffer in self._others:
             buffer.left = buffer.state()
         if last:
-            self._looked = True
-            self._watch_caches()
+            self._detected = True
+            self._warn_of_caches()
             self._send()
 
     @torch.no_grad()
@@ -158,7 +158,7 @@ class Buffers:
     @torch.no_grad()
     def next(self) -> None:
         """Prepare for the next micro-batch of the step."""
-        self._require_left()
+        self._require_unchanged_by_backward()
         self.restore()
 
     @torch.no_grad()
@@ -167,7 +167,7 @@ class Buffers:
 
         `applied`: a tensor if the result is only known on the device.
         """
-        self._require_left()
+        self._require_unchanged_by_backward()
         self.restore()
         if self._statistics is not None:
             self._statistics.write_merged(applied)
@@ -214,7 +214,7 @@ class Buffers:
     def _require_known(self) -> None:
         """Raise TrainingError if forward created a buffer that a newly made model does not have."""
         made = [name for owner, key, name in self._absent if owner._buffers.get(key) is not None]
-        if not self._looked:
+        if not self._detected:
             known = {buffer.name for buffer in self._persistent}
             made += [name for *_, name, tensor in _persistent(self._module) if name not in known and tensor is not None]
         if made:
@@ -224,7 +224,7 @@ class Buffers:
                 "persistent=False if it is a cache"
             )
 
-    def _require_left(self) -> None:
+    def _require_unchanged_by_backward(self) -> None:
         """Raise TrainingError if a backward changed a buffer."""
         for buffer in self._others:
             if buffer.left != buffer.state():
@@ -234,7 +234,7 @@ class Buffers:
                     "leave strategy.activation_checkpointing out"
                 )
 
-    def _watch_caches(self) -> None:
+    def _warn_of_caches(self) -> None:
         for cache in self._caches:
             cache.changes = cache.changes + 1 if cache.changed else 0
         self._warn_of(

@@ -69,13 +69,13 @@ def predict(
     parts, others = world.gather_rows(rows.joined()), world.gather_rows(rows.losses())
 
     def collected() -> tuple[dict[str, Any], Tensor]:
-        if problems := _joined("problems", others["problems"]):
+        if problems := _concatenate("problems", others["problems"]):
             raise ConfigError(problems[0])
-        whole = {key: _joined(key, values) for key, values in parts.items()}
+        whole = {key: _concatenate(key, values) for key, values in parts.items()}
         for key, value in whole.items():
             if len(value) != size:
                 raise ConfigError(f"task.predict: {key!r} has {len(value)} rows for {size} samples; give it for all")
-        return whole, _joined("losses", others["losses"])
+        return whole, _concatenate("losses", others["losses"])
 
     return collected
 
@@ -129,7 +129,7 @@ class _Rows:
     def joined(self) -> dict[str, Any]:
         """Return one tensor or list for each name."""
         try:
-            return {key: _joined(key, values) for key, values in self._parts.items()}
+            return {key: _concatenate(key, values) for key, values in self._parts.items()}
         except ConfigError as error:
             self._problems.append(str(error))
             return {}
@@ -139,7 +139,7 @@ class _Rows:
         return {**({"losses": torch.stack(self._losses)} if self._losses else {}), "problems": self._problems}
 
 
-def _joined(key: str, parts: list[Any]) -> Any:
+def _concatenate(key: str, parts: list[Any]) -> Any:
     """Concatenate the rows of several batches. Raises ConfigError if their types or shapes differ."""
     if all(isinstance(part, list) for part in parts):
         return [row for part in parts for row in part]

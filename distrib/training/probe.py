@@ -129,7 +129,7 @@ class MeanLossCheck(Task):
         gradients, counts = [], []
         for times in (1, 2):
             leaves: list[Tensor] = []
-            loss = self._loss(_taken(output, self.size, times, leaves), _taken(batch, self.size, times))
+            loss = self._loss(_repeat_rows(output, self.size, times, leaves), _repeat_rows(batch, self.size, times))
             if not leaves or not loss.total.requires_grad:
                 return None
             gradients.append(torch.autograd.grad(loss.total, leaves, allow_unused=True))
@@ -150,7 +150,7 @@ class MeanLossCheck(Task):
             with torch.no_grad(), _copies_of_buffers(model):
                 once, twice, half = (
                     self._loss(self.task.forward(model, part), part)
-                    for part in (_taken(batch, self.size, times) for times in (1, 2, 0.5))
+                    for part in (_repeat_rows(batch, self.size, times) for times in (1, 2, 0.5))
                 )
         finally:
             model.train(was_training)
@@ -198,7 +198,7 @@ def _doubles(once: float, twice: float) -> bool:
     return once > 0 and math.isclose(twice, 2 * once, rel_tol=1e-6)
 
 
-def _taken(value: Any, size: int, times: float, leaves: list[Tensor] | None = None) -> Any:
+def _repeat_rows(value: Any, size: int, times: float, leaves: list[Tensor] | None = None) -> Any:
     """Return a copy in which each tensor with `size` rows has `times` as many: the rows repeated or cut off.
 
     If `leaves` is given, floating-point tensors require a gradient and are appended to it. Raises ValueError if it is
@@ -219,7 +219,7 @@ def _taken(value: Any, size: int, times: float, leaves: list[Tensor] | None = No
             value = value.clone()
         return value
     if isinstance(value, Mapping):
-        parts = {key: _taken(part, size, times, leaves) for key, part in value.items()}
+        parts = {key: _repeat_rows(part, size, times, leaves) for key, part in value.items()}
         if type(value) is dict:
             return parts
         other = copy.copy(value)  # another mapping class, such as transformers' ModelOutput
@@ -227,11 +227,11 @@ def _taken(value: Any, size: int, times: float, leaves: list[Tensor] | None = No
             other[key] = part  # type: ignore[index]
         return other
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_taken(part, size, times, leaves) for part in value))
+        return type(value)(*(_repeat_rows(part, size, times, leaves) for part in value))
     if type(value) in (list, tuple):
         if len(value) == size and not any(isinstance(part, Tensor) for part in value):
             return type(value)(value[int(row)] for row in torch.arange(int(size * times)) % size)
-        return type(value)(_taken(part, size, times, leaves) for part in value)
+        return type(value)(_repeat_rows(part, size, times, leaves) for part in value)
     if value is None or isinstance(value, str | int | float):
         return value
     raise ValueError(f"cannot repeat a {type(value).__name__}")

@@ -62,10 +62,10 @@ class RunningStatistics:
         # A subclass of a torch layer may update its statistics without counting the forward.
         changed = torch.zeros_like(counted).scatter_reduce_(0, self._norm, (now != start).to(self._dtype), "amax")
         now[-len(self._norms) :] = start[-len(self._norms) :] + torch.maximum(counted, changed)
-        effect = now * self._weight(now) - self._kept(start * self._weight(start), self._num(now - start))
+        effect = now * self._weight(now) - self._decay(start * self._weight(start), self._num_forwards(now - start))
         level = 0
         while self._partial and self._partial[-1][0] == level:
-            effect = self._joined(self._partial.pop()[1], effect)
+            effect = self._combine(self._partial.pop()[1], effect)
             level += 1
         self._partial.append((level, effect))
 
@@ -73,7 +73,7 @@ class RunningStatistics:
         """Start to send the effect of this rank's micro-batches to the other ranks, after the last of them."""
         effect = self._partial.pop()[1]
         while self._partial:
-            effect = self._joined(self._partial.pop()[1], effect)
+            effect = self._combine(self._partial.pop()[1], effect)
         self._effects = [effect]  # of each rank
         if self._world.world_size > 1:
             self._effects = [torch.empty_like(effect) for _ in range(self._world.world_size)]
@@ -89,28 +89,28 @@ class RunningStatistics:
         effects = self._effects
         while len(effects) > 1:
             pairs = [effects[index : index + 2] for index in range(0, len(effects), 2)]
-            effects = [self._joined(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
+            effects = [self._combine(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
         start, effect = self._start, effects[0]
-        num = self._num(effect)
-        merged = (self._kept(start * self._weight(start), num) + effect) / self._weight(start + effect)
+        num = self._num_forwards(effect)
+        merged = (self._decay(start * self._weight(start), num) + effect) / self._weight(start + effect)
         used = num > 0
         self._write(torch.where(used if isinstance(applied, bool) else used & applied, merged, start))
 
-    def _joined(self, first: Tensor, then: Tensor) -> Tensor:
+    def _combine(self, first: Tensor, then: Tensor) -> Tensor:
         """Return the effect of some micro-batches followed by others."""
-        return self._kept(first, self._num(then)) + then
+        return self._decay(first, self._num_forwards(then)) + then
 
-    def _kept(self, values: Tensor, num: Tensor) -> Tensor:
+    def _decay(self, values: Tensor, num: Tensor) -> Tensor:
         """Return the part of `values` that is left after `num` forwards."""
         return values * self._keep**num
 
-    def _num(self, values: Tensor) -> Tensor:
+    def _num_forwards(self, values: Tensor) -> Tensor:
         """Return the number of forwards for each element."""
         return values[-len(self._norms) :][self._norm]
 
     def _weight(self, values: Tensor) -> Tensor:
         """Return the factor that turns a statistic into a sum: 1 with momentum, else the number of forwards so far."""
-        return torch.where(self._cumulative, self._num(values), 1.0)
+        return torch.where(self._cumulative, self._num_forwards(values), 1.0)
 
     def _describe(self) -> None:
         """Compute for each element of the vector: the index of its layer (`_norm`), the factor that a forward
