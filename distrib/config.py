@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from distrib import config_yaml, strategy_options
-from distrib.config_section import Section, did_you_mean, explain
+from distrib.config_section import Section, explain, meant_key
 from distrib.config_yaml import one_line, shown
 from distrib.errors import ConfigError
 
@@ -250,7 +250,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(
                 f"{shown(override)}: {section} is a value, not a section, so {key} cannot be set in it"
-                + did_you_mean((section,), inner, Config)
+                + meant_key((section,), inner, Config)
             )
         values = inner
     values[last] = config_yaml.parse(text, override)

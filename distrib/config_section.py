@@ -1,11 +1,11 @@
 """What the sections of the config have in common, and one line for what is wrong in one."""
 
-import difflib
 from collections.abc import Callable, Iterable
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from distrib.config_yaml import shown
+from distrib.errors import did_you_mean
 
 _MOST_MEANT = ("name", "target", "epochs", "steps", "every_steps", "wandb")
 
@@ -31,7 +31,7 @@ def explain(error: ValidationError, root: type[BaseModel], more_keys: Callable[[
     if first["type"] == "model_type":
         given = first["input"]
         return (
-            f"{key}: {shown(given)} is a value, and {key} is a section{did_you_mean(first['loc'], given, root)}{more}"
+            f"{key}: {shown(given)} is a value, and {key} is a section{meant_key(first['loc'], given, root)}{more}"
         )
     if first["type"] == "missing":
         return f"{key}: missing, and has no default{more}"
@@ -41,7 +41,7 @@ def explain(error: ValidationError, root: type[BaseModel], more_keys: Callable[[
     return f"{key}: {given}{message}{more}"
 
 
-def did_you_mean(location: tuple[int | str, ...], value: object, root: type[BaseModel]) -> str:
+def meant_key(location: tuple[int | str, ...], value: object, root: type[BaseModel]) -> str:
     """The key of a section that somebody means who gives the section a value, for example strategy=ddp."""
     section = _section(root, str(location[0]))
     meant = [key for key in _MOST_MEANT if section is not None and key in section.model_fields]
@@ -55,8 +55,8 @@ def nearest(key: str, allowed: Iterable[str], elsewhere: Callable[[], Iterable[s
     """
     prefix, dot, wrong = key.rpartition(".")
     allowed = list(allowed)
-    if close := difflib.get_close_matches(wrong, allowed, n=1):
-        return f", did you mean {prefix}{dot}{close[0]}?"
+    if hint := did_you_mean(wrong, allowed, shown=lambda close: f"{prefix}{dot}{close}"):
+        return hint
     if same := [other for other in elsewhere() if other.rpartition(".")[2] == wrong]:
         return f", did you mean {same[0]}?"
     return f"; allowed here: {', '.join(allowed)}"

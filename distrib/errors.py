@@ -1,5 +1,7 @@
 """Errors that the user can fix. The command line prints each as one line, without a traceback."""
 
+from collections.abc import Callable, Iterable, Sequence
+
 
 class DistribError(Exception):
     """Base class. The message names what was given, what is wrong and what to do. `exit_code`: of the command."""
@@ -66,3 +68,17 @@ class TrainingError(DistribError):
     """Training cannot continue, for example because a loss is not finite and the config has `on_nonfinite: stop`."""
 
     exit_code = 1
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", shown: Callable[[str], str] = str) -> str:
+    """Return `, did you mean NAME?` with the nearest of the `known` names as it is `shown`, or `otherwise`."""
+    import difflib  # a run without mistakes does not need it
+
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {shown(close[0])}?" if close else otherwise
+
+
+def and_more(texts: Sequence[str], most: int, between: str = ", ", last: str = " and") -> str:
+    """Join the first `most` texts and the number of the others: `a, b and 3 more`."""
+    more = len(texts) - most
+    return between.join(texts[:most]) + (f"{last} {more} more" if more > 0 else "")

@@ -1,6 +1,5 @@
 """Imports what a config names as `module:Class`, and checks it before anything is called."""
 
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -13,7 +12,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from distrib.errors import ConfigError
+from distrib.errors import ConfigError, did_you_mean
 from distrib.tracebacks import first_line, place
 
 
@@ -67,8 +66,7 @@ def find(target: str, key: str, kind: type[Any], factories: bool = False) -> Cal
         raise ConfigError(f"{key}: {module_name} cannot be imported: {first_line(error)}{place(error)}") from error
     found = getattr(module, name, None)
     if found is None:
-        close = difflib.get_close_matches(name, dir(module), n=1)
-        hint = f", did you mean {module_name}:{close[0]}?" if close else ""
+        hint = did_you_mean(name, dir(module), shown=lambda close: f"{module_name}:{close}")
         raise ConfigError(f"{key}: module {module_name!r} has no {name!r}{hint}")
     if isinstance(found, type):
         if issubclass(found, kind):

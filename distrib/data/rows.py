@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from distrib.data.documents import DocumentWriter
 from distrib.data.token_cache import fingerprint, get_or_build, held_out
 from distrib.data.tokens import find_text
-from distrib.errors import ConfigError
+from distrib.errors import ConfigError, and_more
 from distrib.extras import require
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Source(NamedTuple):
     key: str  # the config key that named it
 
     def __str__(self) -> str:
-        return str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0]} and {len(self.paths) - 1} more"
+        return and_more(list(map(str, self.paths)), 1)
 
 
 def find_sources(files: Any, key: str) -> list[Source]:
@@ -77,8 +77,8 @@ def _report_text(sources: list[Source], progress: "Progress") -> None:
     suffix."""
     found = [path for source in sources if source.kind == "text" for path in source.paths if path.suffix != ".txt"]
     if found:
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        progress.console.print(f"{sources[0].key}: read as text, a row each: {found[0]}{more}", markup=False)
+        shown = and_more(list(map(str, found)), 1)
+        progress.console.print(f"{sources[0].key}: read as text, a row each: {shown}", markup=False)
 
 
 def pack_rows(

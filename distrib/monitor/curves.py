@@ -1,9 +1,9 @@
-"""curves.png: loss and metrics of a run over its steps, drawn from the run folder alone."""
+"""Draws curves.png: loss and metrics of a run over its steps, from the run folder alone."""
 
 import io
 from contextlib import suppress
 
-from matplotlib.figure import Figure  # without pyplot, which takes a second to import and is for screens
+from matplotlib.figure import Figure  # pyplot takes a second to import, and is for screens
 
 from distrib.run_folder.files import read_lines
 from distrib.run_folder.folder import RunDir
@@ -11,14 +11,14 @@ from distrib.run_folder.formats import EVALUATION, STEP
 
 
 def draw_curves(run: RunDir) -> None:
-    """Read steps.jsonl and evals.jsonl, write curves.png: the losses in one panel, each metric in one of its own.
+    """Draw the losses of steps.jsonl and evals.jsonl in one panel, and each metric in a panel of its own.
 
-    Lines that cannot be read are left out, see `trouble` of the run.
+    Lines that cannot be read are left out and reported in the run's `trouble`. Raises OSError.
     """
     steps, evals = list(read_lines(run.steps, STEP, run.trouble)), list(read_lines(run.evals, EVALUATION, run.trouble))
     metrics = {key: None for entry in evals for key in entry["metrics"] if key != "eval/loss"}
     width = 5.5 * (1 + len(metrics))
-    figure = Figure(figsize=(width, 4), dpi=120)  # margins by hand: a layout engine draws all of it twice
+    figure = Figure(figsize=(width, 4), dpi=120)  # margins by hand: a layout engine draws everything twice
     figure.subplots_adjust(left=0.6 / width, right=1 - 0.2 / width, bottom=0.13, top=0.9, wspace=0.2)
     panels = figure.subplots(1, 1 + len(metrics), squeeze=False)
     losses, *others = panels[0]
@@ -36,7 +36,7 @@ def draw_curves(run: RunDir) -> None:
     figure.savefig(picture, format="png")
     partial = run.curves.with_name(f".{run.curves.name}.partial")
     try:
-        partial.unlink(missing_ok=True)  # whatever it is: to open a FIFO would wait
+        partial.unlink(missing_ok=True)  # if it is a FIFO, opening it would wait
         partial.write_bytes(picture.getvalue())
         partial.replace(run.curves)
     except OSError:

@@ -8,7 +8,7 @@ from distrib.plan import RunPlan
 
 
 def print_plan(config: Config, strategy: str, plan: RunPlan, optimizer: str, rate: float) -> None:
-    """Every derived number with the arithmetic behind it. `optimizer`: in words; `rate`: of its first group."""
+    """Print every derived number with its arithmetic. `optimizer`: its description; `rate`: the first group's."""
     table = Table(show_header=False, box=None, title=f"{config.name} on {plan.world_size} process(es), {strategy}")
     table.title_justify = "left"
     rows = {

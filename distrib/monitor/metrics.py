@@ -5,6 +5,7 @@ from typing import Any
 
 from distrib.monitor.observer import Observer
 from distrib.run_folder.folder import RunDir
+from distrib.run_folder.ledger import or_nan
 
 _GIB = 2**30
 _PERF = {  # from a line of the ledger
@@ -53,7 +54,7 @@ class Metrics(Observer):
         for key, value in metrics.items():
             if value is not None:
                 self.best[key] = (min if lower_is_better(key) else max)(self.best.get(key, value), value)
-        numbers = {key: math.nan if value is None else value for key, value in metrics.items()}
+        numbers = {key: or_nan(value) for key, value in metrics.items()}
         self._log({**numbers, "perf/evaluation_seconds": evaluation.get("seconds")})
 
     def on_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,9 +1,8 @@
-"""A run as a person sees it: a display on a terminal, a readable line now and then in a log file.
+"""The progress display: a bar on a terminal, a line now and then in a log file.
 
-Fed with what the run folder holds, by the process that trains or by one that looks on (`distrib watch`).
+It is an observer. The process that trains calls it, or `distrib watch` with what it reads from the run folder.
 """
 
-import math
 import time
 from collections import deque
 from datetime import timedelta
@@ -17,25 +16,26 @@ from rich.text import Text
 
 from distrib.monitor.observer import Observer
 from distrib.processes.output import keep_writable
+from distrib.run_folder.ledger import or_nan
 
 Verbosity: TypeAlias = Literal["quiet", "normal", "verbose"]
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_DRAWS = 0.1  # a step may take less than a millisecond
 _CHARACTERS_OF_NAME = 24
-_STEPS_OF_RATE = 100  # the newest, over which the rate is taken
+_STEPS_OF_RATE = 100  # the rate is the mean over this many last steps
 
 
 class ProgressDisplay(Observer):
-    """quiet: warnings alone; verbose: a line for each step, with where its time went."""
+    """Shows a run. `verbosity`: quiet (only warnings), normal, or verbose (a line for each step, with its times)."""
 
     def __init__(self, verbosity: Verbosity = "normal") -> None:
-        keep_writable()  # in a script of the user's nobody has done so yet
+        keep_writable()  # a user's script has not done so
         self.console = Console(highlight=False, soft_wrap=True)
         self.verbosity = verbosity
-        self.num_steps, self.batch_size = 0, 0  # of the run; samples of a step, on all ranks
+        self.num_steps, self.batch_size = 0, 0  # steps of the run; samples of a step, on all ranks
         self._seconds: deque[float] = deque(maxlen=_STEPS_OF_RATE)
-        self._latest: dict[str, Any] | None = None  # step that is not shown
-        self._state_shown: list[str] = []  # of the latest step
+        self._latest: dict[str, Any] | None = None  # the latest step, if it is not shown yet
+        self._state_shown: list[str] = []  # the line below the bar
         self._status: dict[str, list[str]] = {}  # the last checkpoint, the last evaluation
         self._drawn = time.perf_counter()
         self._live: Live | None = None
@@ -52,7 +52,7 @@ class ProgressDisplay(Observer):
             self._live.start()
 
     def on_step(self, step: dict[str, Any]) -> None:
-        """Show it, if it is time to."""
+        """Show the step, if the last one was shown long enough ago."""
         done = step["step"] + 1
         self._seconds.append(step["seconds"])
         self._latest = step
@@ -66,17 +66,17 @@ class ProgressDisplay(Observer):
         self.flush()
 
     def on_evaluation(self, evaluation: dict[str, Any]) -> None:
-        """Show its metrics."""
+        """Show the metrics."""
         metrics, done = format_metrics(evaluation["metrics"]), evaluation["step"]
         self._status["evaluation"] = [f"evaluation step {done}:", *metrics.split("  ")]
         self.say(f"step {done}/{self.num_steps}  {metrics}  ({evaluation['count']} samples)")
 
     def on_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Show it below the bar."""
+        """Show its step below the bar."""
         self._status["checkpoint"] = [f"checkpoint step {checkpoint['step']}"]
 
     def on_event(self, event: dict[str, Any]) -> None:
-        """Show an event, if a person may want to know of it."""
+        """Show events that matter to a person."""
         kind, step = event["event"], event.get("step", 0)
         if kind == "warning":
             self.warn(event["reason"])
@@ -90,18 +90,18 @@ class ProgressDisplay(Observer):
             self.say(f"step {step + 1} {event['verdict']}: the weights were left as they are")
 
     def on_end(self, end: dict[str, Any]) -> None:
-        """Leave the bar as it is now."""
+        """Stop drawing; the bar stays as it is."""
         self.close()
 
     def close(self) -> None:
-        """End what on_start began."""
+        """Stop drawing, if a bar is drawn."""
         if self._live is not None:
             self.flush()
             self._live.stop()
             self._live = None
 
     def flush(self) -> None:
-        """Show the latest step, if it is not shown."""
+        """Show the latest step, if it is not shown yet."""
         if self._latest is None:
             return
         done, state = self._latest["step"] + 1, self._state(self._latest)
@@ -113,16 +113,16 @@ class ProgressDisplay(Observer):
             self.say("  ".join([f"step {done}/{self.num_steps}", *state]))
 
     def say(self, line: str) -> None:
-        """A line that stays, above the bar if there is one."""
+        """Print a line, above the bar if there is one; nothing if quiet."""
         if self.verbosity != "quiet":
             self.console.print(line, markup=False)
 
     def warn(self, line: str) -> None:
-        """One that is shown in any case."""
+        """Print a warning, also if quiet."""
         self.console.print(f"warning: {line}", markup=False)
 
     def _state(self, entry: dict[str, Any]) -> list[str]:
-        loss, norm = (float("nan") if entry[key] is None else entry[key] for key in ("loss", "grad_norm"))
+        loss, norm = or_nan(entry["loss"]), or_nan(entry["grad_norm"])
         mean = sum(self._seconds) / len(self._seconds)
         left = timedelta(seconds=min(round(mean * (self.num_steps - entry["step"] - 1)), 10**9))
         state = [
@@ -142,7 +142,7 @@ class ProgressDisplay(Observer):
 
 
 def fitting(parts: list[str], width: int) -> str:
-    """As many of the parts as one line holds, each whole: a number that is cut is another number."""
+    """Join as many whole parts as fit into `width` characters: a number that is cut would be another number."""
     line = ""
     for part in parts:
         longer = f"{line}  {part}" if line else part
@@ -153,12 +153,12 @@ def fitting(parts: list[str], width: int) -> str:
 
 
 def format_metrics(metrics: dict[str, Any]) -> str:
-    """`eval/accuracy 0.9861  eval/loss 0.0532`; None, as the run folder has for a number that is not finite, is nan."""
-    return "  ".join(f"{key} {math.nan if value is None else value:.4f}" for key, value in sorted(metrics.items()))
+    """Return `eval/accuracy 0.9861  eval/loss 0.0532`; None, which means not finite, becomes nan."""
+    return "  ".join(f"{key} {or_nan(value):.4f}" for key, value in sorted(metrics.items()))
 
 
 def format_summary(path: Path, summary: dict[str, Any], what: str) -> str:
-    """The last line of a run."""
+    """Return the last line of a run. `what`: finished, or a longer text."""
     return (
         f"{path} {what}: {format_metrics(summary['metrics'])}  "
         f"({summary['steps']} steps on {summary['world_size']} process(es) in {summary['wall_seconds']:.1f} s)"

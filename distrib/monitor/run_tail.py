@@ -1,4 +1,4 @@
-"""What a run writes into its folder, as it comes, in the order in which it happened: for those who look on."""
+"""Reads a run folder as it grows: each line once, in the order in which it was written."""
 
 import math
 import sys
@@ -13,18 +13,18 @@ from distrib.run_folder.files import Unreadable, open_regular, parse
 from distrib.run_folder.folder import RunDir
 from distrib.run_folder.formats import EVALUATION, EVENT, STEP
 
-_AT_A_TIME = 10_000  # steps that are kept in memory
+_AT_A_TIME = 10_000  # steps kept in memory
 
 
 class News(NamedTuple):
-    """A line of steps.jsonl (`step`), of evals.jsonl (`evaluation`), or of events.jsonl (the event's name)."""
+    """A line. `kind`: step for steps.jsonl, evaluation for evals.jsonl, the event's name for events.jsonl."""
 
     kind: str
     entry: dict[str, Any]
 
 
 class RunTail:
-    """Reads on in a run's folder each time it is asked."""
+    """Follows one run folder. Each call of `entries` continues where the last one ended."""
 
     def __init__(self, run: RunDir) -> None:
         self._steps = _Lines(run.steps, STEP)
@@ -33,11 +33,10 @@ class RunTail:
         self._steps_done = 0
 
     def entries(self) -> Iterator[News]:
-        """What came since the last call. An evaluation comes between the steps where it was made; an event after the
-        steps that were done then.
+        """Yield the lines since the last call. An evaluation or event follows the steps that were done before it.
 
-        Steps are read first: what belongs before a step is written before it. What is found to come after one that is
-        not read yet, waits.
+        Steps are read first, because lines that belong before a step are written before it. A line that belongs after
+        a step which is not read yet waits for it.
         """
         more = True
         while more:
@@ -53,11 +52,11 @@ class RunTail:
             yield from self._others(self._steps_done)
 
     def trouble(self) -> list[str]:
-        """What could not be read, and was left out: a line for each file."""
+        """Return one message for each file with lines that could not be read and were left out."""
         return [line for lines in (self._steps, self._evals, self._events) for line in lines.trouble()]
 
     def rest(self) -> Iterator[News]:
-        """What waits for a step that will not come: its line is lost, or the run has ended."""
+        """Yield the lines that wait for a step, when no more steps will come."""
         yield from self._others(math.inf)
 
     def _others(self, steps_done: float) -> Iterator[News]:
@@ -68,21 +67,21 @@ class RunTail:
 
 
 class _Lines:
-    """The lines of a JSON-lines file that grows, and is cut back where the run is resumed."""
+    """The lines of a JSON-lines file that grows, and is cut back when the run is resumed."""
 
     def __init__(self, path: Path, form: TypeAdapter[dict[str, Any]]) -> None:
         self.path, self.form = path, form
-        self._number = 0  # of lines read
+        self._number = 0  # lines read
         self._unreadable = Unreadable(path)
         self._unusable: str | None = None
         self._read_to = 0
         self._last = b""
         self._waiting: list[dict[str, Any]] = []
-        self._over = 0  # how many of those are of a start that was followed by another: their steps may be cut off
+        self._over = 0  # the first so many are from an earlier start: their steps may have been cut off
 
     def read(self, at_most: int = sys.maxsize) -> tuple[bool, bool]:
-        """Whole lines; once more from the beginning where what was read last is no longer there: did that happen? And
-        may there be more?"""
+        """Read new whole lines, at most so many; all lines again if the file was cut back. Return whether it was cut
+        back, and whether there may be more."""
         again, number = False, 0
         try:
             file = open_regular(self.path)
@@ -116,11 +115,11 @@ class _Lines:
         return again, number == at_most
 
     def trouble(self) -> list[str]:
-        """What cannot be read, in at most one line."""
+        """Return what cannot be read, in at most one message."""
         return [self._unusable] if self._unusable else self._unreadable.said()
 
     def take(self, up_to: float = math.inf) -> Iterator[dict[str, Any]]:
-        """Those of steps, or after so many steps, in the order of the file; that a run goes on comes at once."""
+        """Yield waiting lines of the first `up_to` steps, in the order of the file. `resumed` does not wait."""
         number = 0
         while number < len(self._waiting) and (
             number < self._over

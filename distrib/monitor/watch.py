@@ -1,4 +1,4 @@
-"""`distrib watch`: a run as its own display shows it, from its folder."""
+"""`distrib watch`: shows a run as its own display does, from its folder."""
 
 import math
 import os
@@ -18,11 +18,11 @@ from distrib.run_folder.formats import STEP
 from distrib.run_folder.ledger import last_line
 
 _SECONDS_BETWEEN_LOOKS = 0.2
-_SECONDS_TO_COME_BACK = 30.0  # of a run that was being trained a moment ago, and may just be started again
+_SECONDS_TO_COME_BACK = 30.0  # a run that was being trained a moment ago may just be started again
 
 
 class _Display(ProgressDisplay):
-    """Also shows what the processes that train print when they start and end; there may be several starts."""
+    """The display of a run that may have several starts: shows each start and end too."""
 
     def __init__(self, run: RunDir, config: Config) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class _Display(ProgressDisplay):
 
 
 def watch_run(path: Path) -> None:
-    """Returns when the run is finished, or nobody trains it any more; one that waits in a queue is waited for.
+    """Show a run until it is finished or no process trains it. A run that waits in a queue is waited for.
 
     Raises RunDirError, ConfigError.
     """
@@ -59,7 +59,7 @@ def watch_run(path: Path) -> None:
             finished = os.path.lexists(run.summary)
             for kind, entry in follower.entries():
                 pass_on(display, kind, entry)
-                if kind != "warning":  # one may follow the last event
+                if kind != "warning":  # a warning may follow the last event
                     in_queue = kind == "preempted" and entry.get("requeue", False)
             if finished or (held_at < 0 and not in_queue):
                 break
@@ -81,15 +81,15 @@ def watch_run(path: Path) -> None:
 
 
 def _is_there(run: RunDir) -> bool:
-    """Has it been started? environment.json alone says so, or, if that is lost, what was trained."""
+    """Return whether the run was started: environment.json is there or, if that is lost, a step or a checkpoint."""
     return os.path.lexists(run.environment) or run.has_begun()
 
 
 def _length(run: RunDir, config: Config) -> tuple[int, int]:
-    """Steps of the run, and samples of a step."""
+    """Return the steps of the run and the samples of a step."""
     environment = run.environment_or_nothing()
     if environment:
         plan = RunPlan.create(config, environment["starts"][-1]["world_size"], environment["training_samples"])
         return plan.num_steps, plan.global_batch_size
-    last = last_line(run.steps, STEP)  # the number of samples is lost
+    last = last_line(run.steps, STEP)  # the number of training samples is lost
     return config.train.steps or (last["step"] + 1 if last else 0), config.data.global_batch_size

@@ -14,12 +14,13 @@ from typing import Any
 from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from distrib.errors import LaunchError
+from distrib.errors import LaunchError, and_more
 from distrib.processes import gate
 from distrib.processes.network import LOOPBACK, address_of, endpoint, keep_store, listen, own_address, wait_for_answer
 
 KEPT_AT = "DISTRIB_STORE_AT"  # the address of distrib launch's store, if its ranks reach it through a relay
 SILENCE = 60.0  # seconds without a heartbeat after which a rank counts as lost
+_MOST_NAMES = 4  # in a message
 _BEAT = 2.0  # seconds between two heartbeats
 _FAILED, _JOINED = "failed", "joined"
 _joined: "Heartbeat | None" = None  # this process's, once it has joined
@@ -103,7 +104,7 @@ class Heartbeat:
         except RuntimeError:
             return self.store_host
         gone = [rank for rank in range(self.world_size) if before[rank] == now[rank] and rank != self.rank]
-        return _few([self.name(rank) for rank in gone]) or "another rank"
+        return and_more([self.name(rank) for rank in gone], _MOST_NAMES) or "another rank"
 
     def whereabouts(self) -> str:
         """Describe which line each rank's main thread is at. A rank that hangs is at another line than the others."""
@@ -114,7 +115,7 @@ class Heartbeat:
         places: dict[str, list[str]] = {}
         for rank, beat in enumerate(beats):
             places.setdefault(json.loads(beat)[1], []).append(self.name(rank))
-        return "; ".join(f"at {place}: {_few(names)}" for place, names in places.items())
+        return "; ".join(f"at {place}: {and_more(names, _MOST_NAMES)}" for place, names in places.items())
 
     def _count(self, seconds: float) -> list[dict[str, Any]] | str:
         """On rank 0: wait for all ranks, and return host and versions of each, or what is wrong."""
@@ -252,11 +253,6 @@ def _whereabouts() -> str:
     if frame is None:
         return "its end"
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"
-
-
-def _few(names: list[str]) -> str:
-    shown, more = names[:4], len(names) - 4
-    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
 def _first(error: Exception) -> str:

@@ -119,7 +119,8 @@ def write_part(partial: Path, part: Part) -> dict[str, Any]:
     """Write one rank's file, and return its entry for the manifest. Raises CheckpointError if it cannot be written."""
     path = partial / part.file
     try:
-        write_file(part.tensors, path)
+        save_file(part.tensors, path)
+        finish_file(path)
         return {"file": part.file, "bytes": path.stat().st_size, "sha256": _sha256(path)}
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -251,12 +252,12 @@ def load(path: Path, manifest: dict[str, Any], shards: dict[str, Shard]) -> None
                 shard.tensor.copy_(values.view(shard.tensor.shape))
 
 
-def write_file(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write and sync a safetensors file. Its mode follows the umask, which safetensors ignores."""
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(tensors, path)
-    path.chmod(mode)
+def finish_file(path: Path) -> None:
+    """Sync a file that safetensors wrote, with the mode that the umask gives to new files: it ignores the umask."""
+    probe = path.with_name(".umask")
+    probe.touch()
+    path.chmod(probe.stat().st_mode)
+    probe.unlink()
     fsync(path)
 
 

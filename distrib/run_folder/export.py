@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from distrib.errors import CheckpointError, RunDirError
-from distrib.run_folder.checkpoint import fsync, load, replicated, verify
+from distrib.run_folder.checkpoint import finish_file, fsync, load, replicated, verify
 from distrib.task import Task
 
 _WEIGHTS = "model.safetensors"
@@ -45,13 +45,8 @@ def _move(partial: Path, folder: Path) -> list[Path]:
     files = sorted(partial.iterdir(), key=lambda file: (file.name.startswith("model"), file.name))
     for file in files:
         _require_new(folder / file.name)
-    probe = partial / ".umask"
-    probe.touch()
-    mode = probe.stat().st_mode
-    probe.unlink()
     for file in files:
-        file.chmod(mode)  # as the umask says, which safetensors ignores
-        fsync(file)
+        finish_file(file)
     for file in files:
         file.rename(folder / file.name)
     partial.rmdir()

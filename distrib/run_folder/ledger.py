@@ -246,6 +246,11 @@ def now() -> str:
     return datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="milliseconds")
 
 
+def or_nan(value: float | None) -> float:
+    """Return a number of a run folder, in which null stands for one that is not finite."""
+    return math.nan if value is None else value
+
+
 def finite(value: Any) -> Any:
     """Copy nested dictionaries and lists, and replace each non-finite float by None."""
     if isinstance(value, dict):

@@ -9,7 +9,7 @@ import numpy as np
 
 from distrib.config import Config
 from distrib.data.order import digest, sample_indices
-from distrib.errors import CheckpointError, DamagedFileError, LedgerError
+from distrib.errors import CheckpointError, DamagedFileError, LedgerError, and_more
 from distrib.plan import RunPlan
 from distrib.run_folder import checkpoint, formats, ledger, repair
 from distrib.run_folder.files import read_lines
@@ -67,7 +67,8 @@ def verify_run(path: Path) -> Verified:
     if os.path.lexists(run.summary) and steps != plan.num_steps:
         problems.append(f"{run.steps}: ends after {steps} steps, but the run has ended after {plan.num_steps}")
     if problems or damaged:
-        raise (LedgerError if problems else CheckpointError)(_shorten(problems + damaged))
+        message = and_more(problems + damaged, _MOST_SHOWN, "; ", "; and")
+        raise (LedgerError if problems else CheckpointError)(message)
     aside = sorted(file.name for file in path.glob("*.damaged-*"))
     return Verified(steps, plan.num_steps, in_order * plan.global_batch_size, len(manifests), aside)
 
@@ -109,11 +110,6 @@ def _check_position(entry: dict[str, Any], plan: RunPlan, config: Config) -> str
     if entry["epoch"] != plan.epoch(step):
         return f"step {step} is in epoch {plan.epoch(step)}, not {entry['epoch']}"
     return None
-
-
-def _shorten(problems: list[str]) -> str:
-    more = len(problems) - _MOST_SHOWN
-    return "; ".join(problems[:_MOST_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _expected_digest(step: int, plan: RunPlan, seed: int) -> str:

@@ -5,7 +5,6 @@ cannot hold code.
 """
 
 import copy
-import difflib
 import hashlib
 import json
 import logging
@@ -21,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from distrib.errors import ConfigError
+from distrib.errors import ConfigError, did_you_mean
 from distrib.extras import require
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -84,8 +83,7 @@ def _config_from_mapping(values: dict[str, Any]) -> Any:
     known = {*usual.to_dict(), *usual.attribute_map}
     for name in values:
         if name not in known:  # transformers would store it, and ignore it
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f", did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(str(name), known)
             raise ConfigError(f"task.model.{name}: {values['model_type']} has no such key{hint}")
     return config
 
@@ -98,9 +96,8 @@ def _require_known(values: dict[str, Any]) -> None:
         raise ConfigError("task.model: the config has no model_type; give the architecture, for example llama")
     kind = str(values["model_type"])
     if kind not in CONFIG_MAPPING:
-        close = difflib.get_close_matches(kind, CONFIG_MAPPING.keys(), n=1)
-        hint = f"did you mean {close[0]}?" if close else "and code that comes with a model is not run"
-        raise ConfigError(f"task.model.model_type: transformers has no {kind!r}, {hint}")
+        hint = did_you_mean(kind, CONFIG_MAPPING.keys(), ", and code that comes with a model is not run")
+        raise ConfigError(f"task.model.model_type: transformers has no {kind!r}{hint}")
 
 
 def find_tokenizer(tokenizer: Any, model_folder: Path | None) -> Any:

@@ -1,6 +1,5 @@
 """A task made of an nn.Module, Datasets, a torch loss and torchmetrics metrics that the config names."""
 
-import difflib
 import inspect
 from types import ModuleType
 from typing import Any, TypeVar
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from distrib.errors import ConfigError
+from distrib.errors import ConfigError, did_you_mean
 from distrib.extras import require
 from distrib.targets import build, call, find
 from distrib.task import Loss, Task
@@ -118,8 +117,7 @@ def _construct(module: ModuleType, spec: Any, base: type[Any], key: str, **fixed
         path, _, name = name.replace(":", ".").rpartition(".")
         classes = {name: find(f"{path}:{name}", key, base)}
     if name not in classes:
-        close = difflib.get_close_matches(str(name), classes, n=1)
-        hint = f", did you mean {close[0]}?" if close else f"; for example {', '.join(sorted(classes)[:3])}"
+        hint = did_you_mean(str(name), classes, f"; for example {', '.join(sorted(classes)[:3])}")
         what = f"is not a {base.__name__.strip('_')} in {module.__name__}, and not of the form module:Class"
         raise ConfigError(f"{key}: {name!r} {what}{hint}")
     if twice := arguments.keys() & fixed.keys():

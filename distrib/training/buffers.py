@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distrib.errors import TrainingError
+from distrib.errors import TrainingError, and_more
 from distrib.processes.world import World
 from distrib.training.running_statistics import STATISTICS, RunningStatistics, has_running_statistics
 
@@ -248,8 +248,7 @@ class Buffers:
         names = [buffer.name for buffer in buffers if buffer.name not in self._warned]
         if names:
             self._warned.update(names)
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            self._warn(f"forward changes the buffer {names[0]}{more} {how}")
+            self._warn(f"forward changes the buffer {and_more(names, 1)} {how}")
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Builds a torch optimizer from the config's `optim` section."""
 
-import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from distrib.config import OptimConfig
-from distrib.errors import ConfigError
+from distrib.errors import ConfigError, did_you_mean
 
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 _FUSED_FOR_SHARDS = (torch.optim.Adam, torch.optim.AdamW)  # for DTensors; the others raise NotImplementedError
@@ -103,6 +102,5 @@ def _find(name: str) -> type[Optimizer]:
         if name.lower() == "lbfgs":
             raise ConfigError("optim.name: LBFGS evaluates the loss several times a step; the loop does so once")
         return classes[name.lower()]
-    close = difflib.get_close_matches(name.lower(), classes, n=1)
-    hint = f", did you mean {classes[close[0]].__name__}?" if close else f": {', '.join(sorted(classes))}"
+    hint = did_you_mean(name.lower(), classes, f": {', '.join(sorted(classes))}", lambda key: classes[key].__name__)
     raise ConfigError(f"optim.name: {name!r} is not a class of torch.optim{hint}")

@@ -1,4 +1,4 @@
-"""`distrib compare`: what differs, where runs part and why, on real runs; and on made-up numbers, for each input."""
+"""`distrib compare` finds what differs, where runs diverge and why: on real runs, and on generated numbers."""
 
 import dataclasses
 import importlib
@@ -24,7 +24,7 @@ from distrib.config import TaskConfig
 from distrib.errors import ConfigError, RunDirError
 from distrib.monitor.compare import tables
 from distrib.monitor.compare.command import compare_runs
-from distrib.monitor.compare.comparison import Divergence, compare, figures, part, relative_difference
+from distrib.monitor.compare.comparison import Divergence, compare, diverge, figures, relative_difference
 from distrib.monitor.compare.runs import Curve, Digests, Run, load_runs
 from distrib.task import load_task
 
@@ -55,7 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run a variant, in one process; `pair`, in two processes; `edited`, of a task whose file was changed."""
+    """One run for each variant, in one process; `pair` in two processes; `edited` with a changed task file."""
     folder = tmp_path_factory.mktemp("runs")
     for name, changes in VARIANTS.items():
         config = Config.from_dict(CONFIG | changes)
@@ -75,12 +75,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def parting(runs: Path, name: str) -> Divergence:
-    return part(*load_runs([runs / "base", runs / name]))
+def divergence(runs: Path, name: str) -> Divergence:
+    return diverge(*load_runs([runs / "base", runs / name]))
 
 
 def test_the_same_run_again(runs: Path) -> None:
-    found = parting(runs, "again")
+    found = divergence(runs, "again")
     assert (found.cause, found.because) == ("nothing", f"the same to the last bit over {STEPS} steps and 3 evaluations")
     assert (found.samples, found.loss, found.beyond_rounding, found.largest) == (None, None, None, 0)
     assert found.evaluation is None
@@ -89,7 +89,7 @@ def test_the_same_run_again(runs: Path) -> None:
 
 
 def test_another_key_of_the_config(runs: Path) -> None:
-    found = parting(runs, "rate")
+    found = divergence(runs, "rate")
     assert (found.cause, found.because) == ("config", "optim.lr 0.001 → 0.01")
     assert (found.samples, found.loss) == (None, 1)  # the first loss is made before the first update
 
@@ -103,19 +103,19 @@ def test_another_key_of_the_config(runs: Path) -> None:
     ],
 )
 def test_another_data_order(runs: Path, name: str, because: str) -> None:
-    found = parting(runs, name)
+    found = divergence(runs, name)
     assert (found.cause, found.because, found.samples) == ("data order", because, 0)
 
 
 def test_other_code(runs: Path) -> None:
-    found = parting(runs, "edited")
+    found = divergence(runs, "edited")
     assert found.cause == "code"
     assert re.fullmatch(r"task [0-9a-f]{12} → [0-9a-f]{12}", found.because)
     assert (found.samples, found.loss, found.beyond_rounding) == (None, 0, 0)
 
 
 def test_another_world_size_alone(runs: Path) -> None:
-    found = parting(runs, "pair")
+    found = divergence(runs, "pair")
     assert found.cause == "numerics"
     assert "world_size 1 → 2" in found.because
     assert found.samples is None
@@ -123,23 +123,23 @@ def test_another_world_size_alone(runs: Path) -> None:
     assert 0 < found.largest <= found.rounding == 1e-5
 
 
-def test_what_cannot_be_the_cause_is_not_named(runs: Path) -> None:
-    """The length of a run acts through the schedule alone, which is constant here; the weight decay acts."""
+def test_a_key_that_cannot_be_the_cause_is_not_named(runs: Path) -> None:
+    """The run's length acts only through the schedule, which is constant here; the weight decay does act."""
     longer, base = (Run(**vars(run)) for run in load_runs([runs / "longer", runs / "base"]))
-    assert part(base, longer).cause == "nothing"
+    assert diverge(base, longer).cause == "nothing"
     values = base.curves["train/loss"].values.copy()
     values[5] *= 1 + 1e-7
     nudged = dataclasses.replace(longer, curves=longer.curves | {"train/loss": Curve.of(range(1, STEPS + 1), values)})
-    assert (part(base, nudged).cause, part(base, nudged).loss) == ("numerics", 5)
+    assert (diverge(base, nudged).cause, diverge(base, nudged).loss) == ("numerics", 5)
     decayed = dataclasses.replace(nudged, identity=nudged.identity | {"optim.weight_decay": 0.1})
-    assert part(base, decayed).because == "optim.weight_decay 0.0 → 0.1"
+    assert diverge(base, decayed).because == "optim.weight_decay 0.0 → 0.1"
     values[5] *= 2  # nothing that is recorded differs, and this is no rounding
     changed = dataclasses.replace(longer, curves=longer.curves | {"train/loss": Curve.of(range(1, STEPS + 1), values)})
-    assert part(base, changed).cause == "not recorded"
+    assert diverge(base, changed).cause == "not recorded"
 
 
-def test_what_acts_later_than_rounding_is_the_cause(runs: Path) -> None:
-    """On another number of processes the first losses differ in their last bits; then the other schedule tells."""
+def test_a_cause_that_shows_after_rounding_is_found(runs: Path) -> None:
+    """On another number of processes the first losses differ in their last bits; later the other schedule shows."""
     first, longer = load_runs([runs / "cosine", runs / "cosine-longer"])
     values = longer.curves["train/loss"].values * (1 + 1e-7)
     pair = dataclasses.replace(
@@ -147,7 +147,7 @@ def test_what_acts_later_than_rounding_is_the_cause(runs: Path) -> None:
         curves=longer.curves | {"train/loss": Curve.of(range(1, len(values) + 1), values)},
         machine=longer.machine | {"world_size": "2"},
     )
-    found = part(first, pair)
+    found = diverge(first, pair)
     assert (found.cause, found.because) == ("config", f"train.steps {STEPS} → {STEPS + 4}; differing too: world_size")
     assert found.samples is None
     assert found.loss == 0
@@ -156,7 +156,7 @@ def test_what_acts_later_than_rounding_is_the_cause(runs: Path) -> None:
 
 
 def test_evaluations_count_too(runs: Path) -> None:
-    """The same training; of the evaluations one metric, or the loss by rounding or by more."""
+    """The training is the same; one evaluated metric differs, or the loss by rounding, or by more."""
     base, again = load_runs([runs / "base", runs / "again"])
 
     def evaluated(**factors: float) -> Run:
@@ -174,36 +174,36 @@ def test_evaluations_count_too(runs: Path) -> None:
         ({"loss": 1 + 1e-7, "right": 2.0}, "numerics", f"{prefix}world_size 1 → 2"),
         ({"loss": 1.03}, "not recorded", f"{prefix}more than rounding at once"),
     ):
-        found = part(base, evaluated(**factors))
+        found = diverge(base, evaluated(**factors))
         assert (found.cause, found.evaluation) == (cause, 12 if factors else None)
         assert found.because.startswith(because)
     # running statistics: the losses of the steps differ by rounding alone, the evaluations by 3 %
     values = base.curves["train/loss"].values * (1 + 1e-7)
     rounded = {"train/loss": Curve.of(range(1, STEPS + 1), values)}
     pair = evaluated(loss=1.03)
-    found = part(base, dataclasses.replace(pair, curves=pair.curves | rounded))
+    found = diverge(base, dataclasses.replace(pair, curves=pair.curves | rounded))
     assert (found.cause, found.beyond_rounding) == ("not recorded", None)
     pair = evaluated(loss=1 + 5e-7)
-    assert part(base, dataclasses.replace(pair, curves=pair.curves | rounded)).cause == "numerics"
+    assert diverge(base, dataclasses.replace(pair, curves=pair.curves | rounded)).cause == "numerics"
 
 
 def test_other_samples_at_the_same_places(runs: Path, tmp_path: Path) -> None:
-    """As the fingerprints tell, which older folders do not have."""
+    """Fingerprints show it; older folders have none."""
     shutil.copytree(runs / "edited", tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints"))
     environment = json.loads((tmp_path / "other" / "environment.json").read_text())
     samples = environment["data"]["train_dataset"]["samples"]
     samples["96"] = {**samples["96"], "exact": "another"}
     (tmp_path / "other" / "environment.json").write_text(json.dumps(environment))
-    found = parting(runs, str(tmp_path / "other"))
+    found = divergence(runs, str(tmp_path / "other"))
     assert (found.cause, found.beyond_rounding) == ("data", 0)
     assert found.because == "task.train_dataset has another sample 96 than in base; differing too: task"
     del environment["data"]
     (tmp_path / "other" / "environment.json").write_text(json.dumps(environment))
-    assert parting(runs, str(tmp_path / "other")).cause == "code"
+    assert divergence(runs, str(tmp_path / "other")).cause == "code"
 
 
 def test_a_run_that_is_killed_or_goes_on(runs: Path, tmp_path: Path) -> None:
-    """The last line is torn; what is whole is compared."""
+    """The last line is torn; the whole lines are compared."""
     torn = tmp_path / "torn"
     shutil.copytree(runs / "base", torn)
     (torn / "summary.json").unlink()
@@ -211,12 +211,12 @@ def test_a_run_that_is_killed_or_goes_on(runs: Path, tmp_path: Path) -> None:
         text = (torn / name).read_text()
         (torn / name).write_text(text[: len(text) - 20])
     comparison = compare(load_runs([runs / "base", torn]))
-    assert comparison.partings[0].because == f"the same to the last bit over {STEPS - 1} steps and 2 evaluations"
+    assert comparison.divergences[0].because == f"the same to the last bit over {STEPS - 1} steps and 2 evaluations"
     assert [run.state for run in comparison.runs] == ["finished", "unfinished"]
     assert comparison.figures[1].steps == STEPS - 1
     (torn / "steps.jsonl").write_text("{torn}\n" + (runs / "base" / "steps.jsonl").read_text())
     comparison = compare(load_runs([runs / "base", torn]))
-    assert comparison.partings[0].because == f"the same to the last bit over {STEPS} steps and 2 evaluations"
+    assert comparison.divergences[0].because == f"the same to the last bit over {STEPS} steps and 2 evaluations"
     assert comparison.runs[1].trouble == (f"{torn / 'steps.jsonl'}: damaged: cannot read line 1",)
 
 
@@ -231,7 +231,7 @@ def test_how_a_run_ended(runs: Path, tmp_path: Path, event: str, state: str) -> 
 
 
 def test_a_run_that_trains_now(runs: Path, tmp_path: Path) -> None:
-    """Another process holds its lock, as `distrib train` does."""
+    """Another process holds the lock, as `distrib train` does."""
     shutil.copytree(runs / "base", tmp_path / "now")
     (tmp_path / "now" / "events.jsonl").write_text(json.dumps({"event": "started", **START}) + "\n")
     hold = (
@@ -246,17 +246,17 @@ def test_a_run_that_trains_now(runs: Path, tmp_path: Path) -> None:
     assert load_runs([runs / "base", tmp_path / "now"])[1].state == "unfinished"
 
 
-def test_a_run_that_has_yet_to_begin(runs: Path, tmp_path: Path) -> None:
+def test_a_run_that_has_not_begun(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "queued").mkdir()
     shutil.copy(runs / "base" / "config.yaml", tmp_path / "queued")
     comparison = compare(load_runs([runs / "base", tmp_path / "queued"]))
     assert comparison.runs[1].state == "not begun"
     assert comparison.figures[1].final == {}
-    assert comparison.partings[0].because == "no step has a loss in both"
+    assert comparison.divergences[0].because == "no step has a loss in both"
 
 
 def test_each_start_counts(runs: Path, tmp_path: Path) -> None:
-    """A run that went on in two processes, and then with other code."""
+    """A run was resumed in two processes, and then with other code."""
     again = tmp_path / "again"
     shutil.copytree(runs / "base", again)
     environment = json.loads((again / "environment.json").read_text())
@@ -352,8 +352,8 @@ def made_up(values: list[float], samples: list[int], **facts: Any) -> Run:
 def test_the_first_step_that_differs(
     ours: list[float], theirs: list[float], ordered: list[int], otherwise: list[int]
 ) -> None:
-    """Against the plainest way to find it."""
-    found = part(made_up(ours, ordered), made_up(theirs, otherwise))
+    """The result equals that of a plain search."""
+    found = diverge(made_up(ours, ordered), made_up(theirs, otherwise))
     pairs = list(zip(ours, theirs, strict=False))
     unlike = [step for step, (a, b) in enumerate(pairs) if a != b and not (math.isnan(a) and math.isnan(b))]
     assert found.steps == len(pairs)
@@ -391,7 +391,7 @@ def test_config_comes_before_code_before_numerics() -> None:
     }
     others = {"function": {"optim.lr": 2}, "code": {"torch": "3"}, "machine": {"world_size": "2"}}
     for cause, (because, changed) in expected.items():
-        found = part(first, made_up([1.0, 2.0 + 1e-6], [], **facts | {key: others[key] for key in changed}))
+        found = diverge(first, made_up([1.0, 2.0 + 1e-6], [], **facts | {key: others[key] for key in changed}))
         assert (found.cause, found.because) == (cause, because)
 
 
@@ -405,7 +405,7 @@ def test_a_build_of_torch_that_one_run_did_not_record_is_no_difference() -> None
         runs = [
             made_up([1.0, loss], [], code={"torch": torch}, **facts) for loss, torch in ((2.0, ours), (3.0, theirs))
         ]
-        assert part(*runs).cause == cause
+        assert diverge(*runs).cause == cause
 
 
 def test_better_is_lower_for_a_loss_and_higher_else() -> None:
@@ -415,8 +415,8 @@ def test_better_is_lower_for_a_loss_and_higher_else() -> None:
         assert figures(run).best[name] == (best, {1: 15, 3: 10}[best])
 
 
-def test_an_environment_without_code_says_nothing_about_it(runs: Path, tmp_path: Path) -> None:
-    """As runs wrote it before there was such a key."""
+def test_an_environment_without_code_is_not_a_cause(runs: Path, tmp_path: Path) -> None:
+    """Older runs wrote no such key."""
     old = tmp_path / "old"
     shutil.copytree(runs / "edited", old)
     environment = json.loads((old / "environment.json").read_text())
@@ -424,6 +424,6 @@ def test_an_environment_without_code_says_nothing_about_it(runs: Path, tmp_path:
     (old / "environment.json").write_text(json.dumps(environment))
     comparison = compare(load_runs([runs / "base", old]))
     assert comparison.differences == []
-    assert comparison.partings[0].cause == "not recorded"
-    assert tables.partings(comparison).rows[0][-2] == "not recorded"
-    assert np.isfinite(comparison.partings[0].largest)
+    assert comparison.divergences[0].cause == "not recorded"
+    assert tables.divergences(comparison).rows[0][-2] == "not recorded"
+    assert np.isfinite(comparison.divergences[0].largest)

@@ -1,4 +1,4 @@
-"""Who looks on sees everything once, in the order in which it happened, whenever they look."""
+"""RunTail returns every line once, in the order in which it was written, whenever it reads."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def described(news: News) -> tuple[str, int]:
 
 @given(st.lists(st.sampled_from(["step", "evaluation", "skipped", "look"]), max_size=60), st.data())
 def test_the_order_of_a_run(doings: list[str], data: st.DataObject) -> None:
-    """Lines may be seen in part; what was not seen yet comes later."""
+    """Lines may be read in part; the rest comes later."""
     with TemporaryDirectory() as folder:
         run = RunDir(Path(folder))
         follower, seen, written, steps = RunTail(run), [], [], 0
@@ -57,7 +57,7 @@ def test_the_order_of_a_run(doings: list[str], data: st.DataObject) -> None:
 
 
 def test_a_run_that_is_resumed(tmp_path: Path) -> None:
-    """Steps that were cut off are seen again; events of the start before do not wait for them."""
+    """Steps that were cut off come again; events of the earlier start do not wait for them."""
     run = RunDir(tmp_path)
 
     def step(number: int) -> None:
@@ -84,7 +84,7 @@ def test_a_run_that_is_resumed(tmp_path: Path) -> None:
 
 
 def test_a_fork_that_fails_at_once(tmp_path: Path) -> None:
-    """It goes on after a step of another run, and has none of its own."""
+    """It continues after a step of another run, and has no step of its own."""
     run = RunDir(tmp_path)
     run.event("started", **START)
     run.event("resumed", step=40, passed_over=[])

@@ -1,4 +1,4 @@
-"""What looks on at a run gets what the run folder says, and can neither change the run nor stop it."""
+"""Observers get each line of the run folder, and can neither change the run nor stop it."""
 
 import json
 import random
@@ -122,7 +122,7 @@ def failing(method: str, how: str = "divide") -> dict[str, Any]:
 
 
 def recorded(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Method and line; none was called on another rank than 0."""
+    """Return method and line of each call; all were made on rank 0."""
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert {rank for _, rank, _ in found} <= {None, "0"}
     return [(method, line) for method, _, line in found]
@@ -133,14 +133,14 @@ def of(calls: list[tuple[str, dict[str, Any]]], *methods: str) -> list[dict[str,
 
 
 def check_order(calls: list[tuple[str, dict[str, Any]]]) -> None:
-    """Those of one start."""
+    """Check the calls of one start."""
     names = [method for method, _ in calls]
     assert (names[0], names[-1]) == ("on_start", "on_end")
     assert (names.count("on_start"), names.count("on_end")) == (1, 1)
 
 
 def test_each_line_of_the_run_folder_through_a_stop_and_a_resume(mark: str, folder: Path) -> None:
-    """Two processes; the second start has another observer, and is the same run."""
+    """Two processes. The second start has another observer, and is still the same run."""
     write(folder, recorder("first"))
     run = folder / "runs" / "run"
     command = ["launch", "--processes", 2, "run.yaml"]
@@ -183,7 +183,7 @@ def test_a_run_that_fails_on_another_rank(run: Run, folder: Path) -> None:
 
 
 def test_a_start_that_fails_before_its_first_step(run: Run, folder: Path) -> None:
-    """A checkpoint that is named and damaged."""
+    """The named checkpoint is damaged."""
     write(folder, train={"steps": 4})
     check(run("distrib", "train", "run.yaml"))
     checkpoint = folder / "runs/run/checkpoints/step-00000004"
@@ -199,8 +199,8 @@ def test_a_start_that_fails_before_its_first_step(run: Run, folder: Path) -> Non
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_one_that_meddles_changes_nothing(run: Run, folder: Path, processes: int) -> None:
-    """The same bits, and the same lines for an observer that comes after it."""
+def test_an_observer_that_meddles_changes_nothing(run: Run, folder: Path, processes: int) -> None:
+    """The bits are the same, and so are the lines for the next observer."""
     meddler = {"target": "looking_on:Meddler"}
     for name, observers in (("alone", []), ("meddled", [meddler, recorder("after")])):
         write(folder, *observers, train={"steps": 24}, eval={"every_steps": 8})
@@ -215,7 +215,7 @@ def test_one_that_meddles_changes_nothing(run: Run, folder: Path, processes: int
     assert of(recorded(folder / "after"), "on_end")[0]["summary"] == summaries[0]
 
 
-def test_generators_are_as_before() -> None:
+def test_generators_are_put_back() -> None:
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
     expected = random.random(), np.random.rand(), torch.rand(1).item()
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
@@ -225,8 +225,8 @@ def test_generators_are_as_before() -> None:
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
 
 
-def test_those_that_fail_are_a_warning_each(run: Run, folder: Path) -> None:
-    """In each of the methods: named, with the line; the others and the run go on."""
+def test_each_failing_observer_is_a_warning(run: Run, folder: Path) -> None:
+    """The warning names method and line; the other observers and the run go on."""
     methods = ("on_start", "on_step", "on_evaluation", "on_checkpoint", "on_event", "on_end")
     write(folder, *map(failing, methods), recorder(), train={"steps": 24}, eval={"every_steps": 8})
     too_long = "optim.warmup_steps=30"  # a warning
@@ -253,7 +253,7 @@ def test_those_that_fail_are_a_warning_each(run: Run, folder: Path) -> None:
     check(run("distrib", "verify", "runs/run"))
 
 
-def test_interrupts_and_exits_are_not_taken_for_failures(run: Run, folder: Path) -> None:
+def test_interrupts_and_exits_are_no_warnings(run: Run, folder: Path) -> None:
     write(folder, failing("on_step", "interrupt"), recorder())
     result = run("distrib", "train", "run.yaml", "--run-dir", "interrupted")
     assert (result.returncode, events(folder / "interrupted")) == (130, ["started", "failed"]), result.stderr
@@ -280,14 +280,14 @@ def test_interrupts_and_exits_are_not_taken_for_failures(run: Run, folder: Path)
         ({"file": "x"}, "observers.0.target: missing"),
     ],
 )
-def test_what_cannot_be_made_is_refused(run: Run, folder: Path, observer: dict[str, Any], what: str) -> None:
+def test_what_is_no_usable_observer_is_refused(run: Run, folder: Path, observer: dict[str, Any], what: str) -> None:
     write(folder, observer)
     for command in (["train"], ["launch", "--processes", "2"], ["explain"]):
         assert what in refused(run("distrib", *command, "run.yaml")), command
     assert not (folder / "runs").exists()
 
 
-def test_explain_makes_none(run: Run, folder: Path) -> None:
+def test_explain_makes_no_observer(run: Run, folder: Path) -> None:
     (folder / "loud.py").write_text(
         "from distrib import Observer\nclass Loud(Observer):\n    def __init__(self):\n        print('LOUD')\n"
     )
@@ -323,7 +323,7 @@ def test_given_in_python(tmp_path: Path) -> None:
 
 
 def test_the_page_works_as_it_stands(run: Run, folder: Path) -> None:
-    """docs/extending.md: its file, and its lines of a config."""
+    """The file and the config lines of docs/extending.md."""
     page = (ROOT / "docs" / "extending.md").read_text()
     section = re.search(r"^## An observer$(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
     assert section is not None

@@ -32,7 +32,7 @@ BATCH = 16
 
 
 def made_up(name: str, steps: int, level: float, lr: float) -> Run:
-    """A run of so many steps, whose loss falls from `level`, with a spike."""
+    """Return a run of so many steps, whose loss falls from `level` and has a spike."""
     config = Config.from_dict(
         {
             "train": {"steps": steps},
@@ -71,7 +71,7 @@ Open = Callable[..., Page]
 
 @pytest.fixture
 def opened(browser: Browser, tmp_path: Path) -> Iterator[Open]:
-    """Opens the page of a comparison; a request, an error or a warning of it fails the test."""
+    """Open the page of a comparison. Any request, error or warning fails the test."""
     complaints: list[str] = []
 
     def open_page(comparison: Comparison, **options: Any) -> Page:
@@ -174,7 +174,7 @@ def test_smoothing(opened: Open, comparison: Comparison) -> None:
 
 
 def smooth(values: list[float | None], weight: float) -> list[float | None]:
-    """As its definition says: of all values up to there, each weighted by how long ago it was."""
+    """Return the moving average by its definition: all earlier values, weighted by age."""
     result: list[float | None] = []
     for place, value in enumerate(values):
         seen = [v for v in values[: place + 1] if v is not None]
@@ -217,7 +217,7 @@ def test_hiding_a_run_and_zooming(opened: Open, comparison: Comparison) -> None:
 
 @in_browser
 def test_the_buttons_stay_on_the_page(opened: Open, comparison: Comparison) -> None:
-    """plotly has one that sends the chart to its server."""
+    """plotly has a button that sends the chart to its server."""
     page = opened(comparison)
     popups: list[Page] = []
     page.on("popup", lambda popup: popups.append(popup))

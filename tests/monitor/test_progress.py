@@ -1,4 +1,4 @@
-"""On a real terminal there is a bar, elsewhere there are lines."""
+"""The display draws a bar on a real terminal, and prints lines elsewhere."""
 
 import re
 import subprocess

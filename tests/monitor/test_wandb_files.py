@@ -1,4 +1,4 @@
-"""Offline folders that wandb wrote: real ones, whole and torn, of distrib's and of another program."""
+"""Reading real offline folders of wandb, whole and torn, from distrib and from another program."""
 
 import math
 import shutil
@@ -83,8 +83,8 @@ def test_a_run_that_failed(folder: Path) -> None:
     assert (run.exit_code, run.preempting) == (3, True)
 
 
-def test_a_run_of_ours_is_what_its_run_folder_says(folder: Path, tmp_path: Path) -> None:
-    """Two starts of one run; what was computed twice counts once."""
+def test_a_run_of_distrib_equals_its_run_folder(folder: Path, tmp_path: Path) -> None:
+    """Two starts of one run; steps that were computed twice count once."""
     for second, name in enumerate(("begun", "resumed")):
         (at,) = offline_folders(folder / name)
         shutil.copytree(at, tmp_path / "wandb" / f"offline-run-20260101_00000{second}-abc")
@@ -92,16 +92,16 @@ def test_a_run_of_ours_is_what_its_run_folder_says(folder: Path, tmp_path: Path)
     run, tracked = comparison.runs
     assert (tracked.name, tracked.state, tracked.restarts) == ("tracked", "finished", 1)
     assert comparison.differences == []
-    assert comparison.partings[0].because == "the same to the last bit over 8 steps and 2 evaluations"
+    assert comparison.divergences[0].because == "the same to the last bit over 8 steps and 2 evaluations"
     assert comparison.figures[0].final == comparison.figures[1].final
     assert comparison.figures[0].best == comparison.figures[1].best
     assert tracked.seconds.values == pytest.approx(run.seconds.values)
     assert comparison.figures[1].samples_per_second == pytest.approx(comparison.figures[0].samples_per_second)
 
 
-def test_ours_beside_anothers(folder: Path) -> None:
+def test_a_run_of_distrib_and_one_of_another_program(folder: Path) -> None:
     comparison = compare(load_runs([folder / "run", folder / "other"]))
-    assert comparison.partings[0].steps == 0  # of another name: train/loss and loss
+    assert comparison.divergences[0].steps == 0  # of another name: train/loss and loss
     assert set(comparison.figures[1].final) == {"loss", "val.acc"}
     assert comparison.runs[1].curves["loss"].steps[0] == 1
 
@@ -109,7 +109,7 @@ def test_ours_beside_anothers(folder: Path) -> None:
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_torn_file(folder: Path, tmp_path: Path, data: st.DataObject) -> None:
-    """Wherever it ends, what it holds is the beginning of the whole."""
+    """Wherever the file ends, its records are the first ones of the whole file."""
     (found,) = offline_folders(folder / "other")
     (file,) = found.glob("*.wandb")
     content = file.read_bytes()

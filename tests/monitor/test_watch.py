@@ -1,4 +1,4 @@
-"""`distrib watch` shows from a run's folder what the run itself shows."""
+"""`distrib watch` shows a run from its folder as the run itself does."""
 
 import signal
 from pathlib import Path
@@ -26,7 +26,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_a_run_that_goes_on(mark: str, run: Run, tmp_path: Path, config: Path) -> None:
-    """Watched from before its first step to its end; stopped and started again in between."""
+    """Watch a run from its first step to its end, through a stop and a second start."""
     folder = tmp_path / "runs" / "run"
     training = start(mark, tmp_path, "train", config)
     until(lambda: steps_done(folder) >= 1, "it does not begin")
@@ -77,7 +77,7 @@ def test_what_is_no_run(run: Run, tmp_path: Path) -> None:
 
 
 def test_quiet_and_verbose(run: Run, config: Path) -> None:
-    """-v: a line for each step, with where its time went."""
+    """-v prints a line for each step, with its times."""
     short = "train.steps=3"
     assert check(run("distrib", "train", config, short, "--run-dir", "a", "--quiet")) == ""
     lines = check(run("distrib", "train", config, short, "--run-dir", "b", "-v")).splitlines()
@@ -87,7 +87,7 @@ def test_quiet_and_verbose(run: Run, config: Path) -> None:
 
 
 def test_a_run_that_waits_in_a_queue(mark: str, run: Run, tmp_path: Path, config: Path) -> None:
-    """Asked to stop and requeued: whoever watches waits for it."""
+    """After a stop and a requeue, `watch` waits for the next start."""
     folder = tmp_path / "runs" / "run"
     check(run("distrib", "train", config, "train.steps=5"))
     (folder / "summary.json").unlink()

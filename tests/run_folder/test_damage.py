@@ -414,7 +414,7 @@ def test_an_environment_without_a_key_is_reported(whole: Path, tmp_path: Path) -
     run = copy(whole, tmp_path)
     text = (run / "environment.json").read_text()
     (run / "environment.json").write_text(text.replace('"git_commit"', '"git_c0mmit"'))
-    assert compare(load_runs([whole, run])).partings[0].cause == "nothing"
+    assert compare(load_runs([whole, run])).divergences[0].cause == "nothing"
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a device", "a folder"])

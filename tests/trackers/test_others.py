@@ -1,4 +1,4 @@
-"""The trackers that accelerate knows, by their names."""
+"""accelerate's trackers, by their names."""
 
 import signal
 from pathlib import Path
@@ -25,7 +25,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_tensorboard_through_a_restart(mark: str, run: Run, tmp_path: Path, config: Path) -> None:
-    """Read back by TensorBoard's own reader."""
+    """TensorBoard's own reader reads the files back."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     process = start(mark, tmp_path, "train", config)
@@ -49,10 +49,10 @@ def test_tensorboard_through_a_restart(mark: str, run: Run, tmp_path: Path, conf
     assert found["eval/right"] == {line["step"]: line["metrics"]["eval/right"] for line in lines(folder, "evals.jsonl")}
 
 
-def test_what_accelerate_does_not_know(run: Run, config: Path) -> None:
+def test_an_unknown_tracker_is_refused(run: Run, config: Path) -> None:
     said = refused(run("distrib", "train", config, "tracking.others=[scrapbook]"))
     assert "tracking.others: 'scrapbook' is no tracker that accelerate has: aim, " in said
 
 
-def test_what_is_not_installed(run: Run, config: Path) -> None:
+def test_a_tracker_that_is_not_installed_is_refused(run: Run, config: Path) -> None:
     assert "dvclive is not installed here" in refused(run("distrib", "train", config, "tracking.others=[dvclive]"))

@@ -1,4 +1,4 @@
-"""One run of wandb's for the life of a run: offline, and online with a server that fails."""
+"""One wandb run for the life of a run: offline, and online with a server that fails."""
 
 import json
 import math
@@ -35,7 +35,7 @@ KEY = "0123456789abcdef" * 2 + "01234567"
 
 @pytest.fixture
 def command(run: Run) -> Run:
-    """As `run`, where that is a run's folder."""
+    """The fixture `run`, in tests that name a run's folder so."""
     return run
 
 
@@ -46,14 +46,14 @@ def write(folder: Path, **changes: Any) -> Path:
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
-    """Without credentials of the machine's, unless they are given."""
+    """Return an environment without the machine's credentials."""
     (folder / "home").mkdir(exist_ok=True)
     return {"HOME": str(folder / "home"), "WANDB_MODE": "online", "WANDB_API_KEY": "", **more}
 
 
 def interrupted(mark: str, folder: Path, *numbers: int, **env: str) -> Path:
-    """A run that is ended by each of these signals, at a moment that chance chooses once wandb has written something,
-    and then comes to its end."""
+    """Start a run once for each signal, which is sent at a random moment after wandb wrote something; then let the run
+    finish. Return its folder."""
     run, chance = folder / "runs" / "run", random.Random(7)
     for begun, number in enumerate(numbers, 1):
         process = start(mark, folder, "train", "run.yaml", **env)
@@ -70,13 +70,13 @@ def interrupted(mark: str, folder: Path, *numbers: int, **env: str) -> Path:
 
 
 def written(run: Path) -> int:
-    """By how many starts."""
+    """Return how many starts have written history."""
     folders = {file.parent for file in run.glob("wandb/*run-*/*.wandb") if not file.parent.is_symlink()}
     return sum(bool(read_offline(folder).history) for folder in folders)
 
 
 def check_history(rows: list[dict[str, Any]], run: Path) -> None:
-    """Each step once, with what the run folder has."""
+    """Check that each step is there once, with the run folder's numbers."""
     assert [row["_step"] for row in rows] == list(range(1, STEPS + 1))
     for row, line in zip(rows, lines(run), strict=True):
         assert (row["train/loss"], row["train/lr"], row["train/grad_norm"]) == (
@@ -91,7 +91,7 @@ def check_history(rows: list[dict[str, Any]], run: Path) -> None:
 
 
 def check_summary(summary: dict[str, Any], run: Path) -> None:
-    """The last of each, and the best."""
+    """Check the latest and the best values."""
     evaluations = [line["metrics"] for line in lines(run, "evals.jsonl")]
     assert summary["train/loss"] == lines(run)[-1]["loss"]
     assert summary["eval/right"] == evaluations[-1]["eval/right"]
@@ -103,22 +103,22 @@ def check_config(config: dict[str, Any], run: Path) -> None:
     resolved = yaml.safe_load((run / "config.yaml").read_text())
     assert flatten({key: config[key] for key in resolved}) == flatten(resolved)  # it has no empty dictionaries
     here = json.loads((run / "environment.json").read_text())
-    told = config["distrib"]
-    assert told["versions"] == here["versions"]
-    assert told["machine"]["cores"] == os.cpu_count()
-    assert (told["launcher"], told["world_size"], told["strategy"]) == ("plain", 1, "single")
-    assert told["git_commit"] == here["git_commit"]
-    assert told["plan"]["num_steps"] == STEPS
+    received = config["distrib"]
+    assert received["versions"] == here["versions"]
+    assert received["machine"]["cores"] == os.cpu_count()
+    assert (received["launcher"], received["world_size"], received["strategy"]) == ("plain", 1, "single")
+    assert received["git_commit"] == here["git_commit"]
+    assert received["plan"]["num_steps"] == STEPS
 
 
 def offline(run: Path) -> list[OfflineRun]:
-    """One for each start that lived long enough to write any."""
+    """Return one run for each start that wrote anything."""
     folders = sorted({path.parent for path in run.glob("wandb/offline-run-*/*.wandb")})
     return [start for start in map(read_offline, folders) if start.id]
 
 
 def test_offline_through_three_restarts(command: Run, mark: str, tmp_path: Path) -> None:
-    """Asked to stop, killed, and asked once more: no step twice, none missing, and never a key."""
+    """Asked to stop, killed, and asked again: no step twice, none missing, and no key in any file."""
     write(tmp_path)
     env = environment(tmp_path, WANDB_MODE="offline", WANDB_API_KEY=KEY)
     run = interrupted(mark, tmp_path, signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1, **env)
@@ -142,7 +142,7 @@ def test_offline_through_three_restarts(command: Run, mark: str, tmp_path: Path)
 
 
 def test_offline_as_it_is_without_credentials(run: Run, tmp_path: Path) -> None:
-    """auto, from the first command; checkpoints as artifacts, where asked for; the id that a sweep gives."""
+    """auto is offline; checkpoints become artifacts if configured; a sweep gives the id."""
     write(tmp_path, train={"steps": 3})
     env = environment(tmp_path, WANDB_RUN_ID="from-a-sweep")
     said = check(run("distrib", "train", "run.yaml", "tracking.checkpoints=true", **env))
@@ -163,7 +163,7 @@ def test_a_run_that_fails(run: Run, tmp_path: Path) -> None:
 
 
 def test_tracking_that_is_killed(mark: str, tmp_path: Path) -> None:
-    """Training goes on, and says so; the next start tells what is missing."""
+    """Training goes on with a warning; the next start logs what is missing."""
     write(tmp_path, checkpoint={"every_steps": 0})
     run, env = tmp_path / "runs" / "run", environment(tmp_path, WANDB_MODE="offline")
     process = start(mark, tmp_path, "train", "run.yaml", **env)
@@ -198,7 +198,7 @@ def test_online_is_refused_where_it_cannot_be(run: Run, tmp_path: Path) -> None:
 
 
 class Server:
-    """tests/trackers/wandb_server.py, which can be killed and comes back with what it had."""
+    """Runs wandb_server.py, which can be killed and started again with its data."""
 
     def __init__(self, mark: str, folder: Path) -> None:
         self.mark, self.folder, self.port = mark, folder, free_port()
@@ -219,7 +219,7 @@ class Server:
         self.process.wait()
 
     def run(self) -> dict[str, Any]:
-        """The only one that it knows."""
+        """Return the only run that the server has."""
         path = self.folder / "runs.json"
         runs: list[dict[str, Any]] = list(json.loads(path.read_text()).values()) if path.exists() else []
         assert len(runs) <= 1
@@ -241,7 +241,7 @@ def server(mark: str, folder: Path) -> Iterator[Server]:
 
 
 def test_a_server_that_is_killed_and_comes_back(mark: str, tmp_path: Path) -> None:
-    """Training goes on meanwhile, and everything arrives."""
+    """Training does not wait, and everything arrives."""
     write(tmp_path, train={"steps": 2 * STEPS})
     run = tmp_path / "runs" / "run"
     with server(mark, tmp_path / "server") as wandb:
@@ -258,8 +258,8 @@ def test_a_server_that_is_killed_and_comes_back(mark: str, tmp_path: Path) -> No
         assert f"wandb: {wandb.url}/us/numbers/runs/" in output
         assert [row["_step"] for row in wandb.history()] == list(range(1, 2 * STEPS + 1))
         assert wandb.run()["ends"] == [{"complete": True, "exitcode": 0, "preempting": None}]
-        told = wandb.run()["told"]
-        assert (told["groupName"], told["jobType"], told["tags"], told["notes"]) == (
+        received = wandb.run()["told"]
+        assert (received["groupName"], received["jobType"], received["tags"], received["notes"]) == (
             *("sevens", "test", ["small"], "a test"),
         )
         assert json.loads(wandb.run()["files"]["wandb-events.jsonl"][0])["system.proc.memory.rssMB"] > 100
@@ -278,14 +278,14 @@ def test_online_through_restarts(mark: str, tmp_path: Path) -> None:
         ends = wandb.run()["ends"]
         assert [end["exitcode"] for end in ends if end["complete"]] == [75, 0]
         assert any(end["preempting"] for end in ends)
-        told = wandb.run()["told"]
-        assert (told["groupName"], told["tags"], told["notes"]) == ("ours", ["a", "b"], "a note")
+        received = wandb.run()["told"]
+        assert (received["groupName"], received["tags"], received["notes"]) == ("ours", ["a", "b"], "a note")
 
 
 def test_what_the_config_does_not_set_is_wandbs_own_setting(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After `wandb offline` a run does not go online, also where credentials are; NaN reaches the charts."""
+    """After `wandb offline` a run stays offline even with credentials. NaN reaches the charts."""
     monkeypatch.delenv("WANDB_MODE")
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n")
@@ -325,7 +325,7 @@ def test_a_server_that_is_not_there(run: Run, tmp_path: Path) -> None:
 
 
 def test_system_metrics_of_every_machine(mark: str, tmp_path: Path) -> None:
-    """Two ranks that say they are on two machines."""
+    """Two ranks, whose variables name two machines."""
     write(tmp_path, train={"steps": 300})
     port = str(free_port())
     with server(mark, tmp_path / "server") as wandb:
@@ -345,7 +345,7 @@ def test_system_metrics_of_every_machine(mark: str, tmp_path: Path) -> None:
 
 
 def test_a_sweep(run: Run, tmp_path: Path) -> None:
-    """The command that wandb's agent makes of launch/sweep.yaml and of the values that it was given."""
+    """Run the command that wandb's agent builds from launch/sweep.yaml and its values."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     sweep = yaml.safe_load((ROOT / "launch" / "sweep.yaml").read_text())
@@ -359,7 +359,7 @@ def test_a_sweep(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "sweep-abc" / "r1"
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert (config["optim"]["lr"], config["task"]["dropout"]) == (0.002, 0.3)
-    (told,) = offline(folder)
-    assert told.id == "r1"
-    assert sweep["metric"]["name"] in told.summary
+    (received,) = offline(folder)
+    assert received.id == "r1"
+    assert sweep["metric"]["name"] in received.summary
     assert set(sweep["parameters"]) <= set(flatten(config))

@@ -14,13 +14,13 @@ from distrib.monitor.compare import page, tables
 from distrib.monitor.compare.comparison import compare
 from distrib.monitor.compare.runs import load_runs
 
-_WIDTH_OF_A_FILE = 400  # characters; a terminal has its own
+_WIDTH_OF_A_FILE = 400  # characters, if the output is no terminal
 
 
 def compare_runs(paths: Sequence[Path], out: Path) -> None:
-    """Compare runs with the first of them, write what is found to `out` and a .png beside it, and say it.
+    """Compare runs with the first; print tables, and write a page to `out` and a .png beside it.
 
-    Raises RunDirError and ConfigError.
+    Raises RunDirError, ConfigError.
     """
     if out.suffix != ".html":
         raise ConfigError(f"--out {out}: the page is an .html file, for example {out.with_suffix('.html')}")
@@ -34,7 +34,7 @@ def compare_runs(paths: Sequence[Path], out: Path) -> None:
     except OSError as error:
         raise RunDirError(f"{out}: cannot be written: {error.strerror}") from None
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE)
-    for make in (tables.differences_in_short, tables.partings, tables.figures):
+    for make in (tables.differences_in_short, tables.divergences, tables.figures):
         _print(console, make(comparison))
     for run in comparison.runs:
         for line in run.trouble:

@@ -1,4 +1,4 @@
-"""What differs between runs, where they part and why, and how far each got."""
+"""Finds what differs between runs, from which step on and why, and how far each got."""
 
 import json
 import math
@@ -9,20 +9,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from distrib.errors import and_more
 from distrib.monitor.compare.runs import Curve, Run, Steps, Values
 from distrib.monitor.metrics import lower_is_better
 from distrib.run_folder.identity import difference
 
-# By how much, relative to the larger of the two, losses may differ by rounding alone. For fp32 what this project
-# promises between numbers of processes (tests/distributed/test_parity.py), for bf16 and fp16 one rounding to theirs.
+# The relative difference that rounding alone can cause between two losses. For fp32 it is what this project promises
+# between numbers of processes (tests/distributed/test_parity.py); for bf16 and fp16 it is one rounding to their bits.
 ROUNDING = {"no": 1e-5, "fp16": 2.0**-11, "bf16": 2.0**-8}
 
 _LOSSES = ("train/loss", "loss", "train_loss")  # the last two: other programs' names
-_EVALUATED = ("eval", "val", "test")  # so begin the names of what has a best: here eval/, elsewhere also the others
+_EVALUATED = ("eval", "val", "test")  # prefixes of metrics that have a best value; distrib's own is eval/
 _EVALUATED_LOSSES = ("eval/loss", "val/loss", "val_loss", "test/loss", "test_loss")
-_OUT_OF_PROPORTION = 10  # an evaluation's loss differs by so many times what any step's does: that is no rounding
-_LAST = sys.maxsize  # a step that no run has
-_DECIDE_ORDER = ("seed", "data.global_batch_size", "training_samples")  # by the same code
+_OUT_OF_PROPORTION = 10  # an evaluation's loss that differs by this many times more than any step's is no rounding
+_LAST = sys.maxsize  # after every step
+_DECIDE_ORDER = ("seed", "data.global_batch_size", "training_samples")  # of the samples, if the code is the same
 _ACT_THROUGH_RATE = ("optim.schedule", "optim.warmup_steps", "train.steps", "train.epochs")
 _MOST_REASONS = 5
 _NOT_RECORDED = "not recorded"
@@ -30,20 +31,20 @@ _NOT_RECORDED = "not recorded"
 
 @dataclass(frozen=True)
 class Difference:
-    """A fact that is not the same in all runs. `decides`: a config key that decides what is computed."""
+    """A fact that differs between runs. `decides`: it is a config key that decides what is computed."""
 
     section: str
     key: str
-    values: list[str]  # a run each
+    values: list[str]  # one a run
     decides: bool
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """How a run goes with the first one, over the steps that both have; steps count from 0, as in steps.jsonl."""
+    """Where a run diverges from the first one, over the steps that both have. Steps count from 0, as in steps.jsonl."""
 
     steps: int  # that both have
-    samples: int | None  # the first step that read others
+    samples: int | None  # the first step that read other samples
     samples_known: bool
     loss: int | None  # the first step with another loss, to the bit
     beyond_rounding: int | None  # the first step whose loss differs by more than `rounding`, relatively
@@ -56,7 +57,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Figures:
-    """`best`: value and steps done, of each metric that has a better and a worse."""
+    """How far a run got. `best`: value and steps done, for each evaluated metric."""
 
     steps: int
     final: dict[str, float]
@@ -67,11 +68,11 @@ class Figures:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`partings` are of all runs but the first, from it."""
+    """`divergences`: one for each run but the first, from the first."""
 
     runs: list[Run]
     differences: list[Difference]
-    partings: list[Divergence]
+    divergences: list[Divergence]
     figures: list[Figures]
 
 
@@ -80,13 +81,13 @@ def compare(runs: list[Run]) -> Comparison:
     return Comparison(
         runs=runs,
         differences=differences(runs),
-        partings=[part(runs[0], run) for run in runs[1:]],
+        divergences=[diverge(runs[0], run) for run in runs[1:]],
         figures=[figures(run) for run in runs],
     )
 
 
 def differences(runs: list[Run]) -> list[Difference]:
-    """Config, code, environment: what differs between any two."""
+    """Find what differs between any two runs in config, code and environment."""
     found = []
     for section, facts, absent in (
         ("config", [run.config for run in runs], "not given"),
@@ -101,8 +102,8 @@ def differences(runs: list[Run]) -> list[Difference]:
     return found
 
 
-def part(first: Run, other: Run) -> Divergence:
-    """Where `other` parts from `first`, and why as far as the two folders tell."""
+def diverge(first: Run, other: Run) -> Divergence:
+    """Find where `other` diverges from `first`, and why, as far as the two folders show."""
     both, at, there = _in_both(first.samples.steps, other.samples.steps)
     samples = _first(both - 1, first.samples.values[at] != other.samples.values[there])
     steps, ours, theirs = _together(first, other, _LOSSES)
@@ -112,7 +113,7 @@ def part(first: Run, other: Run) -> Divergence:
     largest = float(apart.max(initial=0))
     evaluations = _evaluations(first, other)
     evaluation = evaluations.first_that_differs
-    # Losses that part by rounding alone do not show why they part by more later on.
+    # Losses that diverge by rounding do not show why they diverge by more later on.
     seen = loss if beyond is None else beyond
     by_order = samples is not None and (beyond is None or samples <= beyond)
     if beyond is None and not by_order and evaluations.loss_apart > max(rounding, _OUT_OF_PROPORTION * largest):
@@ -132,7 +133,7 @@ def part(first: Run, other: Run) -> Divergence:
 
 @dataclass(frozen=True)
 class _Evaluations:
-    """How the evaluations of two runs differ that were made after equally many steps."""
+    """How evaluations of two runs differ, compared after equal numbers of steps."""
 
     number: int
     first_that_differs: int | None  # to the bit, in any metric
@@ -162,7 +163,10 @@ def _the_same(steps: int, evaluations: int) -> str:
 
 
 def relative_difference(ours: Values, theirs: Values) -> Values:
-    """Of the larger of the two: 0 where they are the same, or both not finite; infinite where only one is not."""
+    """Return the differences relative to the larger of two values, shape (steps,).
+
+    0 if they are equal or both NaN, infinite if only one is NaN.
+    """
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         apart = np.abs(ours - theirs) / np.maximum(np.abs(ours), np.abs(theirs))
     apart = np.where(np.isnan(ours) != np.isnan(theirs), math.inf, apart)
@@ -170,7 +174,7 @@ def relative_difference(ours: Values, theirs: Values) -> Values:
 
 
 def _cause(first: Run, other: Run, parted: int, by_order: bool, began_by_rounding: bool) -> tuple[str, str]:
-    """Cause and reason of what is first seen in the step `parted`."""
+    """Return cause and reason of a difference that first shows in the step `parted`."""
     config = _changes(first.identity, other.identity)
     if _same_rate_until(first, other, parted):
         config = {key: change for key, change in config.items() if key not in _ACT_THROUGH_RATE}
@@ -178,9 +182,9 @@ def _cause(first: Run, other: Run, parted: int, by_order: bool, began_by_roundin
     data = {} if config.keys() & set(_DECIDE_ORDER) else _data_changes(first, other, parted == _LAST)
     if by_order:
         cause, reasons = "data order", {key: change for key, change in config.items() if key in _DECIDE_ORDER}
-        if "training_samples" in reasons or not reasons:  # what is behind it
+        if "training_samples" in reasons or not reasons:  # the cause of that
             reasons |= {key: change for key, change in config.items() if key.startswith("task.")} or code
-        unknown = "nothing recorded explains it: distrib verify tells which is not in order"
+        unknown = "nothing recorded explains it: distrib verify shows which run is not in order"
     elif config or data or code:
         cause, reasons = next(found for found in (("config", config), ("data", data), ("code", code)) if found[1])
         unknown = ""
@@ -188,13 +192,13 @@ def _cause(first: Run, other: Run, parted: int, by_order: bool, began_by_roundin
         cause, reasons, unknown = "numerics", machine, "the order of floating-point sums: nothing recorded differs"
     else:
         cause, reasons, unknown = _NOT_RECORDED, {}, "more than rounding at once: data, running statistics, randomness?"
-    because = _list([f"{key} {change}" for key, change in reasons.items()]) or unknown
+    because = and_more([f"{key} {change}" for key, change in reasons.items()], _MOST_REASONS) or unknown
     too = [key for key in config | data | code | machine if key not in reasons]
-    return cause, because + (f"; differing too: {_list(too)}" if too else "")
+    return cause, because + (f"; differing too: {and_more(too, _MOST_REASONS)}" if too else "")
 
 
 def _data_changes(first: Run, other: Run, evaluated: bool) -> dict[str, str]:
-    """How the samples differ that both folders have prints of: of the training set, or also of the one to evaluate."""
+    """Return how the recorded samples differ: of the training set and, if `evaluated`, of the evaluation set too."""
     found = {
         f"task.{name}": difference(other.data.get(name), prints, f"in {first.name}")
         for name, prints in first.data.items()
@@ -204,7 +208,7 @@ def _data_changes(first: Run, other: Run, evaluated: bool) -> dict[str, str]:
 
 
 def figures(run: Run) -> Figures:
-    """The last of each metric, the best, the speed."""
+    """Return the last value of each metric, the best, and the speed."""
     results = {
         key: curve
         for key, curve in run.curves.items()
@@ -230,12 +234,12 @@ def figures(run: Run) -> Figures:
 
 
 def _show(value: Any) -> str:
-    """A config's value, as YAML and JSON have it."""
+    """Format a config's value as YAML and JSON do."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _together(first: Run, other: Run, keys: tuple[str, ...]) -> tuple[Steps, Values, Values]:
-    """The steps that both have, from 0, with both runs' numbers, of the first key that both have."""
+    """Return the steps that both have, counted from 0, and both runs' values, for the first key that both have."""
     nothing = Curve.of([], [])
     key = next((key for key in keys if key in first.curves and key in other.curves), None)
     ours, theirs = (run.curves[key] if key else nothing for run in (first, other))
@@ -244,12 +248,12 @@ def _together(first: Run, other: Run, keys: tuple[str, ...]) -> tuple[Steps, Val
 
 
 def _in_both(ours: Steps, theirs: Steps) -> tuple[Steps, npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """The steps, and where they stand."""
+    """Return the steps that both have, and their indices in each."""
     return np.intersect1d(ours, theirs, assume_unique=True, return_indices=True)
 
 
 def _same_rate_until(first: Run, other: Run, step: int) -> bool:
-    """A step's loss is made by the updates before it."""
+    """Return whether all learning rates before `step` are the same: they decide its loss."""
     steps, ours, theirs = _together(first, other, ("train/lr",))
     return bool(len(steps)) and bool((ours[steps < step] == theirs[steps < step]).all())
 
@@ -264,7 +268,7 @@ def _rounding(run: Run) -> float:
 
 
 def _changes(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, str]:
-    """What one says and the other does not, or differently."""
+    """Return the keys whose values differ, with both values. A missing key counts as null."""
     return {
         key: f"{_show(ours.get(key))} → {_show(theirs.get(key))}"
         for key in dict.fromkeys([*ours, *theirs])
@@ -273,17 +277,12 @@ def _changes(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, str]:
 
 
 def _same_release(ours: Any, theirs: Any) -> bool:
-    """Of torch, where one of the two runs recorded no build (2.11.0, and 2.11.0+cu130): older runs may not have."""
+    """Return whether two torch versions are one release, and one lacks the build (2.11.0+cu130), as in old runs."""
     releases = [str(version).partition("+") for version in (ours, theirs)]
     return releases[0][0] == releases[1][0] and not all(build for _, _, build in releases)
 
 
 def _known(ours: dict[str, str], theirs: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """What both folders tell: an older one, or wandb's, may tell less."""
+    """Keep the keys that both folders have: an older one, or wandb's, may have fewer."""
     both = ours.keys() & theirs.keys()
     return {key: ours[key] for key in ours if key in both}, {key: theirs[key] for key in theirs if key in both}
-
-
-def _list(texts: list[str]) -> str:
-    more = len(texts) - _MOST_REASONS
-    return ", ".join(texts[:_MOST_REASONS]) + (f" and {more} more" if more > 0 else "")

@@ -7,7 +7,7 @@ const COLOURS = [
   ...["#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"],
 ];
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
-const FEW = 60; // points, which are marked each
+const FEW = 60; // points of a curve up to which each gets a marker
 const CONFIG = {
   responsive: true,
   scrollZoom: true,
@@ -20,10 +20,10 @@ const plot = document.getElementById("plot");
 const controls = Object.fromEntries(["metric", "x", "log", "smoothing"].map((id) => [id, document.getElementById(id)]));
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 
-// plotly reads names as a small part of HTML, and what stands between two $ as mathematics.
+// plotly parses names as a subset of HTML, and text between two $ as mathematics.
 const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll("$", "&#36;");
 
-// Exponential moving average, divided by the sum of its weights, so that it does not begin near 0; gaps stay gaps.
+// Exponential moving average, divided by the sum of its weights so that it does not begin near 0. Gaps stay gaps.
 function smooth(values, weight) {
   let sum = 0, weights = 0;
   return values.map((value) => {
@@ -68,7 +68,7 @@ function layout() {
   const { metric, x, log } = controls;
   const unit = x.value === "seconds" ? " [s]" : "";
   return {
-    // What the reader has hidden stays hidden, and what is zoomed stays so for as long as it is the same axis.
+    // Hidden runs stay hidden; a zoom stays as long as the axis is the same.
     uirevision: "runs",
     xaxis: { ...axis, title: { text: x.selectedOptions[0].text + unit }, uirevision: `${metric.value} ${x.value}` },
     yaxis: {

@@ -1,4 +1,4 @@
-"""The comparison as one HTML file that needs nothing else, and as a picture."""
+"""Writes a comparison as one HTML file that needs no other file, and as a picture."""
 
 import base64
 import hashlib
@@ -14,14 +14,17 @@ from distrib.monitor.compare import tables
 from distrib.monitor.compare.comparison import Comparison
 from distrib.monitor.compare.runs import Curve, Run, Values
 
-POINTS = 2000  # of a curve, that are drawn
-_FEW = 60  # points, which are marked each
+POINTS = 2000  # drawn of a curve
+_FEW = 60  # points of a curve up to which each gets a marker
 _MOST_PANELS, _PANELS_IN_A_ROW = 6, 3
 _DASHES = ("solid", "dashed", "dotted", "dashdot", (0, (8, 2)))  # with ten colours, 50 looks
 
 
 def write_page(comparison: Comparison, path: Path) -> None:
-    """Curves and tables, with plotly's library in it; it may run these scripts and connect to nothing."""
+    """Write curves and tables, with plotly's library inside.
+
+    The page may run these two scripts alone, and connect to nothing. Raises OSError.
+    """
     from jinja2 import Environment
     from plotly.offline import get_plotlyjs
 
@@ -31,7 +34,7 @@ def write_page(comparison: Comparison, path: Path) -> None:
     text = html.render(
         runs=comparison.runs,
         data=_data(comparison),
-        tables=[tables.partings(comparison), tables.figures(comparison), tables.differences(comparison)],
+        tables=[tables.divergences(comparison), tables.figures(comparison), tables.differences(comparison)],
         points=POINTS,
         scripts=scripts,
         hashes=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
@@ -40,22 +43,23 @@ def write_page(comparison: Comparison, path: Path) -> None:
 
 
 def thin(values: Values, points: int) -> tuple[npt.NDArray[np.intp], Values]:
-    """Places of about so many values that look like all of them, and for each place the mean around it.
+    """Choose about `points` of the values, shape (n,), so that a plot looks the same.
 
-    Of each stretch its smallest, its largest and its first that is not finite are kept, so that no spike is lost; first
-    and last too. With no more values than `points`, all are kept, and each is its own mean.
+    Returns the indices of the chosen and the means of their slices, both of shape (chosen,). The values are cut into
+    equal slices. The smallest, the largest and the first non-finite value of each slice are kept, so that no spike is
+    lost; the first and last value too. If there are at most `points` values, all are kept, as their own means.
     """
     if len(values) <= points:
         return np.arange(len(values)), values
     width = -(-len(values) // (points // 2))
-    stretches = np.minimum(np.arange(-(-len(values) // width) * width), len(values) - 1).reshape(-1, width)
-    finite = np.isfinite(values)[stretches]
-    inside = values[stretches]
-    rows = np.arange(len(stretches))
+    slices = np.minimum(np.arange(-(-len(values) // width) * width), len(values) - 1).reshape(-1, width)
+    finite = np.isfinite(values)[slices]
+    inside = values[slices]
+    rows = np.arange(len(slices))
     kept = [
-        stretches[rows, np.where(finite, inside, math.inf).argmin(1)],
-        stretches[rows, np.where(finite, inside, -math.inf).argmax(1)],
-        stretches[rows, finite.argmin(1)][~finite.all(1)],
+        slices[rows, np.where(finite, inside, math.inf).argmin(1)],
+        slices[rows, np.where(finite, inside, -math.inf).argmax(1)],
+        slices[rows, finite.argmin(1)][~finite.all(1)],
         np.array([0, len(values) - 1]),
     ]
     with np.errstate(invalid="ignore"):
@@ -65,7 +69,7 @@ def thin(values: Values, points: int) -> tuple[npt.NDArray[np.intp], Values]:
 
 
 def draw_curves(comparison: Comparison, path: Path) -> None:
-    """The training loss, and what was evaluated, of all runs over the steps."""
+    """Draw training loss and evaluated metrics of all runs over the steps. Raises OSError."""
     keys = tables.metrics(comparison)[:_MOST_PANELS]
     runs = comparison.runs
     columns = max(1, min(len(keys), _PANELS_IN_A_ROW))
@@ -93,12 +97,12 @@ def draw_curves(comparison: Comparison, path: Path) -> None:
 
 
 def _plain(text: str) -> str:
-    """matplotlib reads what stands between two $ as mathematics."""
+    """Escape $: matplotlib parses text between two of them as mathematics."""
     return text.replace("$", r"\$")
 
 
 def _data(comparison: Comparison) -> dict[str, Any]:
-    """What page.js draws: of each metric the runs' curves."""
+    """Return what page.js draws: the runs' curves, by metric."""
     runs = comparison.runs
     first = tables.metrics(comparison)
     keys = dict.fromkeys([*first, *(key for run in runs for key in run.curves)])
@@ -128,7 +132,7 @@ def _drawn(run: Run, curve: Curve) -> dict[str, list[float | None]]:
 
 
 def _short(value: float) -> float | None:
-    """A digit more than fp32 has; JSON has no word for what is not finite."""
+    """Round to 9 significant digits, which is exact for fp32; None if not finite, because JSON has no NaN."""
     if isinstance(value, int):
         return value
     return float(f"{value:.9g}") if math.isfinite(value) else None

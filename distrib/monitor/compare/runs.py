@@ -1,4 +1,4 @@
-"""What a run left, in one form, read from its run folder or from wandb's offline folder."""
+"""Reads runs from run folders, or from wandb's offline folders, into one form."""
 
 import json
 import math
@@ -18,31 +18,32 @@ from distrib.monitor.trackers.wandb_files import offline_folders, read_offline
 from distrib.run_folder.files import read_lines
 from distrib.run_folder.folder import RunDir
 from distrib.run_folder.formats import EVALUATION, EVENT, STEP
+from distrib.run_folder.ledger import or_nan
 
 Steps: TypeAlias = npt.NDArray[np.int64]
 Values: TypeAlias = npt.NDArray[np.float64]
 
-_HASH_DIGITS = 12  # that tell hashes apart, as git shows them
+_HASH_DIGITS = 12  # shown of a hash, as git does
 _OF_A_START = ("world_size", "strategy", "launcher", "hosts")
 _ENDS = ("started", "finished", "failed", "preempted")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Some number over the steps; `steps` counts those done, ascending; nan where the number is not finite."""
+    """A number over the steps. `steps`: steps done, ascending; `values`: NaN if not finite; both of shape (points,)."""
 
     steps: Steps
     values: Values
 
     @classmethod
     def of(cls, steps: Sequence[int], values: Iterable[float | None]) -> "Curve":
-        numbers = np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+        numbers = np.array([or_nan(value) for value in values], dtype=np.float64)
         return cls(np.array(steps, dtype=np.int64), np.where(np.isfinite(numbers), numbers, np.nan))
 
 
 @dataclass(frozen=True)
 class Digests:
-    """Of what was read, over the steps, as in Curve."""
+    """Digests of the samples that each step read; `steps` as in Curve."""
 
     steps: Steps
     values: npt.NDArray[np.bytes_]
@@ -54,8 +55,8 @@ class Digests:
 
 @dataclass(frozen=True)
 class Run:
-    """`config` is flat, and `function` the part that decides what is computed. `code` and `machine` are facts of the
-    environment; where a run was started several times, of each start in turn."""
+    """What one run recorded. `config` is flat; `identity` is the part of it that decides what is computed. `code` and
+    `machine` describe the environment; if that changed between starts, a value lists the starts' in turn."""
 
     name: str
     state: str
@@ -65,20 +66,20 @@ class Run:
     machine: dict[str, str]
     restarts: int
     curves: dict[str, Curve]
-    seconds: Curve  # since the run began, without what is not a step
+    seconds: Curve  # time spent in steps so far
     samples: Digests
-    data: dict[str, Fingerprint | None] = field(default_factory=dict)  # of each set; nothing where none is recorded
+    data: dict[str, Fingerprint | None] = field(default_factory=dict)  # by the set's name; empty if none is recorded
     trouble: tuple[str, ...] = ()  # what could not be read
 
     @property
     def global_batch_size(self) -> int | None:
-        """None where the config does not say it: not a run of distrib's."""
+        """None if the config has no such key, because another program made the run."""
         size = self.config.get("data.global_batch_size")
         return size if isinstance(size, int) else None
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """Each named so that it can be told from the others. Raises RunDirError, ConfigError."""
+    """Load runs, each with a name of its own. Raises RunDirError, ConfigError."""
     if len({path.resolve() for path in paths}) < max(2, len(paths)):
         raise RunDirError(f"{' '.join(map(str, paths))}: give two runs or more, each once")
     runs = [_load(path) for path in paths]
@@ -130,7 +131,7 @@ def _from_run_folder(path: Path) -> Run:
 
 
 def _columns(run: RunDir, keys: Sequence[str]) -> dict[str, list[Any]]:
-    """The ledger's numbers by key, in the order of the steps; of a step that stands there twice, the later line's."""
+    """Return the ledger's values by key, in the order of the steps. If a step has two lines, the later one counts."""
     columns: dict[str, list[Any]] = {key: [] for key in keys}
     for line in read_lines(run.steps, STEP, run.trouble):
         for key, column in columns.items():
@@ -153,7 +154,7 @@ def _state(run: RunDir) -> str:
 
 
 def _from_wandb(folders: list[Path]) -> Run:
-    """Of one run, a folder a start: where it went on, what had come after that step was computed again."""
+    """Join the folders of one run, one folder a start. Steps that a later start computed again count once."""
     parts = [read_offline(folder) for folder in folders]
     last = parts[-1]
     history: list[dict[str, Any]] = []
@@ -167,7 +168,7 @@ def _from_wandb(folders: list[Path]) -> Run:
     flat = flatten(values)
     try:
         identity = Config.from_dict(values).identity()
-    except ConfigError:  # another program's: any key may decide
+    except ConfigError:  # another program's config: any key may decide what is computed
         identity = flat
     before = 0 if ours is not None else 1  # others' `_step` counts from 0
     keys = dict.fromkeys(key for entry in history for key in entry if not key.startswith("_"))
@@ -199,7 +200,7 @@ def _from_wandb(folders: list[Path]) -> Run:
 
 
 def _curve(history: list[dict[str, Any]], key: str, before: int) -> Curve | None:
-    """The last number of each step."""
+    """Return the curve of a key, with the last value of each step; None if it has no numbers."""
     points = {
         entry["_step"] + before: entry[key]
         for entry in history
@@ -209,7 +210,7 @@ def _curve(history: list[dict[str, Any]], key: str, before: int) -> Curve | None
 
 
 def _beginning(environment: dict[str, Any]) -> dict[str, Any]:
-    """What a run is computed from besides its config."""
+    """Return what decides the run's result besides its config."""
     origin = environment.get("forked_from")
     return {
         **({"training_samples": environment["training_samples"]} if "training_samples" in environment else {}),
@@ -228,7 +229,7 @@ def _facts(environment: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_starts(starts: list[dict[str, Any]], key: str, otherwise: dict[str, Any]) -> dict[str, str | None]:
-    """Of older run folders, what the newest start wrote."""
+    """Return the facts under `key`, over all starts. Older run folders have only the newest start's (`otherwise`)."""
     facts = [start.get(key, otherwise) for start in starts]
     return {name: _each([of.get(name) for of in facts]) for name in dict.fromkeys(name for of in facts for name in of)}
 
@@ -241,7 +242,7 @@ def _identity(identity: dict[str, str | None], key: str) -> str | None:
 
 
 def _each(values: list[Any]) -> str | None:
-    """In turn, where they change; None where one is not known."""
+    """Join the values of the starts, `a, then b` where they change; None if one is not known."""
     texts = [json.dumps(value) if isinstance(value, list) else str(value) for value in values]
     changes = [text for place, text in enumerate(texts) if place == 0 or text != texts[place - 1]]
     return None if None in values or not values else ", then ".join(changes)

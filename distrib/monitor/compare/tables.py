@@ -1,10 +1,11 @@
-"""A comparison as tables of text, for the terminal and the page."""
+"""Formats a comparison as tables of text, for the terminal and the page."""
 
 from dataclasses import dataclass
 
+from distrib.errors import and_more
 from distrib.monitor.compare.comparison import Comparison, Difference
 
-_MOST_VALUES, _MOST_RUNS = 6, 3  # of a key, with a value, named on a terminal
+_MOST_VALUES, _MOST_RUNS = 6, 3  # values of a key, and runs with one value, shown on a terminal
 
 
 @dataclass(frozen=True)
@@ -15,23 +16,25 @@ class Table:
     note: str = ""
 
 
-def partings(comparison: Comparison) -> Table:
-    """A row a run but the first: from which step on it is another, and why."""
+def divergences(comparison: Comparison) -> Table:
+    """One row for each run but the first: from which step on it differs, and why."""
     rows = [
         [
             run.name,
-            f"{parting.steps:,}",
-            _step(parting.samples) if parting.samples_known else "not recorded",
-            _step(parting.loss),
-            _step(parting.beyond_rounding),
-            f"{parting.largest:.2g}",
-            _step(parting.evaluation),
-            parting.cause,
-            parting.because,
+            f"{divergence.steps:,}",
+            _step(divergence.samples) if divergence.samples_known else "not recorded",
+            _step(divergence.loss),
+            _step(divergence.beyond_rounding),
+            f"{divergence.largest:.2g}",
+            _step(divergence.evaluation),
+            divergence.cause,
+            divergence.because,
         ]
-        for run, parting in zip(comparison.runs[1:], comparison.partings, strict=True)
+        for run, divergence in zip(comparison.runs[1:], comparison.divergences, strict=True)
     ]
-    bounds = " or ".join(f"{bound:.2g}" for bound in sorted({parting.rounding for parting in comparison.partings}))
+    bounds = " or ".join(
+        f"{bound:.2g}" for bound in sorted({divergence.rounding for divergence in comparison.divergences})
+    )
     return Table(
         f"Where they part from {comparison.runs[0].name}",
         ["run", "steps in both", "samples", "losses", "beyond rounding", "largest", "evaluations", "cause", "because"],
@@ -43,12 +46,12 @@ def partings(comparison: Comparison) -> Table:
 
 
 def metrics(comparison: Comparison) -> list[str]:
-    """The results that any of the runs has."""
+    """Return the names of the metrics that any run has."""
     return list(dict.fromkeys(key for figures in comparison.figures for key in figures.final))
 
 
 def figures(comparison: Comparison) -> Table:
-    """A row a run: how far it got, how well, how fast."""
+    """One row a run: how far it got, how well, how fast."""
     keys = metrics(comparison)
     rows = []
     for run, found in zip(comparison.runs, comparison.figures, strict=True):
@@ -68,20 +71,20 @@ def figures(comparison: Comparison) -> Table:
 
 
 def differences(comparison: Comparison) -> Table:
-    """A row a key, a column a run."""
+    """One row a key, one column a run."""
     rows = [[_key(entry), entry.section, *entry.values] for entry in comparison.differences]
     return Table("Differences", ["key", "in", *(run.name for run in comparison.runs)], rows, _NOTE)
 
 
 def differences_in_short(comparison: Comparison) -> Table:
-    """A row a key, with each value and the runs that have it: as readable with 50 runs as with two."""
+    """One row a key, with each value and the runs that have it, so that 50 runs are as readable as two."""
     rows = []
     for entry in comparison.differences:
         having: dict[str, list[str]] = {}
         for run, value in zip(comparison.runs, entry.values, strict=True):
             having.setdefault(value, []).append(run.name)
-        texts = [f"{value}: {_some(names, _MOST_RUNS)}" for value, names in having.items()]
-        rows.append([_key(entry), entry.section, _some(texts, _MOST_VALUES, "; ")])
+        texts = [f"{value}: {and_more(names, _MOST_RUNS, last=', and')}" for value, names in having.items()]
+        rows.append([_key(entry), entry.section, and_more(texts, _MOST_VALUES, "; ", "; and")])
     return Table("Differences", ["key", "in", "value: runs"], rows, _NOTE)
 
 
@@ -90,11 +93,6 @@ _NOTE = "*: decides what is computed; a config's other keys, and the environment
 
 def _key(difference: Difference) -> str:
     return f"{difference.key} *" if difference.decides else difference.key
-
-
-def _some(texts: list[str], most: int, between: str = ", ") -> str:
-    more = len(texts) - most
-    return between.join(texts[:most]) + (f"{between}and {more} more" if more > 0 else "")
 
 
 def _step(step: int | None) -> str:

@@ -49,7 +49,7 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class TrackingProcess:
-    """One on rank 0, and, for wandb, one on each further machine. `lines` is what it has to say to the user."""
+    """Runs on rank 0 and, for wandb, on each further machine. `lines`: what it has printed for the user."""
 
     def __init__(self, run: RunDir, config: TrackingConfig, world: "World", start: dict[str, Any]) -> None:
         """`start`: what an observer's on_start gets; the run folder is as the run goes on. Collective."""

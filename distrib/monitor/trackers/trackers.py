@@ -1,4 +1,4 @@
-"""wandb, and the trackers that accelerate knows by name: observers in a process of their own, see process.py."""
+"""wandb, and accelerate's trackers by name: observers that run in a process of their own, see process.py."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from distrib.run_folder.folder import RunDir
 
 WARNING = "warning: "  # the process that trains shows a line with this beginning even with --quiet
 _EXIT_CODES = {"finished": 0, "failed": 1, "preempted": SAVED}
-_SECONDS_TO_BEGIN = 30.0  # in which wandb's server must answer
+_SECONDS_TO_BEGIN = 30.0  # timeout of wandb's server
 _SECONDS_BETWEEN_HOSTS = 15.0  # wandb samples its own machine as often
 _WANDB_MODES = {"disabled": "off", "offline": "offline", "dryrun": "offline"}  # for auto
 
@@ -61,7 +61,7 @@ class Wandb(Metrics):
             self._run.log_artifact(artifact, aliases=["latest", path.name])
 
     def on_end(self, end: dict[str, Any]) -> None:
-        """Wait until all has arrived."""
+        """End wandb's run. Waits until the server has everything."""
         self._run.summary.update(self.summary())
         if end["event"] == "preempted":
             self._run.mark_preempting()
@@ -180,7 +180,7 @@ def wandb_mode(tracking: TrackingConfig) -> str:
     url = wandb.setup().settings.base_url
     try:
         found = wbauth.authenticate_session(host=url, source="distrib", prompt=False, update_session=False)
-    except wandb.Error as error:  # there are some, but they cannot be right
+    except wandb.Error as error:  # there are credentials, but of a wrong form
         raise ConfigError(f"tracking.wandb: {error} Mend it, or take offline") from None
     if found is None and asked == "online":
         raise ConfigError(

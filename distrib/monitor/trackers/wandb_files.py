@@ -1,7 +1,7 @@
-"""Reading the folder that wandb leaves of an offline run: without wandb's service, without a network.
+"""Reads the folder of an offline wandb run, without wandb's service and without a network.
 
-wandb has no reader of it in Python, so the frame around the records is taken apart here; the records themselves are
-wandb's own protobuf messages.
+wandb has no reader in Python. The file is a log in LevelDB's format, which is parsed here; its records are wandb's own
+protobuf messages.
 """
 
 import json
@@ -16,17 +16,17 @@ from typing import Any
 
 from distrib.errors import RunDirError
 
-# LevelDB's log: in blocks, chunks of checksum, length, kind and data; a record is one chunk, or one a block.
+# LevelDB's log has blocks of chunks: checksum, length, kind, data. A record is one chunk, or one chunk a block.
 _HEADER = b":W&B\xe1\xbe\x00"
 _BLOCK = 32768
 _CHUNK = struct.Struct("<IHB")
-_BEFORE_ID = re.compile(r".*run-\d+_\d+-")  # in a folder's name
+_BEFORE_ID = re.compile(r".*run-\d+_\d+-")  # the folder's name up to the run's id
 _FULL, _FIRST, _LAST = 1, 2, 4
 
 
 @dataclass
 class OfflineRun:
-    """What wandb recorded of a run."""
+    """What wandb recorded of one start of a run."""
 
     id: str = ""
     name: str = ""
@@ -34,15 +34,15 @@ class OfflineRun:
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)  # each with `_step`; nested keys as outer.inner
     summary: dict[str, Any] = field(default_factory=dict)
-    system: dict[str, float] = field(default_factory=dict)  # metrics of the machine, the newest
-    exit_code: int | None = None  # none: it has not ended, or was killed
+    system: dict[str, float] = field(default_factory=dict)  # the newest metrics of the machine
+    exit_code: int | None = None  # None: it has not ended, or was killed
     preempting: bool = False
 
 
 def offline_folders(path: Path) -> list[Path]:
-    """Of the one run that a path means, oldest first: the path itself, or those in it, or in a folder wandb/ in it.
+    """Return the folders of a run's starts, oldest first: `path` itself, those in it, or those in `path`/wandb.
 
-    None where there are none. Raises RunDirError where there are several runs.
+    The list is empty if there are none. Raises RunDirError if they belong to several runs.
     """
     for folder in (path, path / "wandb"):
         if any(folder.glob("run-*.wandb")):
@@ -56,7 +56,7 @@ def offline_folders(path: Path) -> list[Path]:
 
 
 def read_offline(folder: Path) -> OfflineRun:
-    """Read one offline folder; what a killed process wrote in part is left out. Raises RunDirError."""
+    """Read one offline folder. A record that a killed process wrote in part is left out. Raises RunDirError."""
     file = next(iter(sorted(folder.glob("run-*.wandb"))), None)
     if file is None:
         raise RunDirError(f"{folder}: not an offline run of wandb, there is no run-*.wandb in it")
@@ -75,7 +75,7 @@ def read_offline(folder: Path) -> OfflineRun:
 
 
 def mend(folder: Path) -> None:
-    """Cut off, or remove, what a killed process wrote in part: there `wandb sync` stops, without later folders."""
+    """Cut off a record that a killed process wrote in part. Otherwise `wandb sync` would stop there."""
     for file in folder.glob("run-*.wandb"):
         data = file.read_bytes()
         whole = max((end for end, _ in _records(data)), default=0) if data.startswith(_HEADER) else 0
@@ -86,16 +86,18 @@ def mend(folder: Path) -> None:
 
 
 def _records(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Where each ends, and what it is; until the end, or a chunk in the last block that is not whole. Raises ValueError
-    for one before."""
-    if _HEADER.startswith(data):  # it has just begun
+    """Yield where each record ends, and its bytes, up to a torn chunk in the last block.
+
+    Raises ValueError if an earlier chunk is damaged.
+    """
+    if _HEADER.startswith(data):  # the header is not complete yet
         return
     if not data.startswith(_HEADER):
         raise ValueError("it does not begin as such a file does")
     place, record = len(_HEADER), b""
     while place + _CHUNK.size <= len(data):
         left = _BLOCK - place % _BLOCK
-        if left < _CHUNK.size:  # too little for a chunk: padding
+        if left < _CHUNK.size:  # padding: no chunk fits here
             place += left
             continue
         checksum, length, kind = _CHUNK.unpack_from(data, place)
@@ -136,7 +138,7 @@ def _configure(run: OfflineRun, items: Iterable[Any]) -> None:
         inner = run.config
         for section in sections:
             inner = inner.setdefault(section, {})
-        if sections or last != "_wandb":  # its own notes
+        if sections or last != "_wandb":  # wandb's own notes
             inner[last] = json.loads(item.value_json)
 
 
