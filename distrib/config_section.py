@@ -30,9 +30,7 @@ def explain(error: ValidationError, root: type[BaseModel], more_keys: Callable[[
         return "train: missing; give the length of the run, train.epochs or train.steps"
     if first["type"] == "model_type":
         given = first["input"]
-        return (
-            f"{key}: {shown(given)} is a value, and {key} is a section{meant_key(first['loc'], given, root)}{more}"
-        )
+        return f"{key}: {shown(given)} is a value, and {key} is a section{meant_key(first['loc'], given, root)}{more}"
     if first["type"] == "missing":
         return f"{key}: missing, and has no default{more}"
     message = first["msg"].removeprefix("Value error, ")
