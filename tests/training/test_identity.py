@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 
 from distrib import Config, Trainer
 from distrib.errors import ConfigError, RunDirError
-from distrib.monitor.compare.comparison import part
+from distrib.monitor.compare.comparison import diverge
 from distrib.monitor.compare.runs import load_runs
 from distrib.training import build
 from distrib.training.commands import verify_run
@@ -233,7 +233,7 @@ def test_verify_and_compare_know_the_data(
     assert "data not checked: TypeError" in capsys.readouterr().out
 
     first, second, shuffled = load_runs([tmp_path / name for name in ("first", "second", "shuffled")])
-    assert (part(first, second).cause, part(first, shuffled).cause) == ("nothing", "data")
+    assert (diverge(first, second).cause, diverge(first, shuffled).cause) == ("nothing", "data")
     path = tmp_path / "second/environment.json"
     path.write_text(json.dumps(older(json.loads(path.read_text()))))
     verify_run(tmp_path / "second")
