@@ -254,7 +254,7 @@ def load(path: Path, manifest: dict[str, Any], shards: dict[str, Shard]) -> None
 
 def finish_file(path: Path) -> None:
     """Sync a file that safetensors wrote, with the mode that the umask gives to new files: it ignores the umask."""
-    probe = path.with_name(".umask")
+    probe = path.with_name(f".{path.name}.umask")  # each rank has its own: all of them write into this folder
     probe.touch()
     path.chmod(probe.stat().st_mode)
     probe.unlink()
