@@ -16,6 +16,7 @@ import builtins
 import ctypes
 import gc
 import importlib
+import io
 import json
 import os
 import runpy
@@ -187,6 +188,7 @@ def _import() -> None:
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as processes.exit sets it before torch is imported
     for module in _IMPORTED:
         importlib.import_module(module)
+    importlib.import_module("matplotlib.figure").Figure().savefig(io.BytesIO())  # what it imports only then
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not fork"
     gc.freeze()
 

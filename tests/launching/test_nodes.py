@@ -39,6 +39,8 @@ from conftest import start as beside
 
 from distrib.processes.network import endpoint
 
+pytestmark = pytest.mark.xdist_group("nodes")  # one process makes the machines
+
 CONFIG = {
     "name": "run",
     "task": {"target": "tasks:Slow", "dropout": 0.1},

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import warm
 import yaml
 from conftest import environment, events, lines, start, steps_done
 
@@ -53,7 +54,7 @@ def test_output_that_cannot_be_written(mark: str, tmp_path: Path) -> None:
 
         def train(name: str, command: list[str], **streams: Any) -> "subprocess.Popen[bytes]":
             command = [*command, "train", "run.yaml", "--verbose", "--run-dir", name]
-            return subprocess.Popen(command, cwd=tmp_path, env=environment(mark, TERM="xterm"), **streams)
+            return warm.Popen(command, cwd=tmp_path, env=environment(mark, TERM="xterm"), **streams)
 
         closing = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *DISTRIB]
         runs = {
