@@ -1,16 +1,18 @@
-"""Classes that the config names by a short name: distrib's own, and those of installed packages (entry points)."""
+"""Classes with a short name: distrib's own, and those that installed packages bring by entry points."""
 
+import functools
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, NamedTuple
 
-from distrib.errors import ConfigError
-from distrib.targets import find
-from distrib.tracebacks import first_line, place
+from distrib.errors import DistribError
 
-STRATEGIES = "distrib.strategies"
-# The names of distrib's own are here and nowhere else. To list them imports none of them.
-_OWN = {
+SCHEDULERS, STRATEGIES = "distrib.schedulers", "distrib.strategies"  # the groups of entry points
+# distrib's own have no need of an entry point. To list them imports none of them.
+OWN = {
+    SCHEDULERS: {
+        "slurm": "distrib.processes.schedulers.slurm:Slurm",
+        "kubernetes": "distrib.processes.schedulers.kubernetes:Kubernetes",
+    },
     STRATEGIES: {
         "single": "distrib.strategies.ddp:DDP",
         "ddp": "distrib.strategies.ddp:DDP",
@@ -22,63 +24,43 @@ _OWN = {
         "hsdp": "distrib.strategies.hsdp:HSDP",
     },
 }
-_BASE = {STRATEGIES: "distrib.strategies.base:Strategy"}
 
 
-def own_names(group: str) -> list[str]:
-    """The names of distrib's own."""
-    return list(_OWN[group])
+class PluginError(DistribError):
+    """A class that a package brings cannot be used."""
 
 
-def names(group: str) -> list[str]:
-    """The names of a group, distrib's own first. A package cannot take one of these."""
-    return [*_OWN[group], *sorted({point.name for point in entry_points(group=group)} - set(_OWN[group]))]
+class Plugin(NamedTuple):
+    target: str  # module:Class
+    package: str
 
 
-def is_there(group: str, name: str) -> bool:
-    """Return whether a name is in the group. A name with a colon, `module:Class`, is looked for when it is loaded."""
-    return ":" in name or name in _OWN[group] or name in names(group)
+@functools.cache
+def plugins(group: str) -> dict[str, Plugin]:
+    """Return the classes of a group by name, distrib's own first. Raises PluginError if two packages bring a name."""
+    from importlib.metadata import entry_points  # takes its time, which `distrib --help` does not need
 
-
-def load(group: str, name: str, key: str) -> Any:
-    """Import the class of that name, or `module:Class` of the user's own.
-
-    `key`: where the config names it. Raises ConfigError if it cannot be imported or is no class of that kind, and
-    LookupError if there is no such name.
-    """
-    if own := _OWN[group].get(name):
-        return _imported(own)
-    base = _imported(_BASE[group])
-    if ":" in name:
-        return find(name, key, base)
-    point = _entry_point(group, name, key)
-    try:
-        found = point.load()
-    except Exception as error:
-        raise ConfigError(
-            f"{key}: {name}, {_origin(point)}, cannot be loaded: {first_line(error)}{place(error)}"
-        ) from error
-    if not isinstance(found, type) or not issubclass(found, base):
-        raise ConfigError(f"{key}: {name}, {_origin(point)}, does not derive from {base.__name__}")
+    found = {name: Plugin(target, "distrib") for name, target in OWN[group].items()}
+    entries = [(entry.name, entry.dist.name if entry.dist else "?", entry.value) for entry in entry_points(group=group)]
+    for name, package, value in sorted(entries):
+        other = found.setdefault(name, Plugin(value, package))
+        if other.target != value:
+            raise PluginError(f"{other.package} and {package} both bring {name} to {group}; uninstall one of them")
     return found
 
 
-def _imported(target: str) -> Any:
+def load(group: str, name: str, base: type[Any]) -> Any:
+    """Import the class of that name. Raises KeyError if there is none, and PluginError if it cannot be imported or
+    does not derive from `base`."""
+    target, package = Plugin(OWN[group][name], "distrib") if name in OWN[group] else plugins(group)[name]
     module, _, attribute = target.partition(":")
-    return getattr(import_module(module), attribute)
+    try:
+        found = getattr(import_module(module), attribute)
+    except Exception as error:
+        from distrib.tracebacks import first_line, place
 
-
-def _entry_point(group: str, name: str, key: str) -> EntryPoint:
-    """Raises LookupError if no package brings the name, and ConfigError if several do."""
-    found = {point.value: point for point in entry_points(group=group, name=name)}
-    if not found:
-        raise LookupError(name)
-    if len(found) > 1:
-        several = " and ".join(sorted(_origin(point) for point in found.values()))
-        raise ConfigError(f"{key}: {name} is {several}; uninstall one of them")
-    return next(iter(found.values()))
-
-
-def _origin(point: EntryPoint) -> str:
-    package = f" of the package {point.dist.name}" if point.dist else ""
-    return f"{point.value}{package}"
+        reason = f"{first_line(error)}{place(error)}"
+        raise PluginError(f"{name} of {package} ({target}) cannot be loaded: {reason}") from None
+    if not isinstance(found, type) or not issubclass(found, base):
+        raise PluginError(f"{name} of {package} ({target}) is no class that derives from {base.__name__}")
+    return found

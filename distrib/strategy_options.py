@@ -1,11 +1,12 @@
 """The options of a strategy: its class has them, as a section of the config (`Strategy.Options`)."""
 
 from collections.abc import Iterable
+from importlib import import_module
 from typing import Any
 
 from pydantic import ValidationError
 
-from distrib import plugins
+from distrib import plugins, targets
 from distrib.config_section import Section, explain, nearest
 from distrib.errors import ConfigError
 
@@ -23,7 +24,7 @@ def options(name: str, given: dict[str, Any], common: Iterable[str] = ()) -> Sec
     for key, value in given.items():
         if key in own and _accepts(section, key, value):
             continue
-        others = {other: _section(other) for other in plugins.own_names(plugins.STRATEGIES)}
+        others = {other: _section(other) for other in plugins.OWN[plugins.STRATEGIES]}
         knowing = {other: section for other, section in others.items() if key in section.model_fields}
         accepting = [other for other, section in knowing.items() if _accepts(section, key, value)]
         if key not in own and not knowing:
@@ -49,14 +50,33 @@ def options(name: str, given: dict[str, Any], common: Iterable[str] = ()) -> Sec
 
 def require_known(name: str) -> None:
     """Raise ConfigError if there is no strategy of this name. Imports none of them."""
-    if name != "auto" and not plugins.is_there(plugins.STRATEGIES, name):
-        allowed = ", ".join(repr(known) for known in ("auto", *plugins.names(plugins.STRATEGIES)))
+    if name != "auto" and ":" not in name and name not in plugins.OWN[plugins.STRATEGIES] and name not in _installed():
+        allowed = ", ".join(repr(known) for known in ("auto", *_installed()))
         raise ConfigError(f"strategy.name: {name!r}: input should be {allowed}, or module:Class")
+
+
+def find(name: str) -> Any:
+    """Import the class of a strategy: one of a known name, or `module:Class` of the user's own. Raises ConfigError."""
+    base = import_module("distrib.strategies.base").Strategy
+    if ":" in name:
+        return targets.find(name, "strategy.name", base)
+    try:
+        plugins.plugins(plugins.STRATEGIES)  # refuses names that are taken
+        return plugins.load(plugins.STRATEGIES, name, base)
+    except plugins.PluginError as error:
+        raise ConfigError(f"strategy.name: {error}") from None
+
+
+def _installed() -> list[str]:
+    try:
+        return list(plugins.plugins(plugins.STRATEGIES))
+    except plugins.PluginError as error:
+        raise ConfigError(f"strategy.name: {error}") from None
 
 
 def known_keys() -> list[str]:
     """The options of distrib's own strategies, dotted."""
-    sections = [_section(name) for name in plugins.own_names(plugins.STRATEGIES)]
+    sections = [_section(name) for name in plugins.OWN[plugins.STRATEGIES]]
     return list(dict.fromkeys(f"strategy.{key}" for section in sections for key in section.model_fields))
 
 
@@ -68,7 +88,7 @@ def _text(value: Any) -> str:
 
 
 def _section(name: str) -> type[Section]:
-    found: type[Section] = plugins.load(plugins.STRATEGIES, name, "strategy.name").Options
+    found: type[Section] = find(name).Options
     return found
 
 

@@ -13,6 +13,7 @@ from distrib.plan import BatchPlan
 from distrib.processes.world import World
 from distrib.strategies.base import Strategy
 from distrib.strategies.deepspeed_config import stage_of
+from distrib.strategy_options import find
 
 _WRAP = "fsdp_transformer_layer_cls_to_wrap"
 _TF32 = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
@@ -41,7 +42,7 @@ def for_evaluation(config: Config, world: World) -> Strategy:
     data = config.data.model_copy(update={"global_batch_size": config.data.micro_batch_size * world.world_size})
     config = config.model_copy(update={"data": data})
     name = config.strategy.name
-    evaluates_as = "auto" if name == "auto" else _class(config).evaluates_as
+    evaluates_as = "auto" if name == "auto" else find(config.strategy.name).evaluates_as
     if evaluates_as != name:
         config = config.model_copy(update={"strategy": StrategyConfig(name=evaluates_as)})
     return create(_resolved(config, world), world)
@@ -49,11 +50,11 @@ def for_evaluation(config: Config, world: World) -> Strategy:
 
 def create(config: Config, world: World) -> Strategy:
     """Make the strategy that a resolved config names; checks nothing but its options. Raises ConfigError."""
-    found = _class(config)
+    found: type[Strategy] = find(config.strategy.name)
     if config.train.determinism == "bitwise":
         bitwise = found.bitwise()
         if bitwise is None:
-            able = [name for name in plugins.own_names(plugins.STRATEGIES) if _named(name).bitwise()]
+            able = [name for name in plugins.OWN[plugins.STRATEGIES] if find(name).bitwise()]
             raise ConfigError(
                 f"train.determinism: bitwise is for {' and '.join(able)}, and the strategy is {config.strategy.name}, "
                 "whose library sums in an order of its own; take one of those, or fast"
@@ -95,10 +96,10 @@ def _resolved(config: Config, world: World) -> Config:
         values["name"] = "ddp" if world.world_size > 1 else "single"
     elif values["name"] == "deepspeed":  # accelerate launch names a JSON file in which the stage stands
         values["name"] = f"zero{stage_of(values['deepspeed'])}"
-    if not plugins.is_there(plugins.STRATEGIES, values["name"]):
+    if "strategy.name" in told and values["name"] not in plugins.OWN[plugins.STRATEGIES]:
         raise LaunchError(
             f"accelerate launch was told to use {values['name']}, which distrib does not run; it runs "
-            f"{', '.join(plugins.names(plugins.STRATEGIES))} (for FSDP: fsdp_version: 2)"
+            f"{', '.join(plugins.OWN[plugins.STRATEGIES])} (for FSDP: fsdp_version: 2)"
         )
     try:
         strategy = StrategyConfig.model_validate(values)
@@ -108,15 +109,6 @@ def _resolved(config: Config, world: World) -> Config:
             raise
         raise LaunchError(f"accelerate launch: {error}") from None
     return config.model_copy(update={"strategy": strategy})
-
-
-def _class(config: Config) -> type[Strategy]:
-    return _named(config.strategy.name)
-
-
-def _named(name: str) -> type[Strategy]:
-    found: type[Strategy] = plugins.load(plugins.STRATEGIES, name, "strategy.name")
-    return found
 
 
 def _check_compile(strategy: Strategy) -> None:

@@ -24,7 +24,7 @@ from conftest import (
     until,
 )
 
-from distrib.processes.schedulers.registry import BUILT_IN
+from distrib.plugins import OWN, SCHEDULERS
 
 # A batch system that runs a job as soon as it gets it: real processes, and a queue that is a folder.
 HERD = '''
@@ -230,8 +230,8 @@ def test_several_that_take_jobs(run: Run, path: str, config: Path) -> None:
         ("1 / 0\n", "other = others:Other", "cannot be loaded: ZeroDivisionError: division by zero"),
         ("", "other = others:Other", "cannot be loaded: AttributeError"),
         ("", "other = others", "cannot be loaded"),
-        ("Other = dict\n", "other = others:Other", "is no class that derives from Scheduler and has detect"),
-        (OTHER, "other = others:Other", "is no class that derives from Scheduler and has detect"),
+        ("Other = dict\n", "other = others:Other", "is no class that derives from Scheduler"),
+        (OTHER, "other = others:Other", "has no detect"),
         (HERD, "cattle = others:Herd", "has the name 'herd', its entry point 'cattle'"),
     ],
 )
@@ -250,10 +250,10 @@ def test_one_that_cannot_be_used(
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ("herd = others:Herd", "herd and others both bring a scheduler named herd"),
-        ("slurm = others:Slurm", "distrib and others both bring a scheduler named slurm"),
-        ("torchrun = others:Torchrun", "others brings a scheduler named torchrun (distrib.schedulers), a name that is"),
-        ("none = others:Nothing", "others brings a scheduler named none (distrib.schedulers), a name that is taken"),
+        ("herd = others:Herd", "herd and others both bring herd to distrib.schedulers"),
+        ("slurm = others:Slurm", "distrib and others both bring slurm to distrib.schedulers"),
+        ("torchrun = others:Torchrun", "others brings torchrun to distrib.schedulers, a name that is"),
+        ("none = others:Nothing", "others brings none to distrib.schedulers, a name that is taken"),
     ],
 )
 def test_names_that_are_taken(run: Run, path: str, config: Path, tmp_path: Path, entry: str, said: str) -> None:
@@ -263,7 +263,7 @@ def test_names_that_are_taken(run: Run, path: str, config: Path, tmp_path: Path,
 
 def test_distribs_own_are_found_with_their_entry_points_too(run: Run, path: str, config: Path, tmp_path: Path) -> None:
     """As pip installs them; without metadata the others here find them."""
-    own = "\n".join(f"{name} = {target}" for name, target in BUILT_IN.items())
+    own = "\n".join(f"{name} = {target}" for name, target in OWN[SCHEDULERS].items())
     install(tmp_path / "installed", "again", "", own)
     check(run("distrib", "submit", config, "--dry-run", "--scheduler", "slurm", PYTHONPATH=path))
 
@@ -282,4 +282,4 @@ def test_schedulers_need_no_torch(path: str, mark: str, tmp_path: Path) -> None:
 def test_pyproject_names_the_built_in_ones() -> None:
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["distrib.schedulers"] == BUILT_IN
+    assert project["entry-points"]["distrib.schedulers"] == OWN[SCHEDULERS]

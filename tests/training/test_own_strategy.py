@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, Run, check, check_same, interrupted, lines, losses, refused
+from conftest import ROOT, Run, check, check_same, environment, interrupted, lines, losses, refused
 
 from distrib import Config, DistribError
 
@@ -35,12 +35,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def installed(folder: Path, package: str, target: str) -> None:
-    """As pip leaves it: a package that brings the strategy `all_reduce`."""
+def installed(folder: Path, package: str, target: str, name: str = "all_reduce") -> None:
+    """As pip leaves it: a package that brings a strategy."""
     metadata = folder / f"{package}-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(f"[distrib.strategies]\nall_reduce = {target}\n")
+    (metadata / "entry_points.txt").write_text(f"[distrib.strategies]\n{name} = {target}\n")
+
+
+def with_packages(folder: Path) -> str:
+    """Return a PYTHONPATH on which the packages in a folder are installed."""
+    return os.pathsep.join([str(folder), environment("")["PYTHONPATH"]])
 
 
 def test_it_trains_and_goes_on(run: Run, folder: Path) -> None:
@@ -51,7 +56,7 @@ def test_it_trains_and_goes_on(run: Run, folder: Path) -> None:
     assert {line["strategy"] for line in lines(own)} == {"my_strategy:AllReduce"}
     # The same bits on as many processes, though it is now found by an entry point; and on from ddp's checkpoint.
     installed(folder, "all-reduce", "my_strategy:AllReduce")
-    found = {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT / "tests" / "distributed")])}
+    found = {"PYTHONPATH": with_packages(folder)}
     for before in (own, ddp):
         copy = interrupted(before, folder / f"{before.name}-on", after=5)
         changed = "strategy={name: all_reduce}"
@@ -87,23 +92,27 @@ def test_what_is_refused(run: Run, folder: Path, strategy: str, said: str) -> No
 @pytest.mark.parametrize(
     ("targets", "said"),
     [
-        (["tasks:Masked"], "all_reduce, tasks:Masked of the package one, does not derive from Strategy"),
-        (
-            ["nowhere:AllReduce"],
-            "all_reduce, nowhere:AllReduce of the package one, cannot be loaded: ModuleNotFoundError",
-        ),
+        (["tasks:Masked"], "strategy.name: all_reduce of one (tasks:Masked) is no class that derives from Strategy"),
+        (["nowhere:AllReduce"], "all_reduce of one (nowhere:AllReduce) cannot be loaded: ModuleNotFoundError"),
         (
             ["my_strategy:AllReduce", "other:AllReduce"],
-            "of the package one and other:AllReduce of the package two; unins",
+            "one and two both bring all_reduce to distrib.strategies; un",
         ),
     ],
 )
 def test_packages_that_are_refused(run: Run, folder: Path, targets: list[str], said: str) -> None:
     for package, target in zip(("one", "two"), targets, strict=False):
         installed(folder, package, target)
-    path = os.pathsep.join([str(folder), str(ROOT / "tests" / "distributed")])
+    path = with_packages(folder)
     command = ["distrib", "explain", "ddp.yaml", "--processes", 2, "strategy={name: all_reduce}"]
     assert said in refused(run(*command, PYTHONPATH=path))
+
+
+def test_a_name_of_distribs_own_cannot_be_taken(run: Run, folder: Path) -> None:
+    installed(folder, "one", "my_strategy:AllReduce", name="ddp")
+    path = with_packages(folder)
+    line = refused(run("distrib", "explain", "ddp.yaml", "--processes", 2, PYTHONPATH=path))
+    assert "strategy.name: distrib and one both bring ddp to distrib.strategies; uninstall one of them" in line
 
 
 def load(folder: Path, **strategy: Any) -> Config:
@@ -145,7 +154,7 @@ def test_an_option_outside_its_section(tmp_path: Path) -> None:
 
 def test_a_run_can_be_read_where_its_strategy_is_not_installed(run: Run, folder: Path, tmp_path: Path) -> None:
     installed(folder, "all-reduce", "my_strategy:AllReduce")
-    path = os.pathsep.join([str(folder), str(ROOT / "tests" / "distributed")])
+    path = with_packages(folder)
     changed = "strategy={name: all_reduce, together: true}"
     check(run("distrib", "train", "own.yaml", changed, "train.steps=2", PYTHONPATH=path))
     elsewhere = (tmp_path / "elsewhere").resolve()

@@ -1,24 +1,19 @@
 """Which scheduler started this process, and which one takes a job: the built-in ones, and those of other packages.
 
-Another package brings one by an entry point of the group `distrib.schedulers`.
+Other packages bring theirs by entry points of the group `distrib.schedulers`.
 """
 
 import functools
 import inspect
 import os
 from collections.abc import Mapping
-from importlib import import_module
 
+from distrib import plugins
 from distrib.errors import LaunchError
 from distrib.processes import variables
 from distrib.processes.schedulers.base import Scheduler
 
-GROUP = "distrib.schedulers"
 CHOICE = "DISTRIB_SCHEDULER"  # the variable that names the one to use
-BUILT_IN = {  # found without an entry point too, as where distrib is not installed
-    "slurm": "distrib.processes.schedulers.slurm:Slurm",
-    "kubernetes": "distrib.processes.schedulers.kubernetes:Kubernetes",
-}
 _NONE = "none"
 _LAUNCHERS = ("plain", "distrib", "torchrun", "accelerate")  # World.launcher has these or a scheduler's name
 
@@ -30,7 +25,7 @@ def detect(environ: Mapping[str, str]) -> Scheduler | None:
     chosen = environ.get(CHOICE)
     if chosen == _NONE:
         return None
-    candidates = [_named(chosen)] if chosen else [_load(name) for name in _targets()]
+    candidates = [_named(chosen)] if chosen else [_load(name) for name in _names()]
     found = [scheduler for scheduler in candidates if scheduler.detect(environ)]
     if len(found) > 1:
         raise LaunchError(
@@ -76,54 +71,46 @@ def for_submission(name: str | None) -> Scheduler:
 
 
 def _takes_jobs() -> list[str]:
-    return [name for name in _targets() if _load(name).can_submit()]
+    return [name for name in _names() if _load(name).can_submit()]
 
 
 def _named(name: str, key: str = f"{CHOICE}=") -> type[Scheduler]:
-    if name not in _targets():
+    if name not in _names():
         raise LaunchError(
-            f"{key}{name}: there is no such scheduler; give one of {', '.join(sorted(_targets()))}, or install the "
+            f"{key}{name}: there is no such scheduler; give one of {', '.join(sorted(_names()))}, or install the "
             "package that has it"
         )
     return _load(name)
 
 
 @functools.cache
-def _targets() -> dict[str, tuple[str, str]]:
-    """Names, each with its class as `module:Class` and the package that brings it. Raises LaunchError."""
-    from importlib.metadata import entry_points  # `distrib --help` needs this file too, and not that
-
-    targets = {name: (target, "distrib") for name, target in BUILT_IN.items()}
-    entries = [(entry.name, entry.dist.name if entry.dist else "", entry.value) for entry in entry_points(group=GROUP)]
-    for name, package, value in sorted(entries):
-        target, owner = targets.setdefault(name, (value, package))
-        if target != value:
-            raise LaunchError(
-                f"{owner} and {package} both bring a scheduler named {name} ({GROUP}); uninstall one of them"
-            )
+def _names() -> list[str]:
+    """Raises LaunchError if packages bring names that are taken."""
+    try:
+        found = plugins.plugins(plugins.SCHEDULERS)
+    except plugins.PluginError as error:
+        raise LaunchError(str(error)) from None
+    for name, (_, package) in found.items():
         if name in (*_LAUNCHERS, _NONE):
-            raise LaunchError(f"{package} brings a scheduler named {name} ({GROUP}), a name that is taken")
-    return targets
+            raise LaunchError(f"{package} brings {name} to {plugins.SCHEDULERS}, a name that is taken")
+    return list(found)
 
 
 @functools.cache
 def _load(name: str) -> type[Scheduler]:
-    target, package = _targets()[name]
-    module, _, attribute = target.partition(":")
+    target, package = plugins.plugins(plugins.SCHEDULERS)[name]
     begins = f"the scheduler {name} of {package} ({target})"
     mend = f"mend or uninstall {package}, or set {CHOICE} to another or to {_NONE}"
     try:
-        found = getattr(import_module(module), attribute)
-    except Exception as error:
-        from distrib.tracebacks import first_line, place
-
-        raise LaunchError(f"{begins} cannot be loaded: {first_line(error)}{place(error)}; {mend}") from None
-    if not (isinstance(found, type) and issubclass(found, Scheduler)) or inspect.isabstract(found):
-        raise LaunchError(f"{begins} is no class that derives from Scheduler and has detect; {mend}")
+        found: type[Scheduler] = plugins.load(plugins.SCHEDULERS, name, Scheduler)
+    except plugins.PluginError as error:
+        raise LaunchError(f"the scheduler {error}; {mend}") from None
+    if inspect.isabstract(found):
+        raise LaunchError(f"{begins} has no detect; {mend}")
     if getattr(found, "name", None) != name:
         raise LaunchError(f"{begins} has the name {getattr(found, 'name', None)!r}, its entry point {name!r}; {mend}")
     return found
 
 
 def _describe(scheduler: type[Scheduler]) -> str:
-    return f"{scheduler.name} ({_targets()[scheduler.name][1]})"
+    return f"{scheduler.name} ({plugins.plugins(plugins.SCHEDULERS)[scheduler.name].package})"
