@@ -93,12 +93,16 @@ class Server:
     def fork(self, command: list[str], cwd: str, env: dict[str, str], files: list[int], own_session: bool) -> int:
         """Return the process number of a new child of this process. Signals that come meanwhile find it there."""
         request = json.dumps({"command": command, "cwd": cwd, "env": env, "own_session": own_session}).encode()
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        later = signal.valid_signals() - {signal.SIGALRM}  # by which pytest ends what hangs
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, later)
         try:
             with _adopting():
                 socket.send_fds(self.connection, [len(request).to_bytes(4, "big")], files)
                 self.connection.sendall(request)
                 return int.from_bytes(_receive(self.connection, 5)[:4], "big")
+        except BaseException:
+            self.connection.close()
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
@@ -113,15 +117,18 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         super().__init__(args, **kwargs)
 
     def _execute_child(self, *arguments: Any) -> None:
-        (args, _, _, _, _, cwd, env, _, _, _, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite) = arguments[:16]
-        env, command = dict(os.environ if env is None else env), [os.fspath(argument) for argument in args]
-        if not _program(command) or not (server := self.server or _own_server(env)).fits(env):
+        args, preexec_fn, pass_fds, cwd, env, shell = (arguments[place] for place in (0, 2, 4, 5, 6, 9))
+        pipes = arguments[10:16]  # of standard input, output and error, each to read from and to write to, or -1
+        command = [os.fspath(argument) for argument in args] if isinstance(args, (list, tuple)) else []
+        env = dict(os.environ if env is None else env)
+        plain = preexec_fn is None and not pass_fds and not shell and _program(command)
+        if not plain or not (server := self.server or _own_server(env)).fits(env):
             super()._execute_child(*arguments)
             return
-        files = [own if own >= 0 else inherited for inherited, own in enumerate((p2cread, c2pwrite, errwrite))]
+        files = [own if own >= 0 else inherited for inherited, own in enumerate((pipes[0], pipes[3], pipes[5]))]
         self.pid = server.fork(command, os.fspath(cwd or os.getcwd()), env, files, arguments[21])
         self._child_created = True
-        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+        self._close_pipe_fds(*pipes)
 
 
 _early_here: dict[str, str] = {}  # of the server, before it imports: libraries set more
@@ -131,7 +138,7 @@ _server: "tuple[int, Server] | None" = None  # whose it is
 def _own_server(env: dict[str, str]) -> Server:
     """Start one for this process, if there is none yet."""
     global _server
-    if _server is None or _server[0] != os.getpid():
+    if _server is None or _server[0] != os.getpid() or _server[1].connection.fileno() < 0:
         _server = os.getpid(), Server.start(env)
     return _server[1]
 
@@ -152,11 +159,11 @@ def run(
 
 def _program(command: list[str]) -> list[str]:
     """Return the module or script that Python runs, and its arguments, if it may be forked, else nothing."""
-    if sys.platform != "linux" or command[0] != sys.executable:
+    if sys.platform != "linux" or command[:1] != [sys.executable]:
         return []
     rest = command[2:] if command[1:2] == ["-u"] else command[1:]
     if rest[:1] == ["-m"]:
-        return rest[1:] if rest[1] in _MODULES else []
+        return rest[1:] if rest[1:2] and rest[1] in _MODULES else []
     return rest if rest and rest[0].endswith(".py") else []
 
 
