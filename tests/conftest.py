@@ -35,6 +35,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Tests of tracking ask for it.
 os.environ["WANDB_MODE"] = "disabled"
 
+FOUND = frozenset(os.environ)  # libraries set more, as for threads, when a test in this process imports them
+
 # Tests that were begun by nohup, or in the background, would hand on that a hangup, or Ctrl-C, does no harm.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -66,8 +68,10 @@ def processes_of(mark: str) -> list[psutil.Process]:
 
 
 def environment(mark: str, **more: str) -> dict[str, str]:
-    """Ours, without what an outer launcher may have left in it; tests/ is importable."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    """Ours, without what an outer launcher may have left in it, or a library has set; tests/ is importable."""
+    of_a_launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+    of_libraries = {name for name in os.environ.keys() - FOUND if name.startswith(warm.EARLY)}
+    clean = {k: v for k, v in os.environ.items() if k not in of_a_launcher and k not in of_libraries}
     path = os.pathsep.join(
         [
             *(str(ROOT / folder) for folder in ("tests/distributed", "tests")),

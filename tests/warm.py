@@ -37,7 +37,7 @@ from typing import Any, NoReturn
 import numpy
 
 # Read when libraries, or Python itself, are loaded; but for those that are read later.
-_EARLY = ("OMP_", "MKL_", "MALLOC_", "GLIBC_", "LD_", "LC_", "LANG", "PYTHON", "TORCH", "NVIDIA_", "KMP_")
+EARLY = ("OMP_", "MKL_", "MALLOC_", "GLIBC_", "LD_", "LC_", "LANG", "PYTHON", "TORCH", "NVIDIA_", "KMP_")
 _LATE = ("TORCHELASTIC_", "TORCH_NCCL_", "TORCH_EXTENSIONS_DIR", "TORCH_CPP_LOG_LEVEL")
 _MODULES = ("distrib", "distrib.processes.exit", "torch.distributed.run", "accelerate.commands.accelerate_cli")
 _IMPORTED = (
@@ -168,7 +168,7 @@ def _program(command: list[str]) -> list[str]:
 
 
 def _early(env: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in env.items() if name.startswith(_EARLY) and not name.startswith(_LATE)}
+    return {name: value for name, value in env.items() if name.startswith(EARLY) and not name.startswith(_LATE)}
 
 
 @contextmanager
