@@ -1,7 +1,8 @@
 """The process that runs the trackers, beside the one that trains.
 
-It reads the run folder as the run writes it. So training waits for no tracker, a tracker cannot stop it, and what a
-tracker missed is logged by the same code. On each further machine such a process has wandb sample that machine.
+It reads the run folder while the run writes it. So training does not wait for a tracker, no tracker can stop it, and
+lines that a tracker has missed are logged by the same code as new ones. On each further machine such a process has
+wandb sample that machine.
 
 python -m distrib.monitor.trackers.process RUN_FOLDER START ID PARENT [HOST, of a further machine]
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distrib.config import TrackingConfig
-from distrib.errors import ConfigError, DamagedFileError, WriteError
+from distrib.errors import DamagedFileError, WriteError
 from distrib.monitor.observer import METHODS, Notifier, Observer
 from distrib.monitor.run_tail import RunTail
 from distrib.monitor.trackers.trackers import (
@@ -52,7 +53,7 @@ class TrackingProcess:
     """Runs on rank 0 and, for wandb, on each further machine. `lines`: what it has printed for the user."""
 
     def __init__(self, run: RunDir, config: TrackingConfig, world: "World", start: dict[str, Any]) -> None:
-        """`start`: what an observer's on_start gets; the run folder is as the run goes on. Collective."""
+        """`start`: what an observer's on_start gets. The run folder ends where the run continues. Collective."""
         self.lines: deque[str] = deque()
         self._process: subprocess.Popen[str] | None = None
         self._run, self._gave_up = run, False
@@ -122,6 +123,7 @@ class TrackingProcess:
 
 
 def main() -> None:
+    """Run the trackers until the run ends, or this process is killed with the one that trains."""
     keep_writable()
     path, start, run_id, parent, *host = sys.argv[1:]
     shield(int(parent))
@@ -133,10 +135,11 @@ def main() -> None:
 
 
 def _observers(run: RunDir, run_id: str, host: str | None = None) -> list[Observer]:
+    """Make the observers of this machine. `run_id`: empty if wandb is off; `host`: the name of a further machine."""
     config = run.read_config()
     try:
         mode = wandb_mode(config.tracking) if run_id else "off"
-    except ConfigError as error:
+    except Exception as error:  # credentials that cannot be right, settings that cannot be read
         say(f"{WARNING}{error}; this part of the run is kept offline")
         mode = "offline"
     if host is not None:
@@ -146,7 +149,10 @@ def _observers(run: RunDir, run_id: str, host: str | None = None) -> list[Observ
 
 
 def _lines(run: RunDir, start: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the start, then what the run folder holds and gets, until this start of the run ends."""
+    """Yield `start`, then the run folder's lines, old and new, until this start of the run ends.
+
+    The starts and ends of earlier starts are left out.
+    """
     tail = RunTail(run)
     starts = sum(event["event"] == "started" for event in read_lines(run.events, EVENT, []))
     yield "started", start
@@ -154,7 +160,7 @@ def _lines(run: RunDir, start: dict[str, Any]) -> Iterator[tuple[str, dict[str, 
         for kind, line in tail.entries():
             starts -= kind == "started"
             method = METHODS.get(kind)
-            if method != "on_start" and (method != "on_end" or starts == 0):  # the ends of earlier starts are over
+            if method != "on_start" and (method != "on_end" or starts == 0):
                 yield kind, line
             if method == "on_end" and starts == 0:
                 return
