@@ -93,7 +93,7 @@ def two_nodes() -> Iterator[Nodes]:
         found = Nodes("10.77.1.1", [machine.enter for machine in machines])
         for machine in machines:
             folder = Path("/etc/netns") / machine.enter[3]
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             stack.callback(folder.rmdir)
             found.hosts.append(folder / "hosts")
             stack.callback(found.hosts[-1].unlink)

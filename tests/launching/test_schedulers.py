@@ -244,7 +244,7 @@ def test_one_that_cannot_be_used(
     name, _, target = entries.partition(" = ")
     assert line.startswith(f"error: the scheduler {name} of others ({target}) {said}")
     assert line.endswith("; mend or uninstall others, or set DISTRIB_SCHEDULER to another or to none")
-    check(run("distrib", "train", config, PYTHONPATH=path, DISTRIB_SCHEDULER="none"))
+    check(run("distrib", "submit", config, "--dry-run", PYTHONPATH=path, DISTRIB_SCHEDULER="slurm"))
 
 
 @pytest.mark.parametrize(
