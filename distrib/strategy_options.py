@@ -1,6 +1,6 @@
 """The options of a strategy: its class has them, as a section of the config (`Strategy.Options`)."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from importlib import import_module
 from typing import Any
 
@@ -8,10 +8,10 @@ from pydantic import ValidationError
 
 from distrib import plugins, targets
 from distrib.config_section import Section, explain, nearest
-from distrib.errors import ConfigError
+from distrib.errors import ConfigError, did_you_mean
 
 
-def options(name: str, given: dict[str, Any], common: Iterable[str] = ()) -> Section:
+def options(name: str, given: dict[str, Any], common: Collection[str] = ()) -> Section:
     """The section of options of the strategy `name`, made from the keys that are `given`.
 
     For `auto`, which may become any strategy, the section is empty, and each key must fit one of distrib's own.
@@ -20,6 +20,8 @@ def options(name: str, given: dict[str, Any], common: Iterable[str] = ()) -> Sec
     """
     require_known(name)
     section = Section if name == "auto" else _section(name)
+    if twice := [key for key in section.model_fields if key in common]:
+        raise ConfigError(f"strategy.name: {name}: its Options have {twice[0]}, which every strategy has; rename it")
     own = {key: value for key, value in given.items() if key in section.model_fields}
     for key, value in given.items():
         if key in own and _accepts(section, key, value):
@@ -51,8 +53,12 @@ def options(name: str, given: dict[str, Any], common: Iterable[str] = ()) -> Sec
 def require_known(name: str) -> None:
     """Raise ConfigError if there is no strategy of this name. Imports none of them."""
     if name != "auto" and ":" not in name and name not in plugins.OWN[plugins.STRATEGIES] and name not in _installed():
-        allowed = ", ".join(repr(known) for known in ("auto", *_installed()))
-        raise ConfigError(f"strategy.name: {name!r}: input should be {allowed}, or module:Class")
+        known = ["auto", *_installed()]
+        allowed = ", ".join(repr(one) for one in known)
+        raise ConfigError(
+            f"strategy.name: {name!r}: input should be {allowed}, or module:Class{did_you_mean(name, known)}; or "
+            "install the package that has it"
+        )
 
 
 def find(name: str) -> Any:
@@ -88,7 +94,9 @@ def _text(value: Any) -> str:
 
 
 def _section(name: str) -> type[Section]:
-    found: type[Section] = find(name).Options
+    found: Any = find(name).Options
+    if not isinstance(found, type) or not issubclass(found, Section):
+        raise ConfigError(f"strategy.name: {name}: its Options must derive from Strategy.Options")
     return found
 
 

@@ -274,9 +274,10 @@ class ZeRO3(ZeRO):
 
 
 def _is_deepspeeds(error: Exception) -> bool:
-    """An IndexError inside a hook of DeepSpeed's: zero2 has no bucket for a gradient before the backward."""
+    """An IndexError inside a hook of DeepSpeed's, before the backward: zero2 has no bucket for a gradient yet."""
     frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, IndexError) and "deepspeed" in frames[-1].filename
+    in_backward = any(frame.name == "backward" and frame.filename == __file__ for frame in frames)
+    return isinstance(error, IndexError) and "deepspeed" in frames[-1].filename and not in_backward
 
 
 def _import_deepspeed(world: World) -> Any:

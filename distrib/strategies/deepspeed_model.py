@@ -36,8 +36,8 @@ def memory(module: nn.Module, stage: int, world_size: int, whole: int, make_opti
     stage 3 leaves a parameter whole, beside its shard.
     """
     trained = trainable(module)
-    flat = [(name, empty_like(p, math.ceil(p.numel() / world_size))) for name, p in trained]
-    shard = sum(p.numel() for _, p in flat) * torch.float32.itemsize
+    flat = {name: empty_like(p, math.ceil(p.numel() / world_size)) for name, p in trained}
+    shard = sum(p.numel() for p in flat.values()) * torch.float32.itemsize
     parameters = size_in_bytes(module.parameters())
     if stage == 3:
         parameters = sum(
@@ -45,7 +45,7 @@ def memory(module: nn.Module, stage: int, world_size: int, whole: int, make_opti
             for p in module.parameters()
         )
     gradients = size_in_bytes(p for _, p in trained) if stage == 1 else shard
-    return Memory(parameters, gradients, shard + optimizer_state(make_optimizer, flat))
+    return Memory(parameters, gradients, shard + optimizer_state(make_optimizer, trained, flat))
 
 
 def _dtype_refusal(name: str, parameter: Tensor, stage: int, strategy: str) -> ConfigError:

@@ -79,11 +79,12 @@ class FSDP2(Strategy):
     def memory(self, module: nn.Module, make_optimizer: MakeOptimizer) -> Memory:
         """Each parameter is cut along its first dimension, and padded to equal shards."""
         rows = {name: math.ceil(p.shape[0] / self.shard_size) for name, p in module.named_parameters()}
-        shards = [(name, empty_like(p, rows[name], *p.shape[1:])) for name, p in trainable(module)]
+        trained = trainable(module)
+        shards = {name: empty_like(p, rows[name], *p.shape[1:]) for name, p in trained}
         return Memory(
             parameters=sum(size_in_bytes([p[:1]]) * rows[name] for name, p in module.named_parameters()),
-            gradients=size_in_bytes(shard for _, shard in shards),
-            optimizer_state=optimizer_state(make_optimizer, shards),
+            gradients=size_in_bytes(shards.values()),
+            optimizer_state=optimizer_state(make_optimizer, trained, shards),
         )
 
     def explain_error(self, error: Exception) -> str | None:

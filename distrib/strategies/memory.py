@@ -18,11 +18,35 @@ def empty_like(parameter: nn.Parameter, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device=parameter.device))
 
 
-def optimizer_state(make_optimizer: MakeOptimizer, params: list[tuple[str, nn.Parameter]]) -> int:
-    """Bytes that the optimizer keeps after a step over these parameters."""
-    for _, parameter in params:
-        parameter.grad = torch.zeros_like(parameter)
+def exchange(optimizer: Optimizer, shards: dict[int, nn.Parameter]) -> None:
+    """Give an optimizer that was made over whole parameters their shards, by the `id` of each parameter.
+
+    State that it made at once (Adagrad) is cut to the shape of the shard.
+    """
+    for group in optimizer.param_groups:
+        for index, parameter in enumerate(group["params"]):
+            shard = shards.get(id(parameter), parameter)
+            group["params"][index] = shard
+            for key, value in optimizer.state.pop(parameter, {}).items():
+                fits = isinstance(value, Tensor) and value.shape == parameter.shape
+                optimizer.state[shard][key] = value.flatten()[: shard.numel()].view_as(shard).clone() if fits else value
+
+
+def optimizer_state(
+    make_optimizer: MakeOptimizer,
+    params: list[tuple[str, nn.Parameter]],
+    shards: dict[str, nn.Parameter] | None = None,
+) -> int:
+    """Return the bytes that the optimizer keeps after a step over the parameters, or over their `shards`.
+
+    The optimizer is made over the whole parameters, because a task may choose by their shapes.
+    """
     optimizer = make_optimizer(params)
+    if shards is not None:
+        exchange(optimizer, {id(parameter): shards[name] for name, parameter in params})
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     states = optimizer.state.values()
     return size_in_bytes(value for state in states for value in state.values() if isinstance(value, Tensor))

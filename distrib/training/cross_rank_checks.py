@@ -7,12 +7,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from distrib.config import Config
 from distrib.data.prints import Fingerprint
-from distrib.errors import ConfigError, DamagedFileError, DistribError, RunDirError
+from distrib.errors import ConfigError, DamagedFileError, DistribError, RunDirError, TrainingError
 from distrib.processes.world import World
+from distrib.run_folder.checkpoint import Shard
 from distrib.run_folder.files import read_bytes
 from distrib.run_folder.identity import difference
 
@@ -69,6 +72,26 @@ def require_same_data(world: World, data: dict[str, Fingerprint | None]) -> None
                     f"{who}: task.{name} {found}; return the whole set on every rank, distrib splits it; "
                     "draw from random, numpy.random or torch, which are seeded; write files in Task.prepare()"
                 )
+
+
+def require_same_copies(world: World, strategy: str, shards: dict[str, Shard]) -> None:
+    """Raise TrainingError on every rank if a tensor that all ranks hold whole is not the same on all. Collective.
+
+    `strategy`: its name. `shards`: those that a checkpoint is made of.
+    """
+    mine = {name: _digest_of(shard.tensor) for name, shard in shards.items() if shard.replicated}
+    expected, *others = world.all_gather_object(mine)
+    for rank, found in enumerate(others, 1):
+        for name, digest in found.items():
+            if digest != expected.get(name):
+                raise TrainingError(
+                    f"{strategy}: {name} differs between rank 0 and rank {rank}, but its shard says that all "
+                    "ranks hold a copy; sum the gradients over the ranks in the last backward, or override shard_of"
+                )
+
+
+def _digest_of(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def require_shared(world: World, written: Path) -> None:

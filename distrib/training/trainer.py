@@ -138,6 +138,8 @@ class Trainer:
             compile.keep_in(self.run.compiled)
             self.run_log.event("compiling", what=self.config.train.compile)
         self.strategy.wrap(self.module, self.blocks, self.make_optimizer)
+        if self.strategy.optimizer is None:
+            raise ConfigError(f"strategy.name: {self.strategy.name}: its wrap made no optimizer; call use_optimizer")
         engine = self.engine = Engine(
             self.strategy,
             mixed_precision=self.config.train.mixed_precision,
@@ -245,7 +247,10 @@ class Trainer:
             **self.step_log.state(),
             **engine.state(),
         }
-        saver.save(steps_done, engine.strategy.shards(), manifest)
+        shards = engine.strategy.shards()
+        if not type(self.strategy).__module__.startswith("distrib."):  # distrib's own are tested, and this takes time
+            cross_rank_checks.require_same_copies(self.world, self.strategy.name, shards)
+        saver.save(steps_done, shards, manifest)
 
     def _stop(self, engine: Engine, saver: Saver, steps_done: int, saved: bool) -> None:
         """Save, where that is not just done, have the job requeued, and end with exit code 75."""

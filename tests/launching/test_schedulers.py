@@ -248,6 +248,20 @@ def test_one_that_cannot_be_used(
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"{OTHER}    @classmethod\n    def detect(cls, environ): return environ['NOPE']\n", "KeyError: 'NOPE'"),
+        (f"{OTHER}    def detect(self, environ): return True\n", "TypeError: Other.detect() missing 1 required"),
+    ],
+)
+def test_a_detect_that_fails(run: Run, path: str, config: Path, tmp_path: Path, text: str, said: str) -> None:
+    install(tmp_path / "installed", "others", text, "other = others:Other")
+    line = refused(run("distrib", "train", config, PYTHONPATH=path))
+    assert line.startswith(f"error: the scheduler other (others): detect failed: {said}")
+    assert line.endswith("; mend it, or set DISTRIB_SCHEDULER to another or to none")
+
+
+@pytest.mark.parametrize(
     ("entry", "said"),
     [
         ("herd = others:Herd", "herd and others both bring herd to distrib.schedulers"),

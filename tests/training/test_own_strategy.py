@@ -108,6 +108,55 @@ def test_packages_that_are_refused(run: Run, folder: Path, targets: list[str], s
     assert said in refused(run(*command, PYTHONPATH=path))
 
 
+BROKEN = """
+from distrib import Strategy
+
+
+class Forgets(Strategy):
+    \"\"\"Sums no gradients, but says that all ranks hold a copy.\"\"\"
+
+    def wrap(self, module, blocks, make_optimizer):
+        super().wrap(module, blocks, make_optimizer)
+        self.broadcast_state()
+        self.use_optimizer(make_optimizer)
+
+
+class NoOptimizer(Strategy):
+    pass
+
+
+class PlainOptions(Strategy):
+    class Options:
+        together = True
+
+
+class Common(Strategy):
+    class Options(Strategy.Options):
+        timeout: str = "never"
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [
+        (
+            "Forgets",
+            1,
+            "differs between rank 0 and rank 1, but its shard says that all ranks hold a copy; sum the",
+        ),
+        ("NoOptimizer", 2, "strategy.name: broken:NoOptimizer: its wrap made no optimizer; call use_optimizer"),
+        ("PlainOptions", 2, "strategy.name: broken:PlainOptions: its Options must derive from Strategy.Options"),
+        ("Common", 2, "strategy.name: broken:Common: its Options have timeout, which every strategy has; rename it"),
+    ],
+)
+def test_strategies_that_are_broken(run: Run, folder: Path, name: str, code: int, said: str) -> None:
+    (folder / "broken.py").write_text(BROKEN)
+    result = run("distrib", "launch", "--processes", 2, "ddp.yaml", f"strategy={{name: broken:{name}}}")
+    check(result, code=code)
+    assert result.stderr.count(said) == 1
+    assert not (folder / "runs" / "ddp" / "summary.json").exists()
+
+
 def test_a_name_of_distribs_own_cannot_be_taken(run: Run, folder: Path) -> None:
     installed(folder, "one", "my_strategy:AllReduce", name="ddp")
     path = with_packages(folder)

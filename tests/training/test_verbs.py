@@ -62,6 +62,32 @@ def test_explain_prints_the_memory_of_a_rank(
     assert held == {name: pytest.approx(part * 21_008_899 * 4, rel=0.01) for name, part in expected.items()}
 
 
+class Chooses(Masked):
+    """Chooses parameters by their shapes, of which the flat shards of ZeRO have others."""
+
+    def decays(self, name: str, parameter: torch.nn.Parameter) -> bool:
+        return parameter.ndim > 1
+
+
+class OnlyVectors(Masked):
+    def optimizer(self, params: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+        groups = [{"params": [p for _, p in params if p.ndim == dimensions]} for dimensions in (1, 2)]
+        return torch.optim.Adagrad(groups, lr=0.1)
+
+
+@pytest.mark.parametrize("task", ["Chooses", "OnlyVectors"])
+def test_explain_prints_the_same_optimizer_under_every_strategy(explain: Explain, task: str) -> None:
+    config = {**SMALL, "task": {"target": f"test_verbs:{task}"}}
+    if task == "Chooses":
+        config["optim"] = {"weight_decay": 0.1}
+    shown = {}
+    for name in ("ddp", "zero1", "zero3", "fsdp2"):
+        (shown[name],) = re.findall(
+            r"^\s*optimizer  +(.+?)\s*$", explain(2, **config, data=DATA, strategy={"name": name}), re.M
+        )
+    assert len(set(shown.values())) == 1, shown
+
+
 class LooksAtWeights(Masked):
     """Has a model that cannot be built on torch's meta device."""
 

@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from distrib import plugins
 from distrib.errors import LaunchError
@@ -26,7 +27,7 @@ def detect(environ: Mapping[str, str]) -> Scheduler | None:
     if chosen == _NONE:
         return None
     candidates = [_named(chosen)] if chosen else [_load(name) for name in _names()]
-    found = [scheduler for scheduler in candidates if scheduler.detect(environ)]
+    found = [scheduler for scheduler in candidates if _asked(scheduler, "detect", environ)]
     if len(found) > 1:
         raise LaunchError(
             f"{' and '.join(_describe(one) for one in found)} each find that they started this process; set "
@@ -48,7 +49,8 @@ def rank_variables(scheduler: Scheduler | None, environ: Mapping[str, str]) -> d
     RANK alone decides: if it is set, a launcher inside the task set it, and the others are that launcher's business."""
     if scheduler is None or "RANK" in environ:
         return {}
-    found = {name: str(value) for name, value in scheduler.rank_variables().items()}
+    given = _asked(scheduler, "rank_variables")
+    found = {name: str(value) for name, value in given.items()}
     return {**found, "DISTRIB_LAUNCHER": scheduler.name} if found else {}
 
 
@@ -112,5 +114,20 @@ def _load(name: str) -> type[Scheduler]:
     return found
 
 
-def _describe(scheduler: type[Scheduler]) -> str:
+def _asked(scheduler: Scheduler | type[Scheduler], method: str, *arguments: Any) -> Any:
+    """Return what a method of a scheduler answers. Raises LaunchError with both names if it raises an error."""
+    try:
+        return getattr(scheduler, method)(*arguments)
+    except LaunchError:
+        raise
+    except Exception as error:
+        from distrib.tracebacks import first_line, place
+
+        raise LaunchError(
+            f"the scheduler {_describe(scheduler)}: {method} failed: {first_line(error)}{place(error)}; mend it, or "
+            f"set {CHOICE} to another or to {_NONE}"
+        ) from None
+
+
+def _describe(scheduler: Scheduler | type[Scheduler]) -> str:
     return f"{scheduler.name} ({plugins.plugins(plugins.SCHEDULERS)[scheduler.name].package})"
