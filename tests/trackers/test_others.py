@@ -10,7 +10,7 @@ from conftest import Run, check, lines, refused, start, steps_done, until
 CONFIG = {
     "task": {"target": "tasks:Slow", "dropout": 0.1},
     "data": {"global_batch_size": 16, "micro_batch_size": 4},
-    "train": {"steps": 120},
+    "train": {"steps": 400},
     "eval": {"every_steps": 20},
     "checkpoint": {"every_steps": 20},
     "tracking": {"wandb": "off", "others": ["tensorboard"]},
@@ -30,8 +30,7 @@ def test_tensorboard_through_a_restart(mark: str, run: Run, tmp_path: Path, conf
 
     process = start(mark, tmp_path, "train", config)
     folder = tmp_path / "runs" / "run"
-    until(lambda: list(folder.rglob("events.out.tfevents.*")), "the tracker does not begin")
-    until(lambda: steps_done(folder) >= 30, "it does not begin")
+    until(lambda: steps_done(folder) >= 30 and any(folder.rglob("events.out.tfevents.*")), "it does not begin")
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75, said
