@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,9 +24,15 @@ from distrib.task import Task
 _LONGEST = 200  # characters; of a longer task argument, environment.json has a digest
 
 
+class Named(Protocol):
+    """A Strategy, of which this file must not know more."""
+
+    name: str
+
+
 def describe(
     world: World,
-    strategy: str,
+    strategy: Named,
     num_samples: int | None,
     task: Task,
     work: dict[str, float],
@@ -36,6 +42,8 @@ def describe(
     `num_samples`: of the training set, None for a stream. `work`: FLOPs of a step, and peak FLOP/s of the devices.
     """
     code, packages = identity(task), versions()
+    if not type(strategy).__module__.startswith("distrib."):
+        code["strategy"] = _source_digest(type(strategy))
     machine = {
         "host": platform.node(),
         "platform": platform.platform(),
@@ -49,7 +57,7 @@ def describe(
         "job": world.job,
         "hosts": sorted(set(world.hosts)),
         "world_size": world.world_size,
-        "strategy": strategy,
+        "strategy": strategy.name,
         "python": sys.executable,
         "directory": os.getcwd(),
         "code": code,

@@ -59,7 +59,11 @@ def data_changes(before: dict[str, Any], data: dict[str, Fingerprint | None]) ->
 
 def notes(environment: dict[str, Any]) -> list[str]:
     """Return warnings about a start: changed code, and samples that cannot be compared."""
-    found = [_code_change(environment["starts"], environment["task"]["file"])]
+    starts = environment["starts"]
+    found = [
+        _code_change(starts, "task", environment["task"]["file"]),
+        _code_change(starts, "strategy", "the strategy's file"),
+    ]
     for name, data in environment["data"].items():
         samples = {} if data is None else data["samples"]
         varying = [place for place, print_ in samples.items() if print_ == VARIES]
@@ -73,10 +77,10 @@ def notes(environment: dict[str, Any]) -> list[str]:
     return [text for text in found if text is not None]
 
 
-def _code_change(starts: list[dict[str, Any]], file: str | None) -> str | None:
+def _code_change(starts: list[dict[str, Any]], key: str, file: str | None) -> str | None:
     if len(starts) < 2:
         return None
-    before, now = ((start.get("code") or {}).get("task") for start in starts[-2:])
+    before, now = ((start.get("code") or {}).get(key) for start in starts[-2:])
     if before is None or now is None or before == now:
         return None
     return f"{file}: has changed since the run's last start; from now on the run uses the new code"

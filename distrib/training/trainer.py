@@ -127,7 +127,7 @@ class Trainer:
 
     def _start(self, data: dict[str, Fingerprint | None]) -> dict[str, Any] | None:
         work = timing.work(self.task, self.module, self.source, self.config.train.mixed_precision, self.run.report)
-        environment = describe(self.world, self.strategy.name, self.plan.num_samples, self.task, work)
+        environment = describe(self.world, self.strategy, self.plan.num_samples, self.task, work)
         environment.update(task=describe_task(self.task, self.module), data=data)
         summary = self.run.start(self.written, environment, self.resume, self.origin)
         self.run_log.trouble(finished=summary is not None)

@@ -66,6 +66,13 @@ def test_it_trains_and_goes_on(run: Run, folder: Path) -> None:
             check_same(copy, own)
         else:
             np.testing.assert_allclose(losses(copy), losses(ddp), rtol=1e-5)
+    (folder / "my_strategy.py").write_text((folder / "my_strategy.py").read_text() + "# changed\n")
+    changed_code = interrupted(own, folder / "changed", after=5)
+    check(run("distrib", "launch", "--processes", 2, "own.yaml", "--run-dir", changed_code))
+    warnings = [event["reason"] for event in lines(changed_code, "events.jsonl") if event["event"] == "warning"]
+    assert warnings == [
+        "the strategy's file: has changed since the run's last start; from now on the run uses the new code"
+    ]
     metrics = check(run("distrib", "evaluate", "--json", own))
     assert '"eval/loss"' in metrics
 

@@ -222,7 +222,7 @@ def _facts(environment: dict[str, Any]) -> dict[str, Any]:
     starts = environment.get("starts", [])
     code, machine = (_of_starts(starts, key, environment.get(key, {})) for key in ("versions", "machine"))
     identities = [start.get("code") or {"git_commit": environment.get("git_commit")} for start in starts]
-    for key in ("git_commit", "uncommitted", "task"):
+    for key in ("git_commit", "uncommitted", "task", "strategy"):
         code[key] = _each([_identity(identity, key) for identity in identities])
     machine = {key: _each([start.get(key) for start in starts]) for key in _OF_A_START} | machine
     return {"code": _known(code), "machine": _known(machine), "restarts": max(len(starts) - 1, 0)}
