@@ -40,6 +40,6 @@ class Preemption:
         self._warned = True
         before = f" and an evaluation before it {self.longest_evaluation:.1f} s" if self.longest_evaluation else ""
         return (
-            f"a save takes {save_seconds:.1f} s{before}, but only {grace:g} s lie between being asked to stop and "
-            "being killed; give more (--grace, or what the scheduler calls it)"
+            f"a save takes {save_seconds:.1f} s{before}, but a run is killed {grace:g} s after it is asked to stop; "
+            "allow more time (--grace, or what the scheduler calls it)"
         )

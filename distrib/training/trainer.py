@@ -112,14 +112,13 @@ class Trainer:
         summary = self.world.on_rank_0(lambda: self._start(data))
         try:
             cross_rank_checks.require_shared(self.world, self.run.environment)
+            what = "finished" if summary is None else f"had finished before; {what_to_do_now(self.run, self.written)}"
             if summary is None:
                 with self.run_log.failures():
                     summary = self._train()
-                what = "finished"
-            else:
-                what = f"had finished before; {what_to_do_now(self.run, self.written)}"
         finally:
             self.run.release()
+            vars(self).pop("engine", None)  # it holds the last window, and that the loader, whose workers must end
         self.world.shutdown()
         self.run_log.close("finished")  # only rank 0 waits for trackers
         self.run_log.say(format_summary(self.run.path, summary, what))
