@@ -13,7 +13,7 @@ from distrib.data.order import Positions, derive_seed, digest
 from distrib.data.sampler import DistributedSampler, MicroBatch
 from distrib.data.shapes import describe
 from distrib.errors import ConfigError
-from distrib.processes.lifetimes import shield_worker, stop_signals_held
+from distrib.processes.lifetimes import shield_worker, starting_workers
 
 
 class Read(NamedTuple):
@@ -127,7 +127,9 @@ def batch_loader(
 
 class _Loader(DataLoader[Read]):
     def __iter__(self) -> Any:
-        with stop_signals_held():  # until the workers have set up their own handling
+        if not self.num_workers:
+            return super().__iter__()
+        with starting_workers():
             return super().__iter__()
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from distrib.data.sampler import DistributedSampler, MicroBatch
 from distrib.errors import CheckpointError, ConfigError
 from distrib.extras import require
 from distrib.plan import RunPlan
-from distrib.processes.lifetimes import shield_worker, stop_signals_held
+from distrib.processes.lifetimes import shield_worker, starting_workers
 from distrib.processes.world import World
 
 
@@ -126,7 +127,7 @@ class Stream(Source):
         number, empty = start * per_rank, 0
         while empty < 2:  # one pass without a batch is possible: the saved state may be at the end of the stream
             empty += 1
-            with stop_signals_held():  # until the workers have set up their own handling
+            with starting_workers() if self.loading["num_workers"] else nullcontext():
                 batches = iter(self._loader)
             for batch in batches:
                 if number == 0:

@@ -5,7 +5,6 @@ python -m distrib.processes.exit -m MODULE [ARGUMENTS …]
 """
 
 import atexit
-import gc
 import importlib.util
 import os
 import runpy
@@ -92,8 +91,6 @@ def run_and_end(program: Callable[[], object]) -> NoReturn:
         code = 1
     if isinstance(code, str):
         print(code, file=sys.stderr)
-    if (processes := sys.modules.get("multiprocessing")) is not None and processes.active_children():
-        gc.collect()  # a DataLoader in a cycle would wait for workers that nobody ends, since they ignore SIGTERM
     threading._shutdown()  # type: ignore[attr-defined]  # as Python itself: tells idle pools to end, then joins threads
     atexit._run_exitfuncs()
     _end(None, code if isinstance(code, int) else int(code is not None))

@@ -1,5 +1,6 @@
 """Ties the lifetimes of parent and child processes together, so that no process is left behind."""
 
+import atexit
 import ctypes
 import gc
 import os
@@ -8,6 +9,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
 
 LAUNCHER = "DISTRIB_LAUNCHER_PID"  # the process id of distrib launch, for the ranks that it starts
 # Signals with which terminals, users and clusters ask a process to end.
@@ -20,6 +25,7 @@ STOP_SIGNALS = (
     signal.SIGXCPU,
 )
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_workers: "list[BaseProcess]" = []  # that this process has started
 
 
 def shield_worker(_worker_id: int) -> None:
@@ -53,6 +59,31 @@ def stop_signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """Start DataLoader workers that call `shield_worker`. At its end this process kills those that are left.
+
+    A worker is left if something still refers to the iterator of its loader, for example the traceback of an exception
+    that is kept. multiprocessing would send it SIGTERM, which it ignores, and wait for it for ever.
+    """
+    from multiprocessing import active_children  # slow to import
+
+    before = active_children()
+    with stop_signals_held():
+        yield
+    _workers.extend(child for child in active_children() if child not in before)
+    atexit.unregister(_kill_workers)
+    atexit.register(
+        _kill_workers, os.getpid()
+    )  # after multiprocessing has registered its own, so that this comes first
+
+
+def _kill_workers(parent: int) -> None:
+    for worker in _workers if os.getpid() == parent else ():
+        if worker.is_alive():
+            worker.kill()
 
 
 def ignore_sigterm() -> None:

@@ -15,12 +15,22 @@ trainer.fit()
 """
 
 
+KEPT = """
+try:
+    trainer.fit()
+except Exception as error:
+    kept = error
+exit()
+"""
+
+
 @pytest.mark.parametrize(
     ("task", "before", "code"),
     [
         ("Masked()", "", 0),  # the name keeps the trainer to the end
         ("Masked()", "trainer.itself, trainer = trainer, trainer.fit(); exit()", 0),  # only a cycle keeps it
         ("Misbehaving(how='nan', at=10)", "", 1),
+        ("Misbehaving(how='nan', at=10)", KEPT, 0),
     ],
 )
 def test_a_script_ends_with_its_workers(run: Run, tmp_path: Path, task: str, before: str, code: int) -> None:
