@@ -52,7 +52,7 @@ def plugins(group: str) -> dict[str, Plugin]:
 def load(group: str, name: str, base: type[Any]) -> Any:
     """Import the class of that name. Raises KeyError if there is none, and PluginError if it cannot be imported or
     does not derive from `base`."""
-    target, package = Plugin(OWN[group][name], "distrib") if name in OWN[group] else plugins(group)[name]
+    target, package = plugins(group)[name]
     module, _, attribute = target.partition(":")
     try:
         found = getattr(import_module(module), attribute)

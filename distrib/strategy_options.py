@@ -67,7 +67,6 @@ def find(name: str) -> Any:
     if ":" in name:
         return targets.find(name, "strategy.name", base)
     try:
-        plugins.plugins(plugins.STRATEGIES)  # refuses names that are taken
         return plugins.load(plugins.STRATEGIES, name, base)
     except plugins.PluginError as error:
         raise ConfigError(f"strategy.name: {error}") from None

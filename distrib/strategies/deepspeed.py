@@ -17,7 +17,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from distrib.config import Config
-from distrib.errors import ConfigError
 from distrib.plan import Memory
 from distrib.processes import variables
 from distrib.processes.world import World
@@ -27,7 +26,7 @@ from distrib.strategies.base import Number, Strategy
 from distrib.strategies.deepspeed_config import compile_config, offload_of, persistence_threshold
 from distrib.strategies.fsdp2 import not_gathered
 from distrib.strategies.memory import MakeOptimizer
-from distrib.strategies.parameters import make_contiguous, trainable
+from distrib.strategies.parameters import make_contiguous, refuse_optimizers, trainable
 from distrib.strategies.step_sums import AllReducedSums
 
 _OPTIMIZERS_FOR_WHOLE_MATRICES = ("adafactor", "muon")  # torch.optim's; of a flat shard they make another function
@@ -57,10 +56,8 @@ class ZeRO(Strategy):
             self.offload = offload_of(self.options.deepspeed, self.name)
 
     def check(self) -> None:
-        if self.stage and self.config.optim.name.lower() in _OPTIMIZERS_FOR_WHOLE_MATRICES:
-            raise ConfigError(
-                f"optim.name: {self.config.optim.name} cannot update the shards of {self.name}; take another, or ddp"
-            )
+        if self.stage:
+            refuse_optimizers(_OPTIMIZERS_FOR_WHOLE_MATRICES, self.config.optim.name, self.name)
         self._json()
 
     def _json(self) -> dict[str, Any]:

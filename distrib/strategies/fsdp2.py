@@ -10,12 +10,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from distrib.errors import ConfigError
 from distrib.plan import Memory
 from distrib.run_folder.checkpoint import Shard
 from distrib.strategies.base import DTYPES, Number, Strategy
 from distrib.strategies.memory import MakeOptimizer, empty_like, optimizer_state, size_in_bytes
-from distrib.strategies.parameters import dtype_name, make_contiguous, refusal, trainable
+from distrib.strategies.parameters import dtype_name, make_contiguous, refusal, refuse_optimizers, trainable
 
 _NOT_GATHERED = ("mixed torch.Tensor and DTensor", "out of bounds for storage of size 0")
 # torch.optim's classes that look at whole matrices, or do what a DTensor does not know.
@@ -49,10 +48,7 @@ class FSDP2(Strategy):
         return init_device_mesh(self.world.device.type, (self.world.world_size,))
 
     def check(self) -> None:
-        if self.config.optim.name.lower() in _OPTIMIZERS_FOR_WHOLE_MATRICES:
-            raise ConfigError(
-                f"optim.name: {self.config.optim.name} cannot update the shards of {self.name}; take another, or ddp"
-            )
+        refuse_optimizers(_OPTIMIZERS_FOR_WHOLE_MATRICES, self.config.optim.name, self.name)
 
     def check_model(self, module: nn.Module, blocks: list[nn.Module]) -> None:
         for name, parameter in module.named_parameters():
