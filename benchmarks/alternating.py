@@ -104,7 +104,8 @@ def measure(script: str, processes: int, target: float, *arguments: str) -> dict
     with tempfile.TemporaryDirectory() as folder:
         command += ["--member", folder, *arguments]
         # Its output is not passed on, or the progress display would draw its bar where ours is a terminal.
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        root = Path(script).resolve().parents[1]
+        done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(f"{done.stdout}{' '.join(command)} ended with exit code {done.returncode}")
         if "--profile" in arguments:

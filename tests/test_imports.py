@@ -32,7 +32,7 @@ ONLY_IN = {
         "strategies/ddp.py",
         "training/engine.py",
     },
-    "deepspeed": {"strategies/deepspeed.py"},
+    "deepspeed": {"strategies/deepspeed_library.py"},
     "datasets": {"data/rows.py", "tasks/pretrained.py"},
     "jinja2": {"monitor/compare/page.py"},
     "plotly": {"monitor/compare/page.py"},

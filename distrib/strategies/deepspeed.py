@@ -2,12 +2,9 @@
 
 import functools
 import json
-import logging
 import math
-import os
 import re
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,12 +15,12 @@ from torch import Tensor, nn
 
 from distrib.config import Config
 from distrib.plan import Memory
-from distrib.processes import variables
 from distrib.processes.world import World
 from distrib.run_folder.checkpoint import Shard, replicated
 from distrib.strategies import deepspeed_model
 from distrib.strategies.base import Number, Strategy
 from distrib.strategies.deepspeed_config import compile_config, offload_of, persistence_threshold
+from distrib.strategies.deepspeed_library import import_deepspeed, record_evaluation_apart
 from distrib.strategies.fsdp2 import not_gathered
 from distrib.strategies.memory import MakeOptimizer
 from distrib.strategies.parameters import make_contiguous, refuse_optimizers, trainable
@@ -93,7 +90,7 @@ class ZeRO(Strategy):
         make_contiguous(module)
         self.broadcast_state()
         self.use_optimizer(make_optimizer)
-        deepspeed = _import_deepspeed(self.world)
+        deepspeed = import_deepspeed(self.world)
         # A compiled module is gathered as a whole at stage 3, so that no hook is inside.
         for part in self.compiled if self.stage == 3 else ():
             deepspeed.utils.set_z3_leaf_module(part, True)
@@ -105,6 +102,8 @@ class ZeRO(Strategy):
         engine.torch_autocast_z0_gradscaler = None
         self._sharded_optimizer = engine.optimizer if self.stage and make_optimizer is not None else None
         self._discarding = False
+        if self.stage == 3 and make_optimizer is not None:
+            record_evaluation_apart(engine.optimizer.parameter_offload, module)
         self.watch.begin(module)
         if self.optimizer is not None and self.stage:
             engine.optimizer.torch_autocast_gradscaler = None
@@ -275,23 +274,3 @@ def _is_deepspeeds(error: Exception) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     in_backward = any(frame.name == "backward" and frame.filename == __file__ for frame in frames)
     return isinstance(error, IndexError) and "deepspeed" in frames[-1].filename and not in_backward
-
-
-def _import_deepspeed(world: World) -> Any:
-    """DeepSpeed on this device; on CPU without the extension that it would compile for half a minute."""
-    if world.use_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    variables.provide("LOCAL_RANK", str(world.local_rank))  # DeepSpeed reads it also if no launcher set it
-    logger = logging.getLogger("DeepSpeed")
-    logger.setLevel(logging.WARNING)
-    logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())  # tests/distributed test ours
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.runtime import torch_autocast
-
-    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # of a run before in this process, or its dtypes would be ours
-    deepspeed.DeepSpeedEngine._broadcast_model = lambda _: None  # it takes no scalars; broadcast_state has done it
-    if world.use_cpu:
-        vars(deepspeed.ops)["__compatible_ops__"] = {}
-    return deepspeed

@@ -1,28 +1,14 @@
 """Errors in forward, loss or backward that the strategy causes: each becomes one line that names the way out."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
-from distrib.errors import ConfigError
 from distrib.strategies.base import Strategy
 
 _NO_GRAPH = "does not require grad and does not have a grad_fn"
 
 
-@contextmanager
-def recognised(strategy: Strategy) -> Iterator[None]:
-    """Around forward, loss and backward. Raises ConfigError in place of an error that the strategy causes."""
-    try:
-        yield
-    except (AttributeError, RuntimeError, IndexError) as error:
-        if (reason := _reason(error, strategy)) is None:
-            raise
-        raise ConfigError(reason) from error
-
-
-def _reason(error: Exception, strategy: Strategy) -> str | None:
+def explain(error: Exception, strategy: Strategy) -> str | None:
+    """Return the line for an error in forward, loss or backward; None if the strategy did not cause it."""
     if isinstance(error, AttributeError):
         wrapped = strategy.model is not strategy.module and error.obj is strategy.model
         if not wrapped or not hasattr(strategy.module, str(error.name)):
@@ -36,4 +22,4 @@ def _reason(error: Exception, strategy: Strategy) -> str | None:
             "task: takes a gradient in evaluation, which runs under torch.no_grad(); write `with torch.enable_grad():` "
             "around what is differentiated"
         )
-    return strategy.explain_error(error)
+    return strategy.explain_error(error) if isinstance(error, RuntimeError | IndexError) else None

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from distrib.data.loader import DevicePrefetcher, Window
 from distrib.data.order import derive_seed
+from distrib.errors import ConfigError
 from distrib.run_folder.checkpoint import named_state
 from distrib.strategies.base import DTYPES, Strategy
-from distrib.strategies.errors import recognised
+from distrib.strategies.errors import explain
 from distrib.strategies.step_sums import StepSums
 from distrib.task import Loss, Task
 from distrib.training.buffers import Buffers
-from distrib.training.step_log import PendingStep
+from distrib.training.step_log import Clock, PendingStep
 from distrib.training.task_checks import check_loss
-from distrib.training.timing import Clock
 
 _FIRST_SCALE_OF_A_MEAN = 2.0**16  # as in torch.amp.GradScaler
 _UPDATES_TO_GROW = 2000  # as in torch.amp.GradScaler
@@ -120,9 +120,13 @@ class Engine:
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """Run forward and loss in the mixed precision. An error that the strategy causes becomes a ConfigError."""
-        precision = nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
-        with recognised(self.strategy), precision:
-            yield
+        try:
+            with nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype):
+                yield
+        except Exception as error:
+            if (reason := explain(error, self.strategy)) is None:
+                raise
+            raise ConfigError(reason) from error
 
     def seed_random(self, seed: int) -> None:
         """Seed the generators of Python, numpy and torch, for the CPU and this device.

@@ -1,9 +1,10 @@
-"""From what a step did to its line in the ledger. `Engine.step` returns a PendingStep; StepLog reads it one step late.
+"""From a step to its line in the ledger. `Engine.step` returns a PendingStep; StepLog reads it one step late.
 
 Every step ends with a verdict. Schedule, ledger, trackers and counters depend on the verdict alone.
 """
 
 import math
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,34 @@ class PendingStep:
         return StepResult(verdict, loss, sums.count, grad_norm, self._lr, sums.digest, self._scale, sums.stop)
 
 
+class Clock:
+    """Splits the host time of a step into parts. `lap(part)` adds the time since the previous lap to that part.
+
+    On a GPU these are host times: kernels run asynchronously, so time spent waiting for data may overlap with GPU work.
+    """
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Begin a step."""
+        self._began = self._last = time.perf_counter()
+        self._spent = {"data": 0.0, "forward_backward": 0.0, "optimizer": 0.0}
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self._spent[part] += now - self._last
+        self._last = now
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of the step and of its parts. The remainder is forward and backward."""
+        return {
+            "seconds": round(time.perf_counter() - self._began, 6),
+            "data_seconds": round(self._spent["data"], 6),
+            "optimizer_seconds": round(self._spent["optimizer"], 6),
+        }
+
+
 class StepLog:
     """Logs each step one step late, the same on every rank. Call `submit` after a step, and `flush` before anything
     that needs its result: an evaluation, a save, the end."""
@@ -94,7 +123,7 @@ class StepLog:
         self._unread: tuple[int, PendingStep, dict[str, float]] | None = None
 
     @property
-    def clock(self) -> int:
+    def num_updates(self) -> int:
         """The number of updates made, which is the schedule's position. The last step is assumed applied even if its
         result is already known; otherwise the schedule would depend on when a run saves."""
         return (self._applied_before if self._unread is None else self.applied) + 1

@@ -1,9 +1,8 @@
-"""Measures the time of a step's parts, memory, and the FLOPs of a step. Nothing here waits for a device."""
+"""Measures memory and communication, and counts the FLOPs of a step. Nothing here waits for a device."""
 
 import copy
 import resource
 import sys
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -35,34 +34,6 @@ _PEAKS = {
     "V100-SXM": 125e12,
     "MI300X": 1307e12,
 }
-
-
-class Clock:
-    """Splits the host time of a step into parts. `lap(part)` adds the time since the previous lap to that part.
-
-    On a GPU these are host times: kernels run asynchronously, so time spent waiting for data may overlap with GPU work.
-    """
-
-    def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        """Begin a step."""
-        self._began = self._last = time.perf_counter()
-        self._spent = {"data": 0.0, "forward_backward": 0.0, "optimizer": 0.0}
-
-    def lap(self, part: str) -> None:
-        now = time.perf_counter()
-        self._spent[part] += now - self._last
-        self._last = now
-
-    def seconds(self) -> dict[str, float]:
-        """Return the seconds of the step and of its parts. The remainder is forward and backward."""
-        return {
-            "seconds": round(time.perf_counter() - self._began, 6),
-            "data_seconds": round(self._spent["data"], 6),
-            "optimizer_seconds": round(self._spent["optimizer"], 6),
-        }
 
 
 def sampled(engine: "Engine") -> dict[str, float]:

@@ -273,8 +273,8 @@ class Trainer:
                 self.run_log.warn(reason)
 
     def _learning_rate(self, engine: Engine) -> float:
-        optim, clock = self.config.optim, self.step_log.clock
-        return engine.base_rate * learning_rate_factor(clock, optim.schedule, optim.warmup_steps, self.plan.num_steps)
+        optim, updates = self.config.optim, self.step_log.num_updates
+        return engine.base_rate * learning_rate_factor(updates, optim.schedule, optim.warmup_steps, self.plan.num_steps)
 
     def _seconds(self, engine: Engine, step: int) -> dict[str, float]:
         """Return the time of a step's parts, and once every 100 steps also memory and communication."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from cases import EVERY, HSDP, LATE_WORLDS, SHARDED_WORLDS, cases, moved, resumed
 from conftest import interrupted
-from tasks import HOW, Large, Numbered, Uneven
+from tasks import HOW, Large, Masked, Numbered, Uneven
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
@@ -103,14 +103,34 @@ def memory(world: World) -> dict[str, dict[str, int]]:
     return found
 
 
-class Reads(TorchDispatchMode):
-    """Counts how often a tensor's value is read, because on a GPU each read waits for the device."""
+class Calls(TorchDispatchMode):
+    """Counts the calls of an operator."""
 
-    count = 0
+    def __init__(self, operator: Any) -> None:
+        super().__init__()
+        self.operator, self.count = operator, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
+        self.count += func is self.operator
         return func(*args, **(kwargs or {}))
+
+
+def gathers(world: World) -> list[int]:
+    """Return how often zero3 gathers parameters in a fifth step, if an evaluation came before the first, the second, or
+    no step."""
+    found = []
+    strategy = {"name": "zero3", "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+    config = Config.from_dict({"train": {"steps": 5}, "strategy": strategy, "data": _data(world)})
+    task = Masked()
+    for evaluated_before in (0, 1, None):
+        trained = engine(task, config, world, training=True)
+        for step, window in enumerate(windows(task.train_dataset(), config, world)):
+            if step == evaluated_before:
+                evaluate(trained, task, task.eval_dataset(), 1)
+            with Calls(torch.ops.c10d._allgather_base_.default) as calls:
+                train_step(trained, task, window, 0.05)
+        found.append(calls.count)
+    return found
 
 
 def late(world: World) -> dict[str, dict[str, Any]]:
@@ -134,7 +154,8 @@ def late(world: World) -> dict[str, dict[str, Any]]:
                 task = Uneven()
                 trained = engine(task, config, world, training=True, max_grad_norm=0.5)
                 trained.waits = waits
-                steps, reads = [], Reads()
+                steps: list[list[Any]] = []
+                reads = Calls(torch.ops.aten._local_scalar_dense.default)  # on a GPU each read waits for the device
                 for window in windows(task.train_dataset(), config, world):
                     with reads:
                         step = train_step(trained, task, window, 0.05)
@@ -199,6 +220,8 @@ def main() -> None:
     results = {"evaluations": evaluations(world)}
     if world.world_size in SHARDED_WORLDS[1:]:
         results["memory"] = memory(world)
+    if world.world_size == 2:
+        results["gathers"] = gathers(world)
     if world.world_size in LATE_WORLDS:
         results["late"] = late(world)
     (folder / f"rank-{world.rank}.json").write_text(json.dumps(results))

@@ -93,6 +93,11 @@ def test_memory_of_a_rank_matches_the_plan(world: Callable[[int], Path], process
         assert found["all"] == pytest.approx(planned, rel=0.05)
 
 
+def test_zero3_gathers_no_more_after_an_early_evaluation(world: Callable[[int], Path]) -> None:
+    after_evaluation, between_steps, never = results(world(2))["gathers"]
+    assert after_evaluation == between_steps == never > 0
+
+
 def test_deepspeed_compiles_no_extension(world: Callable[[int], Path]) -> None:
     for processes in (1, 2, 4):
         extensions = world(processes) / "extensions"

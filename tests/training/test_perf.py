@@ -13,7 +13,8 @@ from distrib.data.source import source
 from distrib.plan import RunPlan
 from distrib.processes.world import World
 from distrib.task import Loss, Task
-from distrib.training.timing import Clock, flops_per_step
+from distrib.training.step_log import Clock
+from distrib.training.timing import flops_per_step
 
 CONFIG = {"task": None, "data": {"global_batch_size": 8, "micro_batch_size": 4}, "train": {"steps": 1}}
 
