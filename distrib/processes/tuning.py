@@ -1,4 +1,4 @@
-"""Tunes a process that shares a machine with other ranks: threads, malloc, scheduling and garbage collection."""
+"""Tunes a process that shares a machine with other ranks: threads, malloc, scheduling, and garbage collection."""
 
 import ctypes
 import gc
@@ -47,7 +47,7 @@ def run_as_batch() -> None:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Disable garbage collection in the body: in a step, all ranks would wait for the rank that collects."""
+    """Disable garbage collection in the body, for imports: what they make stays."""
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -50,6 +50,7 @@ class Strategy:
     forward_is_collective = False  # then every rank must run as many forwards as the others, in evaluation too
     learns_from_its_first_backward = False
     takes_sparse_gradients = False
+    refused_optimizers: tuple[str, ...] = ()  # classes, in lower case, that cannot update its shards
     model: nn.Module  # what the task's forward calls in training
     evaluation_model: nn.Module
     module: nn.Module  # the user's own
@@ -290,8 +291,7 @@ class Strategy:
 
 
 def _scales_itself(optimizer: Any) -> bool:
-    """Does its kernel divide the gradient by `grad_scale`, and skip the update if `found_inf` says so? Those of torch's
-    fused optimizers do. A class that derives from one, or wraps one, may not."""
+    """Return whether the optimizer divides by `grad_scale` and skips if `found_inf`, as torch's own fused ones do."""
     return (
         type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
         and getattr(optimizer, "_step_supports_amp_scaling", False)

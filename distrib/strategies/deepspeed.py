@@ -23,10 +23,9 @@ from distrib.strategies.deepspeed_config import compile_config, offload_of, pers
 from distrib.strategies.deepspeed_library import import_deepspeed, record_evaluation_apart
 from distrib.strategies.fsdp2 import not_gathered
 from distrib.strategies.memory import MakeOptimizer
-from distrib.strategies.parameters import make_contiguous, refuse_optimizers, trainable
+from distrib.strategies.parameters import make_contiguous, trainable
 from distrib.strategies.step_sums import AllReducedSums
 
-_OPTIMIZERS_FOR_WHOLE_MATRICES = ("adafactor", "muon")  # torch.optim's; of a flat shard they make another function
 _EMPTY_SHAPE = re.compile(r"\(0\)|\[0\]|multiplied \(.*\b0x\d")  # of a parameter that zero3 has not gathered
 _OWN_BACKWARD = re.compile(r"Loss scaling is required|Direct calls to tensor.backward\(\)")  # DeepSpeed's words
 
@@ -45,6 +44,9 @@ class ZeRO(Strategy):
     """
 
     stage: int
+    # Adafactor and Muon compute something else of a flat shard. DeepSpeed replaces Adagrad by one of its own, without
+    # parameter groups or schedule.
+    refused_optimizers: tuple[str, ...] = ("adafactor", "muon", "adagrad")
 
     def __init__(self, config: Config, world: World) -> None:
         super().__init__(config, world)
@@ -53,8 +55,6 @@ class ZeRO(Strategy):
             self.offload = offload_of(self.options.deepspeed, self.name)
 
     def check(self) -> None:
-        if self.stage:
-            refuse_optimizers(_OPTIMIZERS_FOR_WHOLE_MATRICES, self.config.optim.name, self.name)
         self._json()
 
     def _json(self) -> dict[str, Any]:
@@ -239,6 +239,7 @@ class ZeRO0(ZeRO):
     """Everything whole on every rank."""
 
     Options = _Options
+    refused_optimizers = ()
     stage = 0
 
 

@@ -14,11 +14,9 @@ from distrib.plan import Memory
 from distrib.run_folder.checkpoint import Shard
 from distrib.strategies.base import DTYPES, Number, Strategy
 from distrib.strategies.memory import MakeOptimizer, empty_like, optimizer_state, size_in_bytes
-from distrib.strategies.parameters import dtype_name, make_contiguous, refusal, refuse_optimizers, trainable
+from distrib.strategies.parameters import dtype_name, make_contiguous, refusal, trainable
 
 _NOT_GATHERED = ("mixed torch.Tensor and DTensor", "out of bounds for storage of size 0")
-# torch.optim's classes that look at whole matrices, or do what a DTensor does not know.
-_OPTIMIZERS_FOR_WHOLE_MATRICES = ("adafactor", "muon", "rprop")
 
 
 class FSDP2(Strategy):
@@ -31,6 +29,7 @@ class FSDP2(Strategy):
 
     evaluates_as = "fsdp2"
     forward_is_collective = True
+    refused_optimizers = ("adafactor", "muon", "rprop")  # look at whole matrices, or do what a DTensor does not know
 
     @property
     def shard_size(self) -> int:
@@ -46,9 +45,6 @@ class FSDP2(Strategy):
         """Return how fully_shard arranges the ranks. Rank r holds shard r % shard_size of copy r // shard_size.
         Collective."""
         return init_device_mesh(self.world.device.type, (self.world.world_size,))
-
-    def check(self) -> None:
-        refuse_optimizers(_OPTIMIZERS_FOR_WHOLE_MATRICES, self.config.optim.name, self.name)
 
     def check_model(self, module: nn.Module, blocks: list[nn.Module]) -> None:
         for name, parameter in module.named_parameters():

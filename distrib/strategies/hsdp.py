@@ -26,7 +26,6 @@ class HSDP(FSDP2):
         return init_device_mesh(self.world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
     def check(self) -> None:
-        super().check()
         if self.world.world_size % self.shard_size:
             fitting = [size for size in range(1, self.world.world_size + 1) if self.world.world_size % size == 0]
             raise ConfigError(

@@ -61,12 +61,6 @@ class GradientWatch:
         self._used.clear()
 
 
-def refuse_optimizers(names: tuple[str, ...], given: str, strategy: str) -> None:
-    """Raise ConfigError if the `given` optimizer is one of those that cannot update the shards of a strategy."""
-    if given.lower() in names:
-        raise ConfigError(f"optim.name: {given} cannot update the shards of {strategy}; take another, or ddp")
-
-
 def refusal(name: str, what: str, todo: str, strategies: tuple[str, ...] = ()) -> ConfigError:
     """An error that says what is wrong with a parameter, what to do, and which `strategies` take it as it is."""
     *most, last = strategies or ("",)

@@ -21,6 +21,7 @@ from distrib.processes.world import World
 from distrib.strategies import registry
 from distrib.strategies.base import Strategy
 from distrib.strategies.memory import MakeOptimizer
+from distrib.strategies.parameters import trainable
 from distrib.task import Task, load_task
 from distrib.tracebacks import first_line
 from distrib.training import cross_rank_checks, evaluation
@@ -129,20 +130,17 @@ def memory(
     They are counted on torch's meta device, where nothing is allocated. If the model or the optimizer looks at values,
     it cannot be built there; it is built on the CPU, and `warn` is told first.
     """
-
-    def count(module: nn.Module) -> Memory:
-        strategy.check_model(module, task.blocks(module))
-        return strategy.memory(module, make_optimizer)
-
     try:
         with torch.device("meta"):
             module = task.model()
-        return count(module)
+        make_optimizer(trainable(module))
     except DistribError:
         raise
     except Exception as error:
         warn(f"the model is built in memory, as it cannot be built on torch's meta device: {first_line(error)}")
-        return count(task.model())
+        module = task.model()
+    strategy.check_model(module, task.blocks(module))
+    return strategy.memory(module, make_optimizer)
 
 
 def loading(config: Config, world: World) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from distrib.task import Task
 from distrib.tracebacks import is_ours
 from distrib.training import build
 from distrib.training.engine import Engine
+from distrib.training.model_checks import refuse_optimizer
 from distrib.training.optimizers import describe_optimizer, ignored_keys
 
 
@@ -55,7 +56,9 @@ def explain_run(config: Config, processes: int) -> None:
 
     with seeded("model", config.seed):
         memory = build.memory(task, strategy, make_optimizer, warn)
-    if type(task).optimizer is not Task.optimizer and (ignored := ignored_keys(config.optim, made[-1])):
+    own = type(task).optimizer is not Task.optimizer
+    refuse_optimizer(made[-1], strategy, "task.optimizer" if own else "optim.name")
+    if own and (ignored := ignored_keys(config.optim, made[-1])):
         raise ConfigError(ignored)
     optimizer = describe_optimizer(made[-1])
     print_plan(config, strategy.name, replace(plan, memory=memory), optimizer, made[-1].param_groups[0]["lr"])

@@ -63,8 +63,10 @@ class Engine:
         max_grad_norm: float | None = None,
         seed: int = 0,
         warn: Callable[[str], None] = lambda _: None,
+        asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`warn`: called with a message, once for each buffer that forward changes in a way that is lost."""
+        """`warn`: called with a message, once for each buffer that forward changes in a way that is lost.
+        `asked_to_stop`: whether this rank was; the others learn of it with the step's sums."""
         self.strategy = strategy
         self.world = strategy.world
         self.module = strategy.module  # the user's
@@ -88,7 +90,7 @@ class Engine:
             self._generators.append(torch.get_device_module(self.device).manual_seed)
         self.buffers = Buffers(self.world, self.module, warn)
         self.clock = Clock()
-        self.stop_asked = False  # on this rank; it reaches the others with the sums of the step
+        self.asked_to_stop = asked_to_stop
         self._window: Window | None = None
         self._index = 0  # of the micro-batch in the window
         self._last = False
@@ -148,8 +150,8 @@ class Engine:
         loss = check_loss(loss, for_training=True)
         if self.mixed_precision == "fp16" and self.loss_scale is None:
             self.loss_scale = self._first_loss_scale(loss, self._window)
-        stop = self._last and self.stop_asked
-        sums = StepSums.pack(loss, self._window.digest if self._last else 0, stop)
+        digest, stop = (self._window.digest, self.asked_to_stop()) if self._last else (0, False)
+        sums = StepSums.pack(loss, digest, stop)
         number = self._window.first + self._index
         self.buffers.take(number, len(self._window) * self.world.world_size, self._last)
         total = loss.total if self.loss_scale is None else loss.total * self.loss_scale.value

@@ -5,6 +5,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from distrib.errors import ConfigError
 from distrib.run_folder.checkpoint import named_state
@@ -35,6 +36,16 @@ def check_module(module: nn.Module, strategy: Strategy, blocks: list[nn.Module])
                 f"task.model: {key} is a SyncBatchNorm, which normalises over as many micro-batches as there are "
                 "processes; take BatchNorm, whose running statistics are those of all micro-batches anyway"
             )
+
+
+def refuse_optimizer(optimizer: Optimizer, strategy: Strategy, key: str) -> None:
+    """Raise ConfigError if the optimizer cannot update the strategy's shards. `key`: of the config, which chose it."""
+    classes = {kind.__name__.lower() for kind in type(optimizer).__mro__}
+    if classes & set(strategy.refused_optimizers):
+        raise ConfigError(
+            f"{key}: {type(optimizer).__name__} cannot update the shards of {strategy.name}; take another optimizer, "
+            "or strategy.name ddp"
+        )
 
 
 def _check_state(module: nn.Module) -> None:

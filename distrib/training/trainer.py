@@ -16,7 +16,6 @@ from distrib.monitor.progress import Verbosity, format_summary
 from distrib.monitor.run_log import RunLog
 from distrib.monitor.trackers.trackers import in_sweep, require_trackers
 from distrib.plan import RunPlan
-from distrib.processes import tuning
 from distrib.processes.signals import when_asked_to_stop
 from distrib.processes.world import World
 from distrib.run_folder import repair
@@ -34,7 +33,7 @@ from distrib.task import Task
 from distrib.training import build, cross_rank_checks, probe, timing
 from distrib.training.engine import Engine
 from distrib.training.loop import train_step
-from distrib.training.model_checks import check_module
+from distrib.training.model_checks import check_module, refuse_optimizer
 from distrib.training.optimizers import ignored_keys
 from distrib.training.preemption import Preemption
 from distrib.training.step_log import PendingStep, StepLog
@@ -91,6 +90,7 @@ class Trainer:
         self.make_optimizer = build.optimizer_maker(task, config)
         optimizer = self.make_optimizer(trainable(self.module))  # checks the config; another one trains
         own = type(task).optimizer is not Task.optimizer
+        refuse_optimizer(optimizer, self.strategy, "task.optimizer" if own else "optim.name")
         self.ignored_keys = ignored_keys(config.optim, optimizer) if own else None
         if self.ignored_keys and not self.run.has_begun():  # older versions allowed it, and such a run may resume
             raise ConfigError(self.ignored_keys)
@@ -145,6 +145,7 @@ class Trainer:
             max_grad_norm=self.config.train.max_grad_norm,
             seed=self.config.seed,
             warn=self.run_log.warn,
+            asked_to_stop=lambda: self.preemption.asked,
         )
         if self.ignored_keys:
             self.run_log.warn(self.ignored_keys)
@@ -163,10 +164,8 @@ class Trainer:
             self._before_training(engine)
             engine.clock.start()
             for window in self.source.windows(self.first_step, engine.prefetcher):
-                engine.stop_asked = self.preemption.asked
                 steps_done = window.step + 1
-                with tuning.no_collection():
-                    step = self._step(engine, window)
+                step = self._step(engine, window)
                 stop = self.step_log.flush()  # the previous step's result, read while the device computes this step
                 evaluate = self.eval_dataset is not None and self._is_due(self.config.eval.every_steps, steps_done)
                 save = self._is_due(self.config.checkpoint.every_steps, steps_done)

@@ -72,7 +72,7 @@ class Chooses(Masked):
 class OnlyVectors(Masked):
     def optimizer(self, params: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
         groups = [{"params": [p for _, p in params if p.ndim == dimensions]} for dimensions in (1, 2)]
-        return torch.optim.Adagrad(groups, lr=0.1)
+        return torch.optim.NAdam(groups, lr=0.1)
 
 
 @pytest.mark.parametrize("task", ["Chooses", "OnlyVectors"])
