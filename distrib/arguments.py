@@ -1,9 +1,31 @@
-"""Command-line arguments and options that several commands share."""
+"""The text of `distrib --help`, and arguments and options that several commands share."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+HELP = """Train PyTorch models on many processes. A run is a function of its config.
+
+Start with:  distrib launch --processes 2 configs/digits.yaml
+
+The same run in one process:  distrib train configs/digits.yaml --run-dir runs/alone
+
+On a cluster:  distrib submit configs/digits.yaml --nodes 2 --gpus-per-node 2 --time 4:00:00
+
+What the numbers come to, without running:  distrib explain configs/digits.yaml --processes 2
+
+A finished run's metrics again:  distrib evaluate runs/digits
+
+Whether it is the run that its config means:  distrib verify runs/digits
+
+Its weights for plain torch:  distrib export runs/digits --out exported
+
+A run that goes on, from another terminal:  distrib watch runs/digits
+
+Where runs differ, and why:  distrib compare runs/digits runs/other
+
+Exit codes: 0 done, 1 failed, 2 the input is wrong (one line says what), 75 asked to stop: saved, start again."""
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
 RunDirOption = Annotated[
@@ -14,6 +36,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example optim.lr=0.01 train.epochs=2."),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/digits.")]
+Checkpoint = Annotated[str, typer.Option("--checkpoint", metavar="newest|best|STEP", help="Which checkpoint.")]
 Moved = Annotated[
     list[str] | None,
     typer.Option(metavar="task.KEY=PATH", help="Resume with data at a new path, if they are the same data."),

@@ -10,6 +10,8 @@ import typer
 
 from distrib import __version__
 from distrib.arguments import (
+    HELP,
+    Checkpoint,
     ConfigFile,
     JoinTimeout,
     Moved,
@@ -30,27 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="""Train PyTorch models on many processes. A run is a function of its config.
-
-    Start with:  distrib launch --processes 2 configs/digits.yaml
-
-    The same run in one process:  distrib train configs/digits.yaml --run-dir runs/alone
-
-    On a cluster:  distrib submit configs/digits.yaml --nodes 2 --gpus-per-node 2 --time 4:00:00
-
-    What the numbers come to, without running:  distrib explain configs/digits.yaml --processes 2
-
-    A finished run's metrics again:  distrib evaluate runs/digits
-
-    Whether it is the run that its config means:  distrib verify runs/digits
-
-    Its weights for plain torch:  distrib export runs/digits --out exported
-
-    A run that goes on, from another terminal:  distrib watch runs/digits
-
-    Where runs differ, and why:  distrib compare runs/digits runs/other
-
-    Exit codes: 0 done, 1 failed, 2 the input is wrong (one line says what), 75 asked to stop: saved, start again.""",
+    help=HELP,
 )
 
 
@@ -235,16 +217,18 @@ def evaluate(
     run: RunFolder,
     processes: Annotated[int, typer.Option(help="How many share the work.", min=1)] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    checkpoint: Checkpoint = "newest",
 ) -> None:
-    """Evaluate a run's newest weights on the whole evaluation set. Changes nothing in its folder."""
+    """Evaluate a checkpoint of a run on the whole evaluation sets. Changes nothing in its folder."""
     if processes > 1:
         from distrib.launching import local
 
-        members = ["-m", "distrib", "evaluate", str(run), *(["--json"] if as_json else [])]
+        options = ["--checkpoint", checkpoint, *(["--json"] if as_json else [])]
+        members = ["-m", "distrib", "evaluate", str(run), *options]
         sys.exit(local.launch(members, local.Options(processes)))
     from distrib.training.commands import evaluate_run
 
-    evaluate_run(run, as_json)
+    evaluate_run(run, as_json, checkpoint)
 
 
 @app.command()
@@ -284,14 +268,15 @@ def compare(
 def export(
     run: RunFolder,
     out: Annotated[Path, typer.Option(help="The folder to write them into.")],
+    checkpoint: Checkpoint = "newest",
 ) -> None:
-    """Write a run's newest weights: as model.safetensors, under the module's own names, for plain torch.
+    """Write the weights of a run's checkpoint: as model.safetensors, under the module's own names, for plain torch.
 
     A task may have a form of its own; those of Hugging Face's models become a folder that from_pretrained reads.
     """
     from distrib.training.commands import export_run
 
-    export_run(run, out)
+    export_run(run, out, checkpoint)
 
 
 def main() -> None:

@@ -62,6 +62,16 @@ class OptimConfig(Section):
     warmup_steps: NonNegativeInt = 0
 
 
+class StopConfig(Section):
+    """The run stops when `metric` has not improved by more than `min_delta` in `patience` evaluations in a row."""
+
+    metric: str = "eval/loss"
+    mode: Literal["min", "max"] = "min"
+    patience: PositiveInt = 5
+    min_delta: NonNegativeFloat = 0.0
+    min_steps: NonNegativeInt = 0  # the run does not stop before
+
+
 class TrainConfig(Section):
     """Exactly one of `epochs` and `steps` sets the length of the run."""
 
@@ -71,6 +81,7 @@ class TrainConfig(Section):
     max_grad_norm: PositiveFloat | None = None  # none: no clipping
     on_nonfinite: Literal["skip", "stop"] = "skip"
     max_skipped: PositiveInt = 100  # the run fails after so many skipped steps in a row
+    stop: StopConfig | None = None  # none: the run has its whole length
     determinism: Literal["fast", "bitwise"] = "fast"  # bitwise: same bits for any number of processes
     compile: Compile = False  # torch.compile each of the task's blocks, or the whole model
 
@@ -119,16 +130,31 @@ class StrategyConfig(Section):
         return strategy_options.options(self.name, self.model_extra or {}, StrategyConfig.model_fields)
 
 
+class EvalSetConfig(Section):
+    every_steps: NonNegativeInt  # 0: at the end of the run only
+
+
 class EvalConfig(Section):
     """Evaluation runs every `every_steps` steps (0: never) and at the end of the run."""
 
     every_steps: NonNegativeInt = 0
+    at_start: bool = False  # also before the first step
+    sets: dict[str, EvalSetConfig] = Field(default_factory=dict)  # those of Task.eval_datasets that have another rhythm
+
+
+class BestConfig(Section):
+    """An evaluation that finds a better `metric` than all before it saves its step, which is kept."""
+
+    metric: str = "eval/loss"
+    mode: Literal["min", "max"] = "min"
+    keep: PositiveInt = 1  # how many of the best
 
 
 class CheckpointConfig(Section):
     every_steps: NonNegativeInt = 1000  # 0: at the end only
     keep: PositiveInt = 3  # how many of the newest are kept
     keep_every: NonNegativeInt = 0  # checkpoints at multiples of this step are never deleted; 0: none
+    best: BestConfig | None = None
 
 
 class TrackingConfig(Section):
@@ -214,6 +240,8 @@ class Config(Section):
         for key in ("compile", "max_skipped"):
             del values["train"][key]
         values["strategy"] = {"communication_dtype": self.strategy.communication_dtype}
+        if self.train.stop is not None:  # then the evaluations decide when the run ends
+            values["eval"] = self.eval.model_dump(mode="json")
         return flatten(values)
 
     def flat(self) -> dict[str, Any]:

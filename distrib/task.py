@@ -72,6 +72,12 @@ class Task:
         """Return the samples to evaluate on, or None for no evaluation."""
         return None
 
+    def eval_datasets(self) -> dict[str, Dataset[Any]]:
+        """Return several evaluation sets by name; the metrics of each are `eval/NAME/…`. By default, the one of
+        `eval_dataset`, whose metrics are `eval/…`."""
+        dataset = self.eval_dataset()
+        return {} if dataset is None else {"": dataset}
+
     def model(self) -> nn.Module:
         """Return the module to train, with its initial weights. torch's generators have the config's seed."""
         raise NotImplementedError(f"{type(self).__name__} has no model()")
@@ -89,7 +95,10 @@ class Task:
         return {}
 
     def metrics(self, rows: dict[str, Tensor]) -> dict[str, float]:
-        """Compute metrics over the rows of the whole evaluation set, in dataset order. Called on rank 0 only."""
+        """Compute metrics over the rows of a whole evaluation set, in dataset order. Called on rank 0 only.
+
+        A second argument, `metrics(self, rows, name)`, gets the name of the set.
+        """
         return {}
 
     def optimizer(self, params: list[tuple[str, nn.Parameter]]) -> Optimizer | None:

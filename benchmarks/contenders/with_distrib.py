@@ -50,7 +50,7 @@ def run(work: Workload, length: Length, folder: Path) -> None:
         return trainer.run_log.metrics["train/loss"]
 
     def evaluate() -> float:
-        return build.evaluate(trainer.engine, trainer.task, trainer.eval_dataset, trainer.config)["eval/loss"]
+        return build.evaluate(trainer.engine, trainer.task, trainer.evaluations.sets[""], trainer.config)["eval/loss"]
 
     def take_turns(windows: Iterator[Window]) -> Iterator[Window]:
         for number, window in enumerate(windows):

@@ -86,6 +86,8 @@ class ProgressDisplay(Observer):
             self.say(f"going on after step {step}")
         elif kind == "compiling":
             self.say(f"compiling ({event['what']}) while the first step runs")
+        elif kind == "stopped":
+            self.say(f"stopped after step {step}: {event['reason']}")
         elif kind == "skipped":
             self.say(f"step {step + 1} {event['verdict']}: the weights were left as they are")
 
@@ -159,7 +161,9 @@ def format_metrics(metrics: dict[str, Any]) -> str:
 
 def format_summary(path: Path, summary: dict[str, Any], what: str) -> str:
     """Return the last line of a run. `what`: finished, or a longer text."""
+    best = summary.get("best")
+    record = "" if best is None else f"best {best['metric']} {best['value']:.4f} after step {best['step']}  "
     return (
-        f"{path} {what}: {format_metrics(summary['metrics'])}  "
+        f"{path} {what}: {format_metrics(summary['metrics'])}  {record}"
         f"({summary['steps']} steps on {summary['world_size']} process(es) in {summary['wall_seconds']:.1f} s)"
     )

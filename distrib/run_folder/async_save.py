@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from distrib.errors import CheckpointError
 from distrib.processes.world import World
 from distrib.run_folder import checkpoint
 from distrib.run_folder.checkpoint import Part, Shard
+from distrib.run_folder.manifest import step_of, steps_of
 
 
 class Saver:
@@ -32,11 +33,11 @@ class Saver:
         self._error: str | None = None
         self._saved: list[dict[str, Any]] = []
 
-    def save(self, step: int, shards: dict[str, Shard], manifest: dict[str, Any]) -> None:
+    def save(self, step: int, shards: dict[str, Shard], manifest: dict[str, Any], best: Collection[int] = ()) -> None:
         """Start to save, and return as soon as `shards` may change again. Waits until an earlier save has ended.
 
-        `manifest`: its entries other than those about tensors and files. Raises CheckpointError if the earlier save
-        failed.
+        `manifest`: its entries other than those about tensors and files. `best`: steps whose checkpoints are kept; each
+        is this step, or was saved before. Raises CheckpointError if the earlier save failed.
         """
         started = time.perf_counter()
         self.wait()
@@ -44,8 +45,12 @@ class Saver:
         part = Part(part.rank, self._stage(part.tensors), part.places)
         manifest = {"step": step, **manifest}
         stall = time.perf_counter() - started
-        self._thread = threading.Thread(target=self._work, args=(step, part, manifest, stall), daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(step, part, manifest, stall, best), daemon=True)
         self._thread.start()
+
+    def has(self, step: int) -> bool:
+        """Return whether the checkpoint of this step is there. Collective."""
+        return self.world.on_rank_0(lambda: any(step_of(path) == step for path in steps_of(self.folder)))
 
     def completed(self) -> list[dict[str, Any]]:
         """Return the saves that have ended since the last call, without waiting.
@@ -92,10 +97,10 @@ class Saver:
             torch.accelerator.synchronize()
         return {name: self._staged[name] for name in tensors}
 
-    def _work(self, step: int, part: Part, manifest: dict[str, Any], stall: float) -> None:
+    def _work(self, step: int, part: Part, manifest: dict[str, Any], stall: float, best: Collection[int]) -> None:
         started = time.perf_counter()
         try:
-            path = self._write(step, part, manifest)
+            path = self._write(step, part, manifest, best)
         except CheckpointError as error:
             self._error = str(error)
         except Exception as error:  # another rank has ended
@@ -104,7 +109,7 @@ class Saver:
             seconds = round(time.perf_counter() - started, 3)
             self._saved.append({"step": step, "path": path.name, "seconds": seconds, "stall": round(stall, 4)})
 
-    def _write(self, step: int, part: Part, manifest: dict[str, Any]) -> Path:
+    def _write(self, step: int, part: Part, manifest: dict[str, Any], best: Collection[int]) -> Path:
         partial = self._on_rank_0(lambda: checkpoint.prepare(self.folder, step))
         mine: dict[str, Any] | str
         try:
@@ -120,7 +125,7 @@ class Saver:
             checkpoint.sync(self.durable)
             tensors = checkpoint.merge([part["tensors"] for part in parts])
             path = checkpoint.commit(partial, {**manifest, "tensors": tensors}, [part["file"] for part in parts])
-            checkpoint.prune(self.folder, self.keep, self.keep_every)
+            checkpoint.prune(self.folder, self.keep, self.keep_every, best)
             return path
 
         return self._on_rank_0(commit)

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import zlib
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,10 +182,11 @@ def merge(described: list[dict[str, Any]]) -> dict[str, Any]:
     return tensors
 
 
-def prune(folder: Path, keep: int, keep_every: int) -> None:
-    """Delete all but the `keep` newest checkpoints and those at multiples of `keep_every` steps (0: none)."""
+def prune(folder: Path, keep: int, keep_every: int, best: Collection[int] = ()) -> None:
+    """Delete all but the `keep` newest checkpoints, those at multiples of `keep_every` steps (0: none), and the `best`
+    steps'."""
     for path in list(steps_of(folder))[keep:]:
-        if not keep_every or step_of(path) % keep_every:
+        if (not keep_every or step_of(path) % keep_every) and step_of(path) not in best:
             gone = folder / f".{path.name}.deleted"
             try:
                 path.rename(gone)  # first, so that no incomplete checkpoint is visible under its name

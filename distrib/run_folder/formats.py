@@ -17,6 +17,7 @@ _REQUIRED_KEYS = {  # event -> keys it must have
     "compiling": ("what",),
     "checkpoint": ("step",),
     "preempted": ("step",),
+    "stopped": ("step", "reason"),
     "failed": ("error",),
 }
 
@@ -143,6 +144,16 @@ class Environment(TypedDict):
     moved: NotRequired[list[str]]  # config keys that --moved has named
 
 
+class Best(TypedDict):
+    """`best` of summary.json."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    metric: str
+    mode: str
+    value: float
+    step: Count
+
+
 class Summary(TypedDict):
     """summary.json."""
 
@@ -151,6 +162,8 @@ class Summary(TypedDict):
     metrics: dict[str, Number]
     world_size: Count
     wall_seconds: float
+    best: NotRequired[Best]
+    stopped: NotRequired[str]
 
 
 class FileOf(TypedDict):

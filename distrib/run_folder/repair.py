@@ -201,12 +201,6 @@ def rewind_evaluations(run: RunDir, steps: int, manifest: dict[str, Any] | None)
         write_whole(run.evals, b"".join(kept).decode())
 
 
-def lacks_evaluation(run: RunDir, step: int) -> bool:
-    """Return whether the evaluation after `step`, the run's last, is missing. A fork needs none at its first step."""
-    last = ledger.last_line(run.evals, formats.EVALUATION)
-    return step > min(run.anchors()) and (last is None or last["step"] != step)
-
-
 def evaluations_damage(run: RunDir) -> list[str]:
     """Describe what is wrong with evals.jsonl, also compared with the newest checkpoint's copy."""
     saved = files_saved(run.checkpoints)  # first, because the run may be in progress

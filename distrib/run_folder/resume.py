@@ -4,11 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distrib.errors import CheckpointError, ConfigError
+from distrib.errors import CheckpointError, ConfigError, and_more
 from distrib.processes.world import World
-from distrib.run_folder import checkpoint, ledger
+from distrib.run_folder import checkpoint, decisions, ledger
 from distrib.run_folder.folder import RunDir
-from distrib.run_folder.manifest import MANIFEST, read_manifest, steps_of
+from distrib.run_folder.manifest import MANIFEST, read_manifest, step_of, steps_of
+
+_MOST_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,42 @@ def latest_valid(run: RunDir, world: World) -> ResumePoint | None:
     if passed_over:
         raise CheckpointError(f"{run.path}: none of its checkpoints can be used: {'; '.join(passed_over)}")
     return None
+
+
+def chosen(run: RunDir, world: World, which: str) -> ResumePoint:
+    """Return the checkpoint that `--checkpoint` names: newest, best or a step. Collective.
+
+    Raises ConfigError if it names none, CheckpointError if the checkpoint is not there or damaged.
+    """
+    if which == "newest":
+        if (found := latest_valid(run, world)) is None:
+            raise CheckpointError(f"{run.checkpoints}: no checkpoint there; the run has not saved one yet")
+        return found
+    path = world.on_rank_0(lambda: _path(run, which))
+    if problem := _damage(path, world):
+        raise CheckpointError(f"{problem}; choose another with --checkpoint")
+    return ResumePoint(path, read_manifest(path))
+
+
+def _path(run: RunDir, which: str) -> Path:
+    """Return the checkpoint of a step, or of the best step. Raises ConfigError."""
+    there = {step_of(path): path for path in steps_of(run.checkpoints)}
+    if which == "best":
+        best = decisions.best(decisions.read_evaluations(run), run.read_config())
+        if best is None:
+            raise ConfigError(
+                "--checkpoint best: no evaluation of the run was the best by its checkpoint.best or train.stop; give "
+                "newest or a step"
+            )
+        step = int(best["step"])
+    elif which.isdecimal():
+        step = int(which)
+    else:
+        raise ConfigError(f"--checkpoint: {which} is not newest, best or a step")
+    if step not in there:
+        listed = and_more([str(one) for one in there], _MOST_SHOWN) or "none"
+        raise ConfigError(f"--checkpoint {which}: {run.checkpoints} has no checkpoint of step {step}; it has: {listed}")
+    return there[step]
 
 
 def verified(path: Path, world: World, run: RunDir | None = None) -> ResumePoint:

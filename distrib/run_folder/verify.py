@@ -11,7 +11,7 @@ from distrib.config import Config
 from distrib.data.order import digest, sample_indices
 from distrib.errors import CheckpointError, DamagedFileError, LedgerError, and_more
 from distrib.plan import RunPlan
-from distrib.run_folder import checkpoint, formats, ledger, repair
+from distrib.run_folder import checkpoint, decisions, formats, ledger, repair
 from distrib.run_folder.files import read_lines
 from distrib.run_folder.folder import RunDir
 from distrib.run_folder.manifest import steps_of
@@ -24,7 +24,7 @@ class Verified:
     """The counts of what was verified. `set_aside`: damaged files that a resume has renamed."""
 
     steps: int
-    of_steps: int  # number of steps in the config
+    of_steps: int  # number of steps in the config, or after which the run has stopped
     samples: int
     checkpoints: int
     set_aside: list[str]
@@ -64,13 +64,15 @@ def verify_run(path: Path) -> Verified:
     for at, manifest in manifests:
         if chains.get(manifest["step"]) != manifest["chain"]:
             problems.append(f"{at}: the ledger's chain after step {manifest['step']} is not the one it was saved with")
-    if os.path.lexists(run.summary) and steps != plan.num_steps:
-        problems.append(f"{run.steps}: ends after {steps} steps, but the run has ended after {plan.num_steps}")
+    stopped = decisions.stopped(decisions.read_evaluations(run), config.train.stop)
+    end = plan.num_steps if stopped is None else stopped["step"]
+    if os.path.lexists(run.summary) and steps != end:
+        problems.append(f"{run.steps}: ends after {steps} steps, but the run has ended after {end}")
     if problems or damaged:
         message = and_more(problems + damaged, _MOST_SHOWN, "; ", "; and")
         raise (LedgerError if problems else CheckpointError)(message)
     aside = sorted(file.name for file in path.glob("*.damaged-*"))
-    return Verified(steps, plan.num_steps, in_order * plan.global_batch_size, len(manifests), aside)
+    return Verified(steps, end, in_order * plan.global_batch_size, len(manifests), aside)
 
 
 def _check_small_files(run: RunDir, config: Config) -> list[str]:

@@ -1,6 +1,6 @@
 """The parts of a run, made from its task and its config: what training, evaluating and explaining have in common."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from distrib.tracebacks import first_line
 from distrib.training import cross_rank_checks, evaluation
 from distrib.training.engine import Engine
 from distrib.training.optimizers import build_optimizer
-from distrib.training.task_checks import check_blocks, check_dataset, check_model, check_optimizer
+from distrib.training.task_checks import check_blocks, check_dataset, check_eval_datasets, check_model, check_optimizer
 
 
 def task(config: Config) -> Task:
@@ -92,24 +92,51 @@ def train_dataset(task: Task, seed: int) -> tuple[Dataset[Any], int | None]:
     return dataset, None if isinstance(dataset, IterableDataset) else len(dataset)  # type: ignore[arg-type]
 
 
-def eval_dataset(task: Task, seed: int, every_steps: int = 0) -> Dataset[Any] | None:
-    """Raises ConfigError if it has no length or no samples, or is missing and to be used `every_steps` steps."""
+def eval_datasets(task: Task, seed: int) -> dict[str, Dataset[Any]]:
+    """Return the evaluation sets by name; that of `Task.eval_dataset` has the name "". Raises ConfigError if one has no
+    length or no samples."""
     with seeded("eval_dataset", seed):
-        dataset = task.eval_dataset()
-    if dataset is None and every_steps:
+        found = check_eval_datasets(task.eval_datasets())
+    for name, dataset in found.items():
+        method = f"eval_datasets: {name}" if name else "eval_dataset"
+        if len(check_dataset(dataset, method)) == 0:  # type: ignore[arg-type]
+            raise ConfigError(f"task.{method}: it has no samples; {'leave it out' if name else 'return None'}")
+    return found
+
+
+def require_evaluations(config: Config, sets: Collection[str], task: Task) -> None:
+    """Raise ConfigError if the config needs evaluations that there are not. `sets`: the names of the task's."""
+    evaluation, stop = config.eval, config.train.stop
+    needs = {
+        f"eval.every_steps: {evaluation.every_steps}": evaluation.every_steps,
+        "eval.at_start: true": evaluation.at_start,
+        "train.stop": stop,
+        "checkpoint.best": config.checkpoint.best,
+    }
+    for key, value in needs.items():
+        if value and not sets:
+            raise ConfigError(
+                f"{key}, but {type(task).__name__} has no evaluation set (Task.eval_dataset); leave the key out"
+            )
+    for name in evaluation.sets:
+        if name not in sets:
+            known = ", ".join(sets) if all(sets) else "only one, without a name"
+            raise ConfigError(f"eval.sets.{name}: there is no such set, but {known or 'none'}")
+    every_steps = [evaluation.every_steps, *(one.every_steps for one in evaluation.sets.values())]
+    if stop is not None and not any(every_steps):
         raise ConfigError(
-            f"eval.every_steps: {every_steps}, but {type(task).__name__} has no evaluation set (Task.eval_dataset); "
-            "leave the key out"
+            "train.stop: the run is evaluated at its end only, so it could not stop earlier; set eval.every_steps"
         )
-    if dataset is not None and len(check_dataset(dataset, "eval_dataset")) == 0:  # type: ignore[arg-type]
-        raise ConfigError("task.eval_dataset: it has no samples; return None for no evaluation")
-    return dataset
 
 
-def fingerprints(train: Dataset[Any], evaluation: Dataset[Any] | None, config: Config) -> dict[str, Fingerprint | None]:
-    """Of both sets, by the name of the method that returned them; None for a stream and for no evaluation."""
-    sets = {"train_dataset": train, "eval_dataset": evaluation}
-    return {name: fingerprint(dataset, config.seed, config.data.num_workers) for name, dataset in sets.items()}
+def fingerprints(train: Dataset[Any], sets: dict[str, Dataset[Any]], config: Config) -> dict[str, Fingerprint | None]:
+    """Of all sets, by the name of the method that returned them; None for a stream and for no evaluation."""
+    found: dict[str, Dataset[Any] | None] = {"train_dataset": train}
+    for name, dataset in sets.items():
+        found[f"eval_datasets {name}" if name else "eval_dataset"] = dataset
+    if not sets:
+        found["eval_dataset"] = None
+    return {name: fingerprint(dataset, config.seed, config.data.num_workers) for name, dataset in found.items()}
 
 
 def optimizer_maker(task: Task, config: Config) -> MakeOptimizer:
@@ -155,7 +182,13 @@ def loading(config: Config, world: World) -> dict[str, Any]:
     }
 
 
-def evaluate(engine: Engine, task: Task, dataset: Dataset[Any], config: Config) -> dict[str, float]:
-    """The metrics under the names that the run folder has for them."""
-    metrics = evaluation.evaluate(engine, task, dataset, config.data.micro_batch_size, **loading(config, engine.world))
-    return {f"eval/{key}": value for key, value in metrics.items()}
+def evaluate(engine: Engine, task: Task, dataset: Dataset[Any], config: Config, name: str = "") -> dict[str, float]:
+    """Return the metrics of the evaluation set `name` under the names that the run folder has for them. Collective."""
+    batch_size, options = config.data.micro_batch_size, loading(config, engine.world)
+    metrics = evaluation.evaluate(engine, task, dataset, batch_size, name, **options)
+    return {metric_name(name, key): value for key, value in metrics.items()}
+
+
+def metric_name(name: str, key: str) -> str:
+    """Return the name of a metric of the evaluation set `name`: eval/KEY, or eval/NAME/KEY."""
+    return f"eval/{name}/{key}" if name else f"eval/{key}"

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from distrib.config import Config
 from distrib.data.seeding import seeded
 from distrib.data.source import require_stream_reader
-from distrib.errors import CheckpointError, ConfigError, DistribError, RunDirError
+from distrib.errors import ConfigError, DistribError, RunDirError
 from distrib.monitor.explain import print_plan
 from distrib.monitor.progress import format_metrics
 from distrib.plan import RunPlan
@@ -22,7 +22,7 @@ from distrib.run_folder.export import export
 from distrib.run_folder.folder import RunDir
 from distrib.run_folder.identity import data_changes
 from distrib.run_folder.ledger import to_json
-from distrib.run_folder.resume import ResumePoint, latest_valid
+from distrib.run_folder.resume import ResumePoint, chosen
 from distrib.strategies import registry
 from distrib.targets import find
 from distrib.task import Task
@@ -43,7 +43,7 @@ def explain_run(config: Config, processes: int) -> None:
     _, num_samples = build.train_dataset(task, config.seed)
     if num_samples is None:
         require_stream_reader()
-    build.eval_dataset(task, config.seed, config.eval.every_steps)
+    build.require_evaluations(config, build.eval_datasets(task, config.seed), task)
     plan = RunPlan.complete(config, strategy.batches, num_samples)
     make, made = build.optimizer_maker(task, config), []
 
@@ -66,35 +66,38 @@ def explain_run(config: Config, processes: int) -> None:
         print(further)
 
 
-def evaluate_run(run_dir: str | Path, as_json: bool = False) -> dict[str, float]:
-    """Evaluate a run's newest checkpoint, and print the metrics; changes nothing in its folder.
+def evaluate_run(run_dir: str | Path, as_json: bool = False, which: str = "newest") -> dict[str, float]:
+    """Evaluate a run's checkpoint, newest, best or of a step, and print the metrics; changes nothing in its folder.
 
     Raises RunDirError, ConfigError and CheckpointError.
     """
     run = RunDir(Path(run_dir).absolute())
     with where_it_began(run):
-        return _evaluate(run, Path(run_dir), as_json)
+        return _evaluate(run, Path(run_dir), as_json, which)
 
 
-def _evaluate(run: RunDir, shown: Path, as_json: bool) -> dict[str, float]:
+def _evaluate(run: RunDir, shown: Path, as_json: bool, which: str) -> dict[str, float]:
     config = run.read_config()
     if config.task is None:
         raise ConfigError(f"{run.path}: the run's task was given in Python, so its config does not name it")
     task, world = build.task(config), World.detect()
     build.prepare(task, config, world)
-    dataset = build.eval_dataset(task, config.seed)
-    if dataset is None:
+    sets = build.eval_datasets(task, config.seed)
+    if not sets:
         raise ConfigError(f"task.target: {config.task.target} has no eval_dataset, so there is nothing to evaluate on")
     strategy = registry.for_evaluation(config, world)
     module = build.model(task, config.seed)
     world.connect()
     strategy.wrap(module, task.blocks(module), None)
     engine = Engine(strategy, mixed_precision=config.train.mixed_precision, seed=config.seed)
-    found = _newest(run, world, sys.stderr if as_json else sys.stdout)
+    found = _chosen(run, world, which, sys.stderr if as_json else sys.stdout)
     engine.load(found.path, found.manifest)
-    metrics = build.evaluate(engine, task, dataset, config)
+    metrics: dict[str, float] = {}
+    for name, dataset in sets.items():
+        metrics.update(build.evaluate(engine, task, dataset, config, name))
     if world.is_rank_0:
-        shown, samples = shown / found.path.relative_to(run.path), len(dataset)  # type: ignore[arg-type]
+        shown = shown / found.path.relative_to(run.path)
+        samples = sum(len(dataset) for dataset in sets.values())  # type: ignore[arg-type, misc]
         entry = {"checkpoint": str(shown), "step": found.manifest["step"], "count": samples, "metrics": metrics}
         print(to_json(entry) if as_json else f"{shown}: {format_metrics(metrics)}  ({samples} samples)", flush=True)
     world.barrier()
@@ -129,7 +132,7 @@ def _check_data(run: RunDir) -> str:
     try:
         task = build.task(config)
         train, _ = build.train_dataset(task, config.seed)
-        data = build.fingerprints(train, build.eval_dataset(task, config.seed), config)
+        data = build.fingerprints(train, build.eval_datasets(task, config.seed), config)
     except Exception as error:
         if not isinstance(error, DistribError | OSError) and is_ours(error):
             raise
@@ -140,15 +143,15 @@ def _check_data(run: RunDir) -> str:
     return "data as at the run's start"
 
 
-def export_run(run_dir: str | Path, out: Path) -> None:
-    """Write a run's newest weights to `out` in the form that its task gives them, and name the files.
+def export_run(run_dir: str | Path, out: Path, which: str = "newest") -> None:
+    """Write the weights of a run's checkpoint to `out` in the form that its task gives them, and name the files.
 
     Raises RunDirError, ConfigError and CheckpointError.
     """
     run, folder = RunDir(Path(run_dir).absolute()), out.absolute()
     with where_it_began(run):
         task = _exporter(run.read_config())
-        for file in export(_newest(run, World()).path, folder, task):
+        for file in export(_chosen(run, World(), which).path, folder, task):
             print(out / file.relative_to(folder))
 
 
@@ -160,11 +163,9 @@ def _exporter(config: Config) -> Task:
     return Task() if found.export is Task.export else build.task(config)
 
 
-def _newest(run: RunDir, world: World, out: TextIO | None = None) -> ResumePoint:
-    """Of a run that has one. Raises CheckpointError. Collective."""
-    found = latest_valid(run, world)
-    if found is None:
-        raise CheckpointError(f"{run.checkpoints}: no checkpoint there; the run has not saved one yet")
+def _chosen(run: RunDir, world: World, which: str, out: TextIO | None = None) -> ResumePoint:
+    """Return the checkpoint, and print which damaged ones were passed over. Raises CheckpointError. Collective."""
+    found = chosen(run, world, which)
     if world.is_rank_0:
         for problem in found.passed_over:
             print(f"passed over: {problem}", file=out, flush=True)

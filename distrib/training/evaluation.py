@@ -1,5 +1,6 @@
 """Exact evaluation: each sample once, metrics over the whole set, and the same bits for any number of processes."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,8 +22,12 @@ from distrib.training.engine import Engine
 from distrib.training.task_checks import check_loss, check_metrics, check_rows
 
 
-def evaluate(engine: Engine, task: Task, dataset: Dataset[Any], batch_size: int, **loading: Any) -> dict[str, float]:
+def evaluate(
+    engine: Engine, task: Task, dataset: Dataset[Any], batch_size: int, name: str = "", **loading: Any
+) -> dict[str, float]:
     """Return the task's metrics over `dataset`, and the mean loss as `loss`, on every rank. Collective.
+
+    `name`: of the evaluation set, for the task's `metrics` if it wants it.
 
     The dataset is split into the same batches for any number of processes, and each rank takes a contiguous block of
     them. Rows are gathered on rank 0 in dataset order, and the metrics are computed there. `loading` as for
@@ -35,10 +40,16 @@ def evaluate(engine: Engine, task: Task, dataset: Dataset[Any], batch_size: int,
         rows, losses = collect()
         total, count = (math.fsum(column) for column in losses.T.tolist())
         with seeded("metrics", engine.seed):
-            found = check_metrics(task.metrics(rows))
+            found = check_metrics(call_metrics(task, rows, name))
         return {"loss": total / count if count else math.nan, **found}
 
     return engine.world.on_rank_0(metrics)
+
+
+def call_metrics(task: Task, rows: dict[str, Any], name: str) -> Any:
+    """Call `task.metrics(rows)`, or `task.metrics(rows, name)` if it takes the name of the evaluation set."""
+    takes_name = len(inspect.signature(task.metrics).parameters) > 1
+    return task.metrics(rows, name) if takes_name else task.metrics(rows)  # type: ignore[call-arg]
 
 
 def predict(

@@ -13,7 +13,6 @@ class Preemption:
     def __init__(self, world: World) -> None:
         self.world = world
         self.asked = False
-        self.longest_evaluation = 0.0  # seconds; a run does not stop during an evaluation
         self._requeue = False
         self._warned = False
 
@@ -32,13 +31,16 @@ class Preemption:
             lambda: requeue(scheduler) if asked and scheduler is not None and scheduler.can_requeue else None
         )
 
-    def too_long(self, save_seconds: float) -> str | None:
-        """Return a warning, once, if a save may take longer than the time between a signal and the kill."""
+    def too_long(self, save_seconds: float, evaluation_seconds: float) -> str | None:
+        """Return a warning, once, if a save may take longer than the time between a signal and the kill.
+
+        `evaluation_seconds`: of the longest evaluation so far, during which a run does not stop.
+        """
         grace = self.world.grace
-        if self._warned or grace is None or save_seconds + self.longest_evaluation <= grace:
+        if self._warned or grace is None or save_seconds + evaluation_seconds <= grace:
             return None
         self._warned = True
-        before = f" and an evaluation before it {self.longest_evaluation:.1f} s" if self.longest_evaluation else ""
+        before = f" and an evaluation before it {evaluation_seconds:.1f} s" if evaluation_seconds else ""
         return (
             f"a save takes {save_seconds:.1f} s{before}, but a run is killed {grace:g} s after it is asked to stop; "
             "allow more time (--grace, or what the scheduler calls it)"

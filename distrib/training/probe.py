@@ -45,11 +45,13 @@ def warm_up_ddp_buckets(engine: Engine, task: Task, window: Window) -> None:
         engine.warm_up_ddp_buckets(task, window)
 
 
-def trial_evaluation(engine: Engine, task: Task, dataset: Dataset[Any], config: Config, record: RunLog) -> None:
+def trial_evaluation(
+    engine: Engine, task: Task, dataset: Dataset[Any], config: Config, record: RunLog, name: str = ""
+) -> list[str] | None:
     """Evaluate two batches and drop the result, because the first real evaluation may be hours later. Collective.
 
-    Raises ConfigError. If `metrics` fails or a metric is not a number, it only warns, because more samples may be
-    needed.
+    `name`: of the evaluation set. Returns the names of its metrics. Raises ConfigError. If `metrics` fails or a metric
+    is not a number, it only warns and returns None, because more samples may be needed.
     """
     batch_size = config.data.micro_batch_size
     size = min(2 * batch_size, len(dataset))  # type: ignore[arg-type]
@@ -58,11 +60,11 @@ def trial_evaluation(engine: Engine, task: Task, dataset: Dataset[Any], config: 
     with trial():
         collect = evaluation.predict(engine, task, dataset, size, batch_size, **loading)
 
-    def metrics() -> None:
+    def metrics() -> list[str] | None:
         rows, _ = collect()
         try:
             with seeded("metrics", engine.seed):
-                found = task.metrics(rows)
+                found = evaluation.call_metrics(task, rows, name)
         except DistribError:
             raise
         except Exception as error:
@@ -75,8 +77,10 @@ def trial_evaluation(engine: Engine, task: Task, dataset: Dataset[Any], config: 
                 f"task.metrics failed on a trial with {size} samples: {doubt}; if it fails on the whole evaluation set "
                 "too, the run cannot finish"
             )
+            return None
+        return ["loss", *found]
 
-    engine.world.on_rank_0(metrics)
+    return engine.world.on_rank_0(metrics)
 
 
 class MeanLossCheck(Task):

@@ -168,13 +168,13 @@ class StepLog:
         self._applied_before = manifest.get("applied_before", self.applied - 1)  # older manifests lack this key
         self.skipped_in_a_row = manifest.get("skipped_in_a_row", 0)
 
-    def summary(self, name: str, first_step: int) -> dict[str, Any]:
-        """Return the content of summary.json after the last step. `first_step`: of this start."""
-        samples = (self.plan.num_steps - first_step) * self.plan.global_batch_size
+    def summary(self, name: str, first_step: int, num_steps: int) -> dict[str, Any]:
+        """Return the content of summary.json after `num_steps` steps. `first_step`: of this start."""
+        samples = (num_steps - first_step) * self.plan.global_batch_size
         return {
             "name": name,
-            "steps": self.plan.num_steps,
-            "skipped": self.plan.num_steps - self.applied,
+            "steps": num_steps,
+            "skipped": num_steps - self.applied,
             "metrics": self.run_log.metrics,
             "samples_per_second": round(samples / max(self.run_log.train_seconds, 1e-9), 1),
             "wall_seconds": round(total_seconds(self.run_log.run), 3),

@@ -3,6 +3,7 @@ and what it should return."""
 
 import dataclasses
 import numbers
+import re
 import traceback
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
@@ -61,6 +62,16 @@ def check_blocks(value: Any) -> list[nn.Module]:
     if not isinstance(value, list | tuple | nn.ModuleList) or not all(isinstance(block, nn.Module) for block in value):
         raise ConfigError(f"task.blocks: returned {describe(value)}; return a list of the model's modules")
     return list(value)
+
+
+def check_eval_datasets(value: Any) -> dict[str, Any]:
+    """Check what eval_datasets returned: names, each a part of a metric's name, and datasets."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"task.eval_datasets: returned {describe(value)}; return a dict of datasets by name")
+    for name in value:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]*", name):
+            raise ConfigError(f"task.eval_datasets: {name!r} is no name; give letters, digits, '.', '_' and '-'")
+    return dict(value)
 
 
 def check_optimizer(value: Any) -> Optimizer | None:

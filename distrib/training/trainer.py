@@ -1,6 +1,5 @@
 """Assembles a run from its config, runs the training loop, and decides when to evaluate, save and stop."""
 
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +17,6 @@ from distrib.monitor.trackers.trackers import in_sweep, require_trackers
 from distrib.plan import RunPlan
 from distrib.processes.signals import when_asked_to_stop
 from distrib.processes.world import World
-from distrib.run_folder import repair
 from distrib.run_folder.async_save import Saver
 from distrib.run_folder.earlier_starts import what_to_do_now
 from distrib.run_folder.environment import describe, describe_task
@@ -32,6 +30,7 @@ from distrib.strategies.parameters import trainable
 from distrib.task import Task
 from distrib.training import build, cross_rank_checks, probe, timing
 from distrib.training.engine import Engine
+from distrib.training.evaluations import Evaluations
 from distrib.training.loop import train_step
 from distrib.training.model_checks import check_module, refuse_optimizer
 from distrib.training.optimizers import ignored_keys
@@ -77,7 +76,8 @@ class Trainer:
         self.config = config = self.strategy.config
         build.prepare(task, config, self.world)
         self.train_dataset, num_samples = build.train_dataset(task, config.seed)
-        self.eval_dataset = build.eval_dataset(task, config.seed, config.eval.every_steps)
+        eval_datasets = build.eval_datasets(task, config.seed)
+        build.require_evaluations(config, eval_datasets, task)
         self.plan = RunPlan.complete(config, self.strategy.batches, num_samples)
         require_steps_left(self.origin, self.plan.num_steps)
         loading = build.loading(config, self.world)
@@ -95,6 +95,7 @@ class Trainer:
         if self.ignored_keys and not self.run.has_begun():  # older versions allowed it, and such a run may resume
             raise ConfigError(self.ignored_keys)
         self.run_log = RunLog(self.run, self.world, config, self.plan, all_observers, verbosity)
+        self.evaluations = Evaluations(task, eval_datasets, config, self.plan, self.run_log)
         self.preemption = Preemption(self.world)
         self.first_step = 0  # of this process
         self.step_log = StepLog(self.run_log, self.plan, self.strategy.name, config.train)
@@ -107,7 +108,7 @@ class Trainer:
         """
         self.world.connect(self.config.strategy.timeout)
         cross_rank_checks.require_same_config(self.world, self.config)
-        data = build.fingerprints(self.train_dataset, self.eval_dataset, self.config)
+        data = build.fingerprints(self.train_dataset, self.evaluations.sets, self.config)
         cross_rank_checks.require_same_data(self.world, data)
         summary = self.world.on_rank_0(lambda: self._start(data))
         try:
@@ -161,14 +162,17 @@ class Trainer:
             stack.enter_context(when_asked_to_stop(self.preemption.take_note))
             stack.enter_context(self.run_log.open(chain, self.first_step))
             stack.callback(self.step_log.close)
-            self._before_training(engine)
+            self.evaluations.begin(engine, self.first_step)
+            if self.first_step in self.evaluations.best_steps and not saver.has(self.first_step):
+                self._save(engine, saver, self.first_step)
+            windows = self.source.windows(self.first_step, engine.prefetcher)
             engine.clock.start()
-            for window in self.source.windows(self.first_step, engine.prefetcher):
+            for window in windows if self.evaluations.stopped is None else ():
                 steps_done = window.step + 1
                 step = self._step(engine, window)
                 stop = self.step_log.flush()  # the previous step's result, read while the device computes this step
-                evaluate = self.eval_dataset is not None and self._is_due(self.config.eval.every_steps, steps_done)
-                save = self._is_due(self.config.checkpoint.every_steps, steps_done)
+                evaluate = self.evaluations.due(steps_done)
+                save = self._save_is_due(steps_done)
                 if evaluate or save or stop:
                     step.wait()  # count the wait in this step's time
                 self.step_log.submit(window.step, step, self._seconds(engine, window.step))
@@ -178,14 +182,26 @@ class Trainer:
                     self._save(engine, saver, steps_done)
                 if evaluate:
                     with saver.completed_first():
-                        self._evaluate(engine, steps_done)
+                        self.evaluations.evaluate(engine, steps_done, evaluate)
+                    ends = self.evaluations.stopped is not None
+                    if (ends or steps_done in self.evaluations.best_steps) and not save:
+                        self._save(engine, saver, steps_done)
+                        save = True
+                    if ends:
+                        break
                 self._report_saves(saver)
                 if stop and steps_done < self.plan.num_steps:
                     self._stop(engine, saver, steps_done, saved=save)
                 engine.clock.start()
+            steps_done = self.plan.num_steps
+            if (stopped := self.evaluations.stopped) is not None:
+                steps_done = stopped["step"]
+                with saver.completed_first():
+                    self.evaluations.end(engine, steps_done)
+                self.run_log.event("stopped", **stopped)
             saver.wait()
             self._report_saves(saver)
-            return self.world.on_rank_0(self._finish)
+            return self.world.on_rank_0(lambda: self._finish(steps_done))
 
     def _resume(self, engine: Engine) -> str:
         """Resume an interrupted or forked run, if this is one. Return the ledger's chain at that step. Collective."""
@@ -219,17 +235,6 @@ class Trainer:
         for reason in notes(self.run.read_environment()):
             self.run_log.warn(reason)
 
-    def _before_training(self, engine: Engine) -> None:
-        """Make the evaluation that is missing if the run stopped between a save and it, else a trial. Collective."""
-        if self.eval_dataset is None:
-            return
-        step = self.first_step
-        due = step > 0 and self._is_due(self.config.eval.every_steps, step)
-        if due and self.world.on_rank_0(lambda: repair.lacks_evaluation(self.run, step)):
-            self._evaluate(engine, step)
-        elif step < self.plan.num_steps:
-            probe.trial_evaluation(engine, self.task, self.eval_dataset, self.config, self.run_log)
-
     def _step(self, engine: Engine, window: Window) -> PendingStep:
         rate = self._learning_rate(engine)
         if window.step == self.first_step:
@@ -248,7 +253,7 @@ class Trainer:
         shards = engine.strategy.shards()
         if not type(self.strategy).__module__.startswith("distrib."):  # distrib's own are tested, and this takes time
             cross_rank_checks.require_same_copies(self.world, self.strategy.name, shards)
-        saver.save(steps_done, shards, manifest)
+        saver.save(steps_done, shards, manifest, self.evaluations.best_steps)
 
     def _stop(self, engine: Engine, saver: Saver, steps_done: int, saved: bool) -> None:
         """Save, where that is not just done, have the job requeued, and end with exit code 75."""
@@ -268,7 +273,8 @@ class Trainer:
     def _report_saves(self, saver: Saver) -> None:
         for saved in saver.completed():
             self.run_log.event("checkpoint", **saved)
-            if (reason := self.preemption.too_long(saved["seconds"] + saved["stall"])) is not None:
+            seconds = saved["seconds"] + saved["stall"]
+            if (reason := self.preemption.too_long(seconds, self.evaluations.longest_seconds)) is not None:
                 self.run_log.warn(reason)
 
     def _learning_rate(self, engine: Engine) -> float:
@@ -280,19 +286,12 @@ class Trainer:
         seconds = engine.clock.seconds()
         return {**seconds, **timing.sampled(engine)} if (step - self.first_step) % timing.EVERY_STEPS == 1 else seconds
 
-    def _is_due(self, every_steps: int, steps_done: int) -> bool:
+    def _save_is_due(self, steps_done: int) -> bool:
+        every_steps = self.config.checkpoint.every_steps
         return steps_done == self.plan.num_steps or (every_steps > 0 and steps_done % every_steps == 0)
 
-    def _evaluate(self, engine: Engine, steps_done: int) -> None:
-        assert self.eval_dataset is not None, "evaluation was due"
-        started = time.perf_counter()
-        metrics = build.evaluate(engine, self.task, self.eval_dataset, self.config)
-        seconds = time.perf_counter() - started
-        self.preemption.longest_evaluation = max(self.preemption.longest_evaluation, seconds)
-        self.run_log.evaluation(steps_done, len(self.eval_dataset), metrics, seconds)  # type: ignore[arg-type]
-
-    def _finish(self) -> dict[str, Any]:
-        summary = self.step_log.summary(self.config.name, self.first_step)
+    def _finish(self, steps_done: int) -> dict[str, Any]:
+        summary = self.step_log.summary(self.config.name, self.first_step, steps_done) | self.evaluations.summary()
         self.run_log.draw_curves()
         self.run_log.finish(summary)
         return summary

@@ -22,6 +22,10 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 CLIP = {"sgd": None, "adamw": 0.5}
 
+# test_early_stopping
+STOP: dict[str, Any] = {"patience": 3, "min_delta": 0.01}
+STOP_EVERY = 3
+
 # test_verdicts and test_strategies
 STEPS = 40
 FEW, EVERY = 12, 5
@@ -96,6 +100,7 @@ def _parity_cases(world: int) -> dict[str, dict[str, Any]]:
         for window in (WINDOWS if strategy == "auto" else SHARDED_WINDOWS)[optimizer]
     }
     if world in SHARDED_WORLDS:
+        found.update({f"stops-{strategy}": stop_config(strategy) for strategy in strategies})
         found["dropout"] = parity_config("sgd", 16, dropout=0.3)
     return found
 
@@ -108,6 +113,17 @@ def parity_config(optimizer: str, batch: int, strategy: str = "auto", **task: fl
         "optim": OPTIMIZERS[optimizer],
         "train": {"steps": PARITY_STEPS, "max_grad_norm": CLIP[optimizer]},
         "strategy": {"name": strategy},
+    }
+
+
+def stop_config(strategy: str) -> dict[str, Any]:
+    """A run that stops early, and keeps its best checkpoint."""
+    return {
+        **parity_config("adamw", 16, strategy),
+        "optim": {"name": "adamw", "lr": 0.01},
+        "train": {"steps": PARITY_STEPS, "stop": STOP},
+        "eval": {"every_steps": STOP_EVERY},
+        "checkpoint": {"every_steps": 0, "keep": 1, "best": {"metric": "eval/right", "mode": "max"}},
     }
 
 

@@ -21,7 +21,11 @@ from conftest import lines, tensors
 from tasks import Masked
 
 from distrib import Config, Trainer
+from distrib.config import BestConfig
 from distrib.errors import DistribError
+from distrib.run_folder import checkpoint, decisions
+from distrib.run_folder.folder import RunDir
+from distrib.run_folder.manifest import step_of, steps_of
 from distrib.run_folder.verify import verify_run
 
 RANKS, STEPS = 2, 40
@@ -30,7 +34,7 @@ CONFIG: dict[str, Any] = {
     "data": {"global_batch_size": 16, "micro_batch_size": 4},
     "train": {"steps": STEPS, "max_grad_norm": 1.0},
     "eval": {"every_steps": 5},
-    "checkpoint": {"every_steps": 3, "keep": 2},
+    "checkpoint": {"every_steps": 3, "keep": 2, "best": {}},
 }
 
 
@@ -78,22 +82,35 @@ def killed(folder: Path, steps: int, moment: float, ranks: list[int]) -> None:
     wait(pids)
 
 
+def check_best(folder: Path) -> None:
+    """The best checkpoint is there, by the evaluations up to the newest checkpoint, after which the run goes on."""
+    run = RunDir(folder)
+    newest = next(steps_of(run.checkpoints), None)
+    if newest is not None:
+        before = [line for line in decisions.read_evaluations(run) if line["step"] <= step_of(newest)]
+        if found := decisions.records(before, Config.from_dict(CONFIG).checkpoint.best or BestConfig()):
+            checkpoint.verify(run.checkpoints / f"step-{found[-1][0]:08d}")
+
+
 def main() -> None:
     base, seeds = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     Trainer(Masked(), Config.from_dict(CONFIG), base / "not-begun")  # to trigger torch's late imports
     assert wait(start(base / "undisturbed")) == [0] * RANKS
     expected = tensors(base / "undisturbed")
-    places = []
+    best, places = json.loads((base / "undisturbed" / "summary.json").read_text())["best"], []
     for seed in range(seeds):
         chance, folder = random.Random(seed), base / "killed"
         steps = 0
         for _ in range(chance.choice([1, 1, 2])):
             steps = chance.randint(steps, STEPS - 1)
             killed(folder, steps, chance.uniform(0, 0.02), chance.choice([[0], [1], [0, 1]]))
+            check_best(folder)
         assert wait(start(folder)) == [0] * RANKS, f"seed {seed}: it did not go on"
         verify_run(folder)
+        check_best(folder)
         assert len(lines(folder)) == STEPS
+        assert json.loads((folder / "summary.json").read_text())["best"] == best
         found = tensors(folder)
         for name, value in expected.items():
             assert (found[name] == value).all(), f"seed {seed}: {name} is another"

@@ -1,0 +1,92 @@
+"""Decisions that follow from the evaluations: when a run stops, and which checkpoint is its best.
+
+Each is a function of the lines of evals.jsonl, so it is the same for any number of processes and after interruptions.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from distrib.config import BestConfig, Config, StopConfig
+from distrib.errors import ConfigError, did_you_mean
+from distrib.run_folder.files import read_lines
+from distrib.run_folder.folder import RunDir
+from distrib.run_folder.formats import EVALUATION
+
+Evaluation = dict[str, Any]  # a line of evals.jsonl
+
+
+def read_evaluations(run: RunDir) -> list[Evaluation]:
+    """Return the valid lines of the run's evals.jsonl. Damaged ones are reported in `run.trouble`."""
+    return list(read_lines(run.evals, EVALUATION, run.trouble))
+
+
+def records(evaluations: Sequence[Evaluation], criterion: BestConfig | StopConfig) -> list[tuple[int, float]]:
+    """Return step and value of each evaluation that was better than all before it."""
+    found: list[tuple[int, float]] = []
+    for _, best, _ in _walk(evaluations, criterion):
+        if best is not None and best not in found[-1:]:
+            found.append(best)
+    return found
+
+
+def stopped(evaluations: Sequence[Evaluation], stop: StopConfig | None) -> dict[str, Any] | None:
+    """Return the details of the `stopped` event at the first evaluation after which the run stops; None if it goes
+    on."""
+    if stop is None:
+        return None
+    for evaluation, best, waited in _walk(evaluations, stop):
+        if waited >= stop.patience and evaluation["step"] >= stop.min_steps:
+            step, value = best or (None, None)
+            record = "it was never finite" if best is None else f"the best was {value:.6g} after step {step}"
+            return {
+                "step": evaluation["step"],
+                "metric": stop.metric,
+                "best_step": step,
+                "best_value": value,
+                "reason": f"{stop.metric} has not improved in {waited} evaluation(s); {record}",
+            }
+    return None
+
+
+def best(evaluations: Sequence[Evaluation], config: Config) -> dict[str, Any] | None:
+    """Return metric, mode, value and step of the best evaluation, by `checkpoint.best`, else by `train.stop`."""
+    criterion = config.checkpoint.best or config.train.stop
+    if criterion is None or not (found := records(evaluations, criterion)):
+        return None
+    step, value = found[-1]
+    return {"metric": criterion.metric, "mode": criterion.mode, "value": value, "step": step}
+
+
+def require_metrics(config: Config, metrics: Iterable[str]) -> None:
+    """Raise ConfigError if a decision of the config needs a metric that is not among these."""
+    known = sorted(metrics)
+    for key, criterion in (("train.stop", config.train.stop), ("checkpoint.best", config.checkpoint.best)):
+        if criterion is not None and criterion.metric not in known:
+            raise ConfigError(
+                f"{key}.metric: {criterion.metric} is not among the metrics of an evaluation: {', '.join(known)}"
+                + did_you_mean(criterion.metric, known)
+            )
+
+
+def _walk(
+    evaluations: Sequence[Evaluation], criterion: BestConfig | StopConfig
+) -> Iterator[tuple[Evaluation, tuple[int, float] | None, int]]:
+    """Yield each evaluation, step and value of the best so far, and the number of evaluations since.
+
+    Of equal values the earliest is the best. A value that is not finite is never better. Evaluations without the metric
+    are passed over.
+    """
+    min_delta = criterion.min_delta if isinstance(criterion, StopConfig) else 0.0
+    sign = 1.0 if criterion.mode == "min" else -1.0
+    found: tuple[int, float] | None = None
+    waited = 0
+    for evaluation in evaluations:
+        if criterion.metric not in evaluation["metrics"]:  # of another evaluation set
+            continue
+        value = evaluation["metrics"][criterion.metric]
+        if value is None or not math.isfinite(value) or (found and not sign * (found[1] - value) > min_delta):
+            waited += 1
+        else:
+            found, waited = (evaluation["step"], value), 0
+        yield evaluation, found, waited

@@ -1,0 +1,102 @@
+"""The evaluations of a run: when they are due, and what follows from them."""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from distrib.config import Config
+from distrib.monitor.run_log import RunLog
+from distrib.plan import RunPlan
+from distrib.run_folder import decisions
+from distrib.run_folder.decisions import Evaluation
+from distrib.task import Task
+from distrib.training import build, probe
+from distrib.training.engine import Engine
+
+
+class Evaluations:
+    """Evaluates the task's sets, and knows all lines of evals.jsonl on every rank, so that all decide alike.
+
+    `sets`: by name; one from `Task.eval_dataset` has the name "". Methods are collective.
+    """
+
+    def __init__(self, task: Task, sets: dict[str, Dataset[Any]], config: Config, plan: RunPlan, log: RunLog) -> None:
+        self.task, self.sets, self.config, self.plan, self.log = task, sets, config, plan, log
+        self.longest_seconds = 0.0
+        self._lines: list[Evaluation] = []
+
+    def due(self, steps_done: int) -> list[str]:
+        """Return the names of the sets that are evaluated after so many steps."""
+        if steps_done == self.plan.num_steps:
+            return list(self.sets)
+        config = self.config.eval
+        every_steps = {
+            name: config.sets[name].every_steps if name in config.sets else config.every_steps for name in self.sets
+        }
+        return [name for name, every in every_steps.items() if every and steps_done % every == 0]
+
+    def begin(self, engine: Engine, first_step: int) -> None:
+        """Evaluate what a start that was killed after its save has not evaluated, and in a new run what `eval.at_start`
+        asks for. If there is nothing to evaluate, try each set."""
+        run = self.log.run
+        self._lines, begins = self.log.world.on_rank_0(
+            lambda: (decisions.read_evaluations(run), first_step == min(run.anchors()))
+        )
+        wanted = self.due(first_step) if not begins else list(self.sets) if self.config.eval.at_start else []
+        if not self._evaluate_missing(engine, first_step, wanted) and first_step < self.plan.num_steps:
+            found: list[str] | None = []
+            for name, dataset in self.sets.items():
+                keys = probe.trial_evaluation(engine, self.task, dataset, self.config, self.log, name)
+                found = None if keys is None or found is None else [*found, *(build.metric_name(name, k) for k in keys)]
+            if found:
+                decisions.require_metrics(self.config, found)
+
+    def evaluate(self, engine: Engine, steps_done: int, names: Iterable[str]) -> None:
+        """Evaluate these sets, and write a line of evals.jsonl. Raises ConfigError if a decision lacks its metric."""
+        started, metrics, count = time.perf_counter(), dict[str, float](), 0
+        for name in names:
+            metrics.update(build.evaluate(engine, self.task, self.sets[name], self.config, name))
+            count += len(self.sets[name])  # type: ignore[arg-type]
+        seconds = time.perf_counter() - started
+        self.longest_seconds = max(self.longest_seconds, seconds)
+        self.log.evaluation(steps_done, count, metrics, seconds)
+        self._lines.append({"step": steps_done, "metrics": metrics})
+        if len(self._sets_of(self._lines[-1])) == len(self.sets):
+            decisions.require_metrics(self.config, metrics)
+
+    def end(self, engine: Engine, steps_done: int) -> None:
+        """Evaluate the sets that were not due at the step after which the run stops."""
+        self._evaluate_missing(engine, steps_done, list(self.sets))
+
+    def _evaluate_missing(self, engine: Engine, steps_done: int, names: list[str]) -> bool:
+        """Evaluate those of the sets that have no line at this step yet. Return whether there were some."""
+        done = {name for line in self._lines if line["step"] == steps_done for name in self._sets_of(line)}
+        missing = [name for name in names if name not in done]
+        if missing:
+            self.evaluate(engine, steps_done, missing)
+        return bool(missing)
+
+    @property
+    def stopped(self) -> dict[str, Any] | None:
+        """The details of the `stopped` event, if the run stops after the evaluations so far."""
+        return decisions.stopped(self._lines, self.config.train.stop)
+
+    @property
+    def best_steps(self) -> list[int]:
+        """The steps of the best evaluations, whose checkpoints are kept; the last is the best."""
+        best = self.config.checkpoint.best
+        return [] if best is None else [step for step, _ in decisions.records(self._lines, best)][-best.keep :]
+
+    def summary(self) -> dict[str, Any]:
+        """Return what summary.json says about decisions."""
+        best, stopped = decisions.best(self._lines, self.config), self.stopped
+        return {
+            **({} if best is None else {"best": best}),
+            **({} if stopped is None else {"stopped": stopped["reason"]}),
+        }
+
+    def _sets_of(self, line: Evaluation) -> list[str]:
+        """Return the names of the sets that were evaluated for a line of evals.jsonl."""
+        return [name for name in self.sets if build.metric_name(name, "loss") in line["metrics"]]

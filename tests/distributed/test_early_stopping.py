@@ -1,0 +1,72 @@
+"""A run stops after the same step, with the same best checkpoint, as a plain PyTorch loop does."""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import PARITY_STEPS, SHARDED, SHARDED_WORLDS, STOP, STOP_EVERY
+from conftest import lines, losses
+from tasks import Masked
+from torch.nn import functional as F
+
+from distrib.data.order import sample_indices
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("worlds")]
+BATCH = 16
+
+
+@cache
+def plain() -> tuple[list[float], list[tuple[int, float, int]]]:
+    """Train and evaluate in one process until the evaluation's loss improves no more. Return the losses of the steps;
+    and step, loss and number of right tokens of each evaluation."""
+    task = Masked()
+    (tokens, targets), (others, answers) = task.train_dataset().tensors, task.eval_dataset().tensors
+    torch.manual_seed(7)
+    model = task.model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+    train_losses, evaluations, best, waited = list[float](), list[tuple[int, float, int]](), np.inf, 0
+    for step in range(PARITY_STEPS):
+        positions = np.arange(step * BATCH, (step + 1) * BATCH, dtype=np.uint64)
+        chosen = sample_indices(positions, len(tokens), 7).tolist()
+        loss = F.cross_entropy(model(tokens[chosen]).flatten(0, 1), targets[chosen].flatten(), ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        train_losses.append(loss.item())
+        if (step + 1) % STOP_EVERY == 0:
+            with torch.no_grad():
+                output = model(others)
+            found = F.cross_entropy(output.flatten(0, 1), answers.flatten(), ignore_index=-100).item()
+            right = int(((output.argmax(-1) == answers) & (answers != -100)).sum())
+            evaluations.append((step + 1, found, right))
+            # Rounding, some 1e-7, must not decide whether this one is better.
+            assert abs(best - STOP["min_delta"] - found) > 1e-5
+            best, waited = (found, 0) if found < best - STOP["min_delta"] else (best, waited + 1)
+            if waited == STOP["patience"]:
+                break
+    return train_losses, evaluations
+
+
+@pytest.mark.parametrize("strategy", ["auto", *SHARDED])
+@pytest.mark.parametrize("processes", SHARDED_WORLDS)
+def test_it_stops_as_the_plain_loop_does(world: Callable[[int], Path], processes: int, strategy: str) -> None:
+    expected, evaluations = plain()
+    assert STOP_EVERY < len(expected) < PARITY_STEPS
+    run = world(processes) / f"stops-{strategy}"
+    np.testing.assert_allclose(losses(run), expected, rtol=1e-5)  # also equally many
+    found = lines(run, "evals.jsonl")
+    assert [line["step"] for line in found] == [step for step, _, _ in evaluations]
+    np.testing.assert_allclose(
+        [line["metrics"]["eval/loss"] for line in found], [loss for _, loss, _ in evaluations], rtol=1e-5
+    )
+    assert [line["metrics"]["eval/right"] for line in found] == [right for _, _, right in evaluations]
+    best = max(evaluations, key=lambda evaluation: (evaluation[2], -evaluation[0]))
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == len(expected)
+    assert (summary["best"]["step"], summary["best"]["value"]) == (best[0], best[2])
+    kept = sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+    assert kept == sorted({best[0], len(expected)})
