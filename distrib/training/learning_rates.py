@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 from distrib.config import Config, OptimConfig
-from distrib.data.shapes import describe
+from distrib.config_yaml import shown
 from distrib.errors import ConfigError
 from distrib.task import Task
 from distrib.tracebacks import users_lines
@@ -49,9 +49,9 @@ def _refuse_both(task: Task, optim: OptimConfig) -> None:
     for key in _INSTEAD:
         value = getattr(optim, key)
         if value != OptimConfig.model_fields[key].default:
-            shown = value if isinstance(value, str | int | float) else "given"
+            given = value if isinstance(value, str | int | float) else "given"
             raise ConfigError(
-                f"optim.{key}: {shown}, and {type(task).__name__}.learning_rate returns the rate of each update; "
+                f"optim.{key}: {given}, and {type(task).__name__}.learning_rate returns the rate of each update; "
                 "leave out one of the two"
             )
 
@@ -74,7 +74,7 @@ def _checked(value: object, update: int) -> float:
         rate = math.nan
     if not 0 <= rate < math.inf or isinstance(value, str):
         raise ConfigError(
-            f"task.learning_rate: returned {describe(value)} for update {update}; return the learning rate, a finite "
+            f"task.learning_rate: returned {shown(value)} for update {update}; return the learning rate, a finite "
             "number that is 0 or more"
         )
     return rate

@@ -22,6 +22,20 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 CLIP = {"sgd": None, "adamw": 0.5}
 
+# test_schedules
+SCHEDULED_STEPS, SCHEDULED_WORLDS = 30, (1, 2)
+SCHEDULED: dict[str, dict[str, Any]] = {
+    "wsd": {"warmup_steps": 4, "schedule": {"name": "wsd", "decay_steps": 10, "min_lr_ratio": 0.1}},
+    "pieces": {
+        "schedule": [
+            {"name": "warmup", "steps": 4},
+            {"name": "cosine", "steps": 10, "min_lr_ratio": 0.2},
+            {"name": "step", "steps": 6, "step_size": 2, "gamma": 0.7},
+            {"name": "linear", "max_lr_ratio": 0.6},
+        ]
+    },
+}
+
 # test_verdicts and test_strategies
 STEPS = 40
 FEW, EVERY = 12, 5
@@ -51,7 +65,7 @@ COMPRESSED = ("ddp", "zero0", "zero2", "zero3", "fsdp2")
 
 def cases(world: int) -> dict[str, dict[str, Any]]:
     """Return name and config of each run."""
-    found = _parity_cases(world)
+    found = {**_parity_cases(world), **_scheduled_cases(world)}
     if world in (1, 2):
         found.update({f"precision-{name}": _config(STEPS, mixed_precision=name) for name in PRECISIONS})
     if world == 2:
@@ -74,12 +88,15 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
 
 def resumed(world: int) -> list[str]:
     """Return the names of the runs that are also interrupted and resumed."""
+    scheduled = list(_scheduled_cases(world))
     if world == 2:
-        return [f"{name}-{precision}" for name in ("ddp", *SHARDED) for precision in PRECISIONS] + [
+        return [
+            *scheduled,
+            *(f"{name}-{precision}" for name in ("ddp", *SHARDED) for precision in PRECISIONS),
             *("ddp-static", "stream-0", "stream-2", "buffers-ddp", "buffers-zero1", "buffers-fsdp2"),
             *("bitwise-formats", "zero2-formats", "fsdp2-formats"),
         ]
-    return [*(f"{name}-no" for name in ("ddp", *SHARDED)), "hsdp-no", "hsdp-fp16"] if world == 4 else []
+    return [*(f"{name}-no" for name in ("ddp", *SHARDED)), "hsdp-no", "hsdp-fp16"] if world == 4 else scheduled
 
 
 def moved(world: int) -> list[tuple[str, str]]:
@@ -108,6 +125,21 @@ def parity_config(optimizer: str, batch: int, strategy: str = "auto", **task: fl
         "optim": OPTIMIZERS[optimizer],
         "train": {"steps": PARITY_STEPS, "max_grad_norm": CLIP[optimizer]},
         "strategy": {"name": strategy},
+    }
+
+
+def _scheduled_cases(world: int) -> dict[str, dict[str, Any]]:
+    """Return the runs whose learning rate follows a schedule with options."""
+    if world not in SCHEDULED_WORLDS:
+        return {}
+    strategies = (*(["single"] if world == 1 else []), "ddp", *SHARDED)
+    return {
+        f"{strategy}-{name}": {
+            **_config(SCHEDULED_STEPS, task=MASKED, strategy={"name": strategy}),
+            "optim": {"name": "sgd", "lr": 0.5, **optim},
+        }
+        for strategy in strategies
+        for name, optim in SCHEDULED.items()
     }
 
 
