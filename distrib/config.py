@@ -9,22 +9,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
-from distrib import config_yaml, strategy_options
+from distrib import config_yaml, schedule_options, strategy_options
+from distrib.config_section import NonNegativeFloat as NonNegativeFloat
+from distrib.config_section import NonNegativeInt as NonNegativeInt
+from distrib.config_section import PositiveFloat as PositiveFloat
+from distrib.config_section import PositiveInt as PositiveInt
 from distrib.config_section import Section, explain, meant_key
 from distrib.config_yaml import one_line, shown
 from distrib.errors import ConfigError
 
 MixedPrecision: TypeAlias = Literal["no", "bf16", "fp16"]
-Schedule: TypeAlias = Literal["constant", "linear", "cosine"]
+Schedule: TypeAlias = Annotated[
+    schedule_options.Given, PlainValidator(schedule_options.parse), PlainSerializer(schedule_options.written)
+]
 Compile: TypeAlias = Literal[False, "blocks", "model"]
 _LONGEST_NAME = 200  # characters
-_EXACT = 2**53  # largest integer that every JSON reader represents exactly
-NonNegativeInt = Annotated[int, Field(ge=0, le=_EXACT)]
-PositiveInt = Annotated[int, Field(gt=0, le=_EXACT)]
-NonNegativeFloat = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]  # within fp32
-PositiveFloat = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -60,6 +61,10 @@ class OptimConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict)  # further keyword arguments of the class
     schedule: Schedule = "constant"
     warmup_steps: NonNegativeInt = 0
+
+    def curve(self, num_steps: int) -> schedule_options.Curve:
+        """The factor of the rate, update by update. Raises ConfigError if the schedule does not fit into the run."""
+        return schedule_options.curve(self.schedule, self.warmup_steps, num_steps)
 
 
 class StopConfig(Section):
@@ -200,6 +205,8 @@ class Config(Section):
             strategy_options.require_known(config.strategy.name)
             if config.strategy.model_extra:  # this imports torch
                 config.strategy.options()
+            if config.train.steps is not None:  # otherwise the data decide the length
+                config.optim.curve(config.train.steps)
         except ConfigError as error:
             raise ConfigError(one_line(f"{path}: {error}")) from None
         return config
@@ -224,7 +231,7 @@ class Config(Section):
         try:
             return cls.model_validate(config_yaml.plain(values))
         except ValidationError as error:
-            raise ConfigError(one_line(f"{source}: {explain(error, cls, strategy_options.known_keys)}")) from None
+            raise ConfigError(one_line(f"{source}: {explain(error, cls, _known_keys)}")) from None
         except ConfigError as error:
             raise ConfigError(one_line(f"{source}: {error}")) from None
 
@@ -242,11 +249,16 @@ class Config(Section):
         values["strategy"] = {"communication_dtype": self.strategy.communication_dtype}
         if self.train.stop is not None:  # then the evaluations decide when the run ends
             values["eval"] = self.eval.model_dump(mode="json")
-        return flatten(values)
+        return config_yaml.flatten(values)
 
     def flat(self) -> dict[str, Any]:
         """Return all keys as `{dotted key: value}`."""
-        return flatten(self.model_dump(mode="json"))
+        return config_yaml.flatten(self.model_dump(mode="json"))
+
+
+def _known_keys() -> list[str]:
+    """The options of strategies and schedules, dotted."""
+    return [*strategy_options.known_keys(), *schedule_options.known_keys()]
 
 
 def _name_from(path: Path) -> str:
@@ -275,6 +287,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
     *sections, last = key.split(".")
     for section in sections:
         inner = values.setdefault(section, {})
+        if section == "schedule" and key.startswith("optim.schedule.") and isinstance(inner, str):
+            inner = values[section] = {"name": inner}
         if not isinstance(inner, dict):
             raise ConfigError(
                 f"{shown(override)}: {section} is a value, not a section, so {key} cannot be set in it"
@@ -282,13 +296,3 @@ def _apply(values: dict[str, Any], override: str) -> None:
             )
         values = inner
     values[last] = config_yaml.parse(text, override)
-
-
-def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested dictionaries as one, with dotted keys."""
-    if not isinstance(values, dict):
-        return {prefix: values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat

@@ -1,12 +1,18 @@
 """What the sections of the config have in common, and one line for what is wrong in one."""
 
 from collections.abc import Callable, Iterable
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distrib.config_yaml import shown
 from distrib.errors import did_you_mean
 
+_EXACT = 2**53  # largest integer that every JSON reader represents exactly
+NonNegativeInt = Annotated[int, Field(ge=0, le=_EXACT)]
+PositiveInt = Annotated[int, Field(gt=0, le=_EXACT)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]  # within fp32
+PositiveFloat = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 _MOST_MEANT = ("name", "target", "epochs", "steps", "every_steps", "wandb")
 
 

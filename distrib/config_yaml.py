@@ -195,3 +195,13 @@ def one_line(text: str) -> str:
     """Escape unprintable characters, and cut out the middle of a long text."""
     text = text if len(text) <= 2 * _MAX_HALF else f"{text[:_MAX_HALF]}…{text[-_MAX_HALF:]}"
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one, with dotted keys."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat

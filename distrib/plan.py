@@ -1,12 +1,13 @@
 """Config and number of processes in, every derived number out: computed once, printed by `distrib explain`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from distrib.config import Config
 from distrib.errors import ConfigError
-from distrib.schedule import learning_rate_factor
 
 _POSITIONS = 2**63  # of samples in a run, see data/order.py
+_MOST_SAMPLES = 8  # of the learning rate where it bends
 _LOOKED_AT = 100_000  # sizes on either side of one that does not divide
 
 
@@ -72,6 +73,7 @@ class RunPlan(BatchPlan):
             raise ConfigError(
                 f"train: {num_steps} steps of {data.global_batch_size} samples are more than 2**63 samples; give fewer"
             )
+        config.optim.curve(num_steps)  # refuses a schedule that does not fit
         return cls(
             **vars(batches), num_samples=num_samples, num_steps=num_steps, warmup_steps=config.optim.warmup_steps
         )
@@ -92,15 +94,18 @@ class RunPlan(BatchPlan):
         """The epoch in which the first sample of `step` lies; a stream has one."""
         return 0 if self.num_samples is None else step * self.global_batch_size // self.num_samples
 
-    def learning_rate_samples(self, config: Config, rate: float | None = None) -> dict[int, float]:
-        """Learning rate at the first, last, half-way and end-of-warmup step."""
-        steps = sorted({0, self.warmup_steps, self.num_steps // 2, self.num_steps - 1})
-        return {
-            step: (config.optim.lr if rate is None else rate)
-            * learning_rate_factor(step, config.optim.schedule, self.warmup_steps, self.num_steps)
-            for step in steps
-            if step < self.num_steps
-        }
+    def learning_rate_samples(self, config: Config, rate: Callable[[int], float] | None = None) -> dict[int, float]:
+        """The learning rate at the first, last and half-way step, and where the schedule bends, but seldom more than
+        so many. `rate`: of an update; by default the config's."""
+        factor = config.optim.curve(self.num_steps).factor
+        steps = sorted({0, *self.landmarks(config)[:_MOST_SAMPLES], self.num_steps // 2, self.num_steps - 1})
+        of = rate or (lambda step: config.optim.lr * factor(step))
+        return {step: of(step) for step in steps}
+
+    def landmarks(self, config: Config) -> list[int]:
+        """The updates at which the config's schedule bends, the end of the warmup among them."""
+        bends = {self.warmup_steps, *config.optim.curve(self.num_steps).landmarks}
+        return [step for step in sorted(bends) if 0 <= step < self.num_steps]
 
 
 def window_size(config: Config, world_size: int) -> int:

@@ -109,6 +109,15 @@ class Task:
         """
         return None
 
+    def learning_rate(self, update: int, num_updates: int) -> float:
+        """Return the learning rate of an update. By default `optim.schedule` decides, and nothing calls this method.
+
+        `update`: how many updates the run has made before it. `num_updates`: how many the run makes, if it skips none.
+        Return the same number for the same arguments, on every rank. It replaces `optim.lr` and the schedule. If the
+        optimizer has groups of different rates, it is the rate of the first one, and the others keep their ratio to it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no learning_rate()")
+
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Return whether the config's `optim.weight_decay` applies to this parameter. By default it applies to all.
 

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from distrib import Config, RunPlan
 from distrib.config_yaml import MAX_DEPTH, MAX_VALUES
 from distrib.errors import ConfigError
+from distrib.schedule import PIECES, option_names
+from distrib.schedule_options import Place
 
 T = TypeVar("T")
 
@@ -90,6 +92,29 @@ def test_any_tree(folder: Path, tree: dict[str, Any]) -> None:
 def test_any_argument_of_a_task(folder: Path, tree: Any) -> None:
     values = {"train": {"steps": 1}, "task": {"target": "a:B", "argument": tree}, "optim": {"options": {"x": tree}}}
     same_or_one_line(folder, lambda: Config.from_dict(values))
+
+
+OPTIONS = st.dictionaries(
+    st.sampled_from([*option_names(PIECES), *Place.model_fields, "x"]),
+    st.integers(-1, 12) | st.floats(0, 1) | st.lists(st.integers(0, 12), max_size=3) | LEAVES,
+    max_size=3,
+)
+SCHEDULE = st.sampled_from(list(PIECES)) | st.builds(
+    lambda name, options: {"name": name, **options}, st.sampled_from([*PIECES, "x", 1]), OPTIONS
+)
+
+
+@given(TREES | SCHEDULE | st.lists(SCHEDULE, max_size=3), st.integers(0, 12))
+def test_any_schedule(folder: Path, schedule: Any, warmup: int) -> None:
+    values = {"train": {"epochs": 1}, "optim": {"schedule": schedule, "warmup_steps": warmup}}
+    same_or_one_line(folder, lambda: Config.from_dict(values))
+    config = made(lambda: Config.from_dict(values))
+    curve = config if isinstance(config, str) else made(lambda: config.optim.curve(10))
+    if isinstance(curve, str):
+        assert curve.isprintable()
+        assert curve.startswith(("config: ", "optim."))
+    else:
+        assert all(0 <= curve.factor(update) <= 1 for update in range(10))
 
 
 @given(NUMBERS, NUMBERS, NUMBERS, st.integers(1, 10**6), st.integers(1, 2**53), st.sampled_from(["steps", "epochs"]))

@@ -11,6 +11,8 @@ from conftest import ROOT, environment
 from pydantic import BaseModel
 
 from distrib import Config
+from distrib.schedule import SCHEDULES
+from distrib.schedule_options import Place
 
 PAGES = sorted(
     path for path in ROOT.rglob("*.md") if not any(part.startswith(".") for part in path.parts[len(ROOT.parts) :])
@@ -121,6 +123,16 @@ def test_every_config_key_is_explained() -> None:
         keys = [name] if section is None else [f"{name}.{key}" for key in section.model_fields]
         for key in keys:
             assert f"`{key}`" in page, f"docs/config.md does not explain {key}"
+
+
+def test_every_schedule_is_explained() -> None:
+    page = (ROOT / "docs" / "config.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)`(?: \(.*?\))? \|(.*)$", page.split("\n### Schedules\n")[1], re.MULTILINE))
+    for name, schedule in SCHEDULES.items():
+        for option in schedule.model_fields:
+            assert f"`{option}`" in rows[name], f"docs/config.md does not explain {option} of {name}"
+    for key in ("warmup", *Place.model_fields):
+        assert f"`{key}`" in page, f"docs/config.md does not explain {key}"
 
 
 def _classes(annotation: object) -> list[type]:

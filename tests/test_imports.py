@@ -10,9 +10,10 @@ from conftest import ROOT
 LAYERS = [
     {"__version__", "errors"},
     {"tracebacks"},
-    {"targets", "config_yaml", "schedule"},
+    {"targets", "config_yaml"},
     {"extras", "plugins", "config_section"},
-    {"strategy_options"},
+    {"schedule"},
+    {"schedule_options", "strategy_options"},
     {"config"},
     {"task", "plan"},
     {"processes"},

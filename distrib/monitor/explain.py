@@ -1,14 +1,19 @@
 """`distrib explain`: the run plan as a table."""
 
+from collections.abc import Callable
+
 from rich.console import Console
 from rich.table import Table
 
 from distrib.config import Config
+from distrib.monitor.rate_plot import plot
 from distrib.plan import RunPlan
 
 
-def print_plan(config: Config, strategy: str, plan: RunPlan, optimizer: str, rate: float) -> None:
-    """Print every derived number with its arithmetic. `optimizer`: its description; `rate`: the first group's."""
+def print_plan(config: Config, strategy: str, plan: RunPlan, optimizer: str, rate: Callable[[int], float]) -> None:
+    """Print every derived number with its arithmetic. `optimizer`: its description; `rate`: the first group's rate of
+    an update."""
+    console = Console(highlight=False, soft_wrap=True)
     table = Table(show_header=False, box=None, title=f"{config.name} on {plan.world_size} process(es), {strategy}")
     table.title_justify = "left"
     rows = {
@@ -27,6 +32,8 @@ def print_plan(config: Config, strategy: str, plan: RunPlan, optimizer: str, rat
             f"step {step:,}: {lr:.3g}" for step, lr in plan.learning_rate_samples(config, rate).items()
         ),
     }
+    if not console.options.ascii_only:
+        rows["over the run"] = plot(rate, plan.num_steps, plan.landmarks(config))
     if plan.num_samples is not None:
         epochs = plan.num_steps * plan.global_batch_size / plan.num_samples
         rows["training samples"] = f"{plan.num_samples:,}"
@@ -37,7 +44,6 @@ def print_plan(config: Config, strategy: str, plan: RunPlan, optimizer: str, rat
         rows["optimizer state, a rank"] = f"{plan.memory.optimizer_state:,} bytes"
     for name, value in rows.items():
         table.add_row(name, value)
-    console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     for doubt in plan.doubts(config):
         console.print(f"warning: {doubt}", markup=False)

@@ -29,6 +29,7 @@ from distrib.task import Task
 from distrib.tracebacks import is_ours
 from distrib.training import build
 from distrib.training.engine import Engine
+from distrib.training.learning_rates import learning_rate
 from distrib.training.model_checks import refuse_optimizer
 from distrib.training.optimizers import describe_optimizer, ignored_keys
 
@@ -45,6 +46,7 @@ def explain_run(config: Config, processes: int) -> None:
         require_stream_reader()
     build.require_evaluations(config, build.eval_datasets(task, config.seed), task)
     plan = RunPlan.complete(config, strategy.batches, num_samples)
+    rate_of = learning_rate(task, config, plan.num_steps)
     make, made = build.optimizer_maker(task, config), []
 
     def make_optimizer(params: list[tuple[str, nn.Parameter]]) -> Optimizer:
@@ -61,7 +63,9 @@ def explain_run(config: Config, processes: int) -> None:
     if own and (ignored := ignored_keys(config.optim, made[-1])):
         raise ConfigError(ignored)
     optimizer = describe_optimizer(made[-1])
-    print_plan(config, strategy.name, replace(plan, memory=memory), optimizer, made[-1].param_groups[0]["lr"])
+    base_rate = made[-1].param_groups[0]["lr"]
+    plan = replace(plan, memory=memory)
+    print_plan(config, strategy.name, plan, optimizer, lambda update: rate_of(update, base_rate))
     if further := strategy.describe():
         print(further)
 

@@ -24,13 +24,13 @@ from distrib.run_folder.folder import RunDir
 from distrib.run_folder.identity import moved_keys, notes
 from distrib.run_folder.ledger import GENESIS
 from distrib.run_folder.resume import ResumePoint, latest_valid, requested, require_steps_left, verified
-from distrib.schedule import learning_rate_factor
 from distrib.strategies import compile, registry
 from distrib.strategies.parameters import trainable
 from distrib.task import Task
 from distrib.training import build, cross_rank_checks, probe, timing
 from distrib.training.engine import Engine
 from distrib.training.evaluations import Evaluations
+from distrib.training.learning_rates import learning_rate
 from distrib.training.loop import train_step
 from distrib.training.model_checks import check_module, refuse_optimizer
 from distrib.training.optimizers import ignored_keys
@@ -80,6 +80,7 @@ class Trainer:
         build.require_evaluations(config, eval_datasets, task)
         self.plan = RunPlan.complete(config, self.strategy.batches, num_samples)
         require_steps_left(self.origin, self.plan.num_steps)
+        self.learning_rate = learning_rate(task, config, self.plan.num_steps)
         loading = build.loading(config, self.world)
         self.source = source(self.train_dataset, self.plan, self.world, config.seed, loading)
         self.module = build.model(task, config.seed)
@@ -236,7 +237,7 @@ class Trainer:
             self.run_log.warn(reason)
 
     def _step(self, engine: Engine, window: Window) -> PendingStep:
-        rate = self._learning_rate(engine)
+        rate = self.learning_rate(self.step_log.num_updates, engine.base_rate)
         if window.step == self.first_step:
             return probe.first_step(engine, self.task, window, rate, self.plan.micro_batch_size)
         return train_step(engine, self.task, window, rate)
@@ -276,10 +277,6 @@ class Trainer:
             seconds = saved["seconds"] + saved["stall"]
             if (reason := self.preemption.too_long(seconds, self.evaluations.longest_seconds)) is not None:
                 self.run_log.warn(reason)
-
-    def _learning_rate(self, engine: Engine) -> float:
-        optim, updates = self.config.optim, self.step_log.num_updates
-        return engine.base_rate * learning_rate_factor(updates, optim.schedule, optim.warmup_steps, self.plan.num_steps)
 
     def _seconds(self, engine: Engine, step: int) -> dict[str, float]:
         """Return the time of a step's parts, and once every 100 steps also memory and communication."""

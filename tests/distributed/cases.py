@@ -26,6 +26,20 @@ CLIP = {"sgd": None, "adamw": 0.5}
 STOP: dict[str, Any] = {"patience": 3, "min_delta": 0.01}
 STOP_EVERY = 3
 
+# test_schedules
+SCHEDULED_STEPS = 30
+SCHEDULED: dict[str, dict[str, Any]] = {
+    "wsd": {"warmup_steps": 4, "schedule": {"name": "wsd", "decay_steps": 10, "min_lr_ratio": 0.1}},
+    "pieces": {
+        "schedule": [
+            {"name": "warmup", "steps": 4},
+            {"name": "cosine", "steps": 10, "min_lr_ratio": 0.2},
+            {"name": "step", "steps": 6, "step_size": 2, "gamma": 0.7},
+            {"name": "linear", "max_lr_ratio": 0.6},
+        ]
+    },
+}
+
 # test_verdicts and test_strategies
 STEPS = 40
 FEW, EVERY = 12, 5
@@ -61,6 +75,7 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
     if world == 2:
         found.update(_strategy_cases())
     if world in SHARDED_WORLDS:
+        found.update(_scheduled_cases())
         found.update({f"bitwise-{precision}": config for precision, config in BITWISE.items()})
         found.update(_buffer_cases(world))
     if world == 4:
@@ -79,7 +94,9 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
 def resumed(world: int) -> list[str]:
     """Return the names of the runs that are also interrupted and resumed."""
     if world == 2:
-        return [f"{name}-{precision}" for name in ("ddp", *SHARDED) for precision in PRECISIONS] + [
+        return [
+            *(f"{name}-pieces" for name in ("auto", *SHARDED)),
+            *(f"{name}-{precision}" for name in ("ddp", *SHARDED) for precision in PRECISIONS),
             *("ddp-static", "stream-0", "stream-2", "buffers-ddp", "buffers-zero1", "buffers-fsdp2"),
             *("bitwise-formats", "zero2-formats", "fsdp2-formats"),
         ]
@@ -124,6 +141,18 @@ def stop_config(strategy: str) -> dict[str, Any]:
         "train": {"steps": PARITY_STEPS, "stop": STOP},
         "eval": {"every_steps": STOP_EVERY},
         "checkpoint": {"every_steps": 0, "keep": 1, "best": {"metric": "eval/right", "mode": "max"}},
+    }
+
+
+def _scheduled_cases() -> dict[str, dict[str, Any]]:
+    """Return the runs whose learning rate follows a schedule with options."""
+    return {
+        f"{strategy}-{name}": {
+            **_config(SCHEDULED_STEPS, task=MASKED, strategy={"name": strategy}),
+            "optim": {"name": "sgd", "lr": 0.5, **optim},
+        }
+        for name, optim in SCHEDULED.items()
+        for strategy in ("auto", *(SHARDED if name == "pieces" else ()))
     }
 
 

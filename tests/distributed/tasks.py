@@ -176,6 +176,13 @@ class Groups(Masked):
         return self.made[-1]
 
 
+class Halving(Masked):
+    """Computes its own learning rate."""
+
+    def learning_rate(self, update: int, num_updates: int) -> float:
+        return 0.5 ** (update + 1)
+
+
 class Centred(nn.Module):
     """Subtracts a running mean, which it assigns as a new tensor in each forward."""
 

@@ -14,7 +14,7 @@ from distrib.run_folder.verify import verify_run
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("worlds")]
 
 
-@pytest.mark.parametrize(("processes", "name"), [(world, name) for world in (2, 4) for name in resumed(world)])
+@pytest.mark.parametrize(("processes", "name"), [(world, name) for world in (1, 2, 4) for name in resumed(world)])
 def test_a_resume_on_the_same_number_of_processes_has_the_same_bits(
     world: Callable[[int], Path], processes: int, name: str
 ) -> None:

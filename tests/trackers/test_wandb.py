@@ -17,7 +17,7 @@ import pytest
 import yaml
 from conftest import ROOT, Run, check, events, free_port, lines, refused, start, steps_done, until
 
-from distrib.config import flatten
+from distrib.config_yaml import flatten
 from distrib.monitor.trackers.wandb_files import OfflineRun, read_offline
 
 STEPS = 200

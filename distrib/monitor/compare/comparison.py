@@ -24,7 +24,7 @@ _EVALUATED_LOSSES = ("eval/loss", "val/loss", "val_loss", "test/loss", "test_los
 _OUT_OF_PROPORTION = 10  # an evaluation's loss that differs by this many times more than any step's is no rounding
 _LAST = sys.maxsize  # after every step
 _DECIDE_ORDER = ("seed", "data.global_batch_size", "training_samples")  # of the samples, if the code is the same
-_ACT_THROUGH_RATE = ("optim.schedule", "optim.warmup_steps", "train.steps", "train.epochs")
+_ACT_THROUGH_RATE = ("optim.schedule.", "optim.warmup_steps.", "train.steps.", "train.epochs.")
 _MOST_REASONS = 5
 _NOT_RECORDED = "not recorded"
 
@@ -177,7 +177,7 @@ def _cause(first: Run, other: Run, parted: int, by_order: bool, began_by_roundin
     """Return cause and reason of a difference that first shows in the step `parted`."""
     config = _changes(first.identity, other.identity)
     if _same_rate_until(first, other, parted):
-        config = {key: change for key, change in config.items() if key not in _ACT_THROUGH_RATE}
+        config = {key: change for key, change in config.items() if not f"{key}.".startswith(_ACT_THROUGH_RATE)}
     code, machine = (_changes(*_known(*facts)) for facts in ((first.code, other.code), (first.machine, other.machine)))
     data = {} if config.keys() & set(_DECIDE_ORDER) else _data_changes(first, other, parted == _LAST)
     if by_order:

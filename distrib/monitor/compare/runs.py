@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from distrib.config import Config, flatten
+from distrib.config import Config
+from distrib.config_yaml import flatten
 from distrib.data.prints import Fingerprint
 from distrib.errors import ConfigError, RunDirError
 from distrib.monitor.trackers.wandb_files import offline_folders, read_offline
