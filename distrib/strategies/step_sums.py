@@ -52,8 +52,10 @@ class StepSums:
 
     @staticmethod
     def factor(sums: Tensor) -> Tensor:
-        """Return 1 / count, on the device of the sums. It is not finite, so that the update is skipped, if there are no
-        items or the loss is not finite."""
+        """Return 1 / count, on the device of the sums.
+
+        If there are no items, or the loss is not finite, the result is not finite, so the update is skipped.
+        """
         loss, high, low, *_ = sums.unbind()
         factor: Tensor = 1.0 / (high * 2**_LIMB + low) + 0.0 * loss
         return factor
