@@ -77,9 +77,10 @@ def test_a_users_task_that_reads_rows_needs_the_extra(run: Run, tmp_path: Path) 
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "reads.py").write_text(
         "import distrib\n"
-        "from distrib.data.rows import find_sources, pack_rows\n"
+        "from distrib.data.packing import pack\n"
+        "from distrib.data.rows import find_files\n"
         "try:\n"
-        "    pack_rows(find_sources('rows.jsonl', 'task.files'), None, {'text': (str,)}, len, '<u2', {})\n"
+        "    pack(find_files('rows.jsonl', 'task.files'), None, {'text': (str,)}, len, '<u2', {})\n"
         "except distrib.DistribError as error:\n"
         "    print(error)\n"
     )

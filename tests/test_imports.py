@@ -8,7 +8,7 @@ from conftest import ROOT
 
 # A module may import from its own layer or a lower one.
 LAYERS = [
-    {"__version__", "errors"},
+    {"__version__", "errors", "sha256"},
     {"tracebacks"},
     {"targets", "config_yaml"},
     {"extras", "plugins", "config_section"},

@@ -11,10 +11,10 @@ from torch.utils.data import TensorDataset
 from workload import SEED, Workload
 
 from distrib import Task
+from distrib.data.documents import PaddedWindows
 from distrib.data.order import sample_indices
-from distrib.data.tokens import SEPARATOR, Windows
 from distrib.tasks.digits import Digits
-from distrib.tasks.language_model import GPT, LanguageModel
+from distrib.tasks.language_model import GPT, SEPARATOR, LanguageModel
 
 CONTEXT_LENGTH, TRAIN_WINDOWS, EVAL_WINDOWS = 256, 4096, 192
 
@@ -82,7 +82,7 @@ class Text(LanguageModel):
         return super().predict(output, batch[0])
 
 
-def _windows(windows: Windows, number: int) -> Tensor:
+def _windows(windows: PaddedWindows, number: int) -> Tensor:
     tokens = np.asarray(windows.tokens[: 2 * number * (CONTEXT_LENGTH + 1)])
     tokens = tokens[tokens != SEPARATOR][: number * (CONTEXT_LENGTH + 1)]
     return torch.from_numpy(tokens.astype(np.int64)).view(number, CONTEXT_LENGTH + 1)

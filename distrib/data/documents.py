@@ -1,12 +1,6 @@
-"""Tokenised documents in memory-mapped .npy files, and the datasets that read samples from them.
+"""Datasets that read samples from packed documents through memory maps. distrib/data/packing.py describes the files."""
 
-A split has three files. `tokens`: all documents, one after the other. `starts`: the index of each document's first
-token, and at the end the number of tokens. `numbers`: one integer for each document, whose meaning the dataset defines.
-"""
-
-from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -15,51 +9,57 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distrib.data.token_cache import TokenWriter
-
 NOT_COUNTED = -100  # torch's cross-entropy ignores targets of this value
 
 IntArray = NDArray[np.int64]
 
 
-class DocumentWriter:
-    """Writes the three files of a split into `folder`. Use it as a context manager."""
-
-    def __init__(self, folder: Path, split: str, dtype: str) -> None:
-        self._tokens = TokenWriter(folder / f"{split}.tokens.npy", dtype)
-        self._starts = TokenWriter(folder / f"{split}.starts.npy", "<i8")
-        self._numbers = TokenWriter(folder / f"{split}.numbers.npy", "<i8")
-
-    def add(self, tokens: Sequence[int], number: int) -> None:
-        self._starts.write([self._tokens.length])
-        self._numbers.write([number])
-        self._tokens.write(tokens)
-
-    def __enter__(self) -> "DocumentWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._starts.write([self._tokens.length])
-        for writer in (self._tokens, self._starts, self._numbers):
-            writer.__exit__(kind, error, at)
-
-
 class Documents(Dataset[Any]):
-    """Base class: opens the files of a split. Subclasses define `__len__` and `__getitems__`."""
+    """Base class: opens the files of a split. Subclasses define `__len__` and `__getitems__`.
 
-    def __init__(self, folder: Path, split: str) -> None:
+    Pickling sends the constructor's arguments, not the tokens: a worker process opens the files itself. So a subclass
+    passes all its arguments to this constructor.
+    """
+
+    def __init__(self, folder: Path, split: str, *options: Any) -> None:
+        self._arguments = (folder, split, *options)
         self.tokens, self.starts, self.numbers = (
             np.load(folder / f"{split}.{name}.npy", mmap_mode="r") for name in ("tokens", "starts", "numbers")
         )
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> Any:
         """Return one sample, without the batch dimension."""
         number = range(len(self))[index]  # type: ignore[arg-type]  # raises the IndexError that ends an iteration
-        return {key: value[0] for key, value in self.__getitems__([number]).items()}
+        batch = self.__getitems__([number])
+        return {key: value[0] for key, value in batch.items()} if isinstance(batch, dict) else batch[0]
 
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+    def __getitems__(self, indices: list[int]) -> Any:
         """Return the samples at `indices` as one batch: tensors whose first dimension is `len(indices)`."""
         raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._arguments
+
+
+class PaddedWindows(Documents):
+    """Samples of `length + 1` tokens, int64, which may span several documents.
+
+    Neighbours overlap by one, so each token but the first is a target once. The last window is padded with `filler`,
+    at least once, so that each document is followed by a token.
+    """
+
+    def __init__(self, folder: Path, split: str, length: int, filler: int) -> None:
+        super().__init__(folder, split, length, filler)
+        self.length, self.filler = length, filler
+
+    def __len__(self) -> int:
+        return -(-len(self.tokens) // self.length)
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        token_indices = np.array(indices, np.int64)[:, None] * self.length + np.arange(self.length + 1)
+        tokens = self.tokens[np.minimum(token_indices, len(self.tokens) - 1)].astype(np.int64)
+        tokens[token_indices >= len(self.tokens)] = self.filler
+        return torch.from_numpy(tokens)
 
 
 class TokenWindows(Documents):
@@ -72,8 +72,8 @@ class TokenWindows(Documents):
     """
 
     def __init__(self, folder: Path, split: str, length: int, packed: bool) -> None:
-        super().__init__(folder, split)
-        self.folder, self.split, self.length, self.packed = folder, split, length, packed
+        super().__init__(folder, split, length, packed)
+        self.length, self.packed = length, packed
         sizes = np.array([len(self.tokens)]) if packed else np.diff(self.starts)
         self._windows_before = np.concatenate([[0], np.cumsum(-(-np.maximum(sizes - 1, 0) // length))])
 
@@ -100,17 +100,14 @@ class TokenWindows(Documents):
             "targets": torch.from_numpy(targets),
         }
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TokenWindows, (self.folder, self.split, self.length, self.packed)  # a worker maps the files itself
-
 
 class Classified(Documents):
     """Samples for a classifier: a document, padded with `filler` to the longest of its batch, and its class (its
     number)."""
 
     def __init__(self, folder: Path, split: str, filler: int) -> None:
-        super().__init__(folder, split)
-        self.folder, self.split, self.filler = folder, split, filler
+        super().__init__(folder, split, filler)
+        self.filler = filler
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -125,6 +122,3 @@ class Classified(Documents):
             "attention_mask": torch.from_numpy(within.astype(np.int64)),
             "labels": torch.from_numpy(self.numbers[indices].astype(np.int64)),
         }
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Classified, (self.folder, self.split, self.filler)

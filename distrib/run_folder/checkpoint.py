@@ -8,7 +8,6 @@ offset, and each file's size and SHA-256. A checkpoint is complete if it has a m
 Why not torch.distributed.checkpoint: docs/decisions/0007-checkpoints-are-stretches.md.
 """
 
-import hashlib
 import math
 import os
 import shutil
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from distrib.errors import CheckpointError, ConfigError, MismatchError
 from distrib.run_folder.manifest import MANIFEST, read_manifest, sealed, step_of, steps_of
+from distrib.sha256 import sha256_of
 
 _SMALL = 1 << 14  # elements; a smaller replicated tensor is written by one rank
 
@@ -122,7 +122,7 @@ def write_part(partial: Path, part: Part) -> dict[str, Any]:
     try:
         save_file(part.tensors, path)
         finish_file(path)
-        return {"file": part.file, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+        return {"file": part.file, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(f"{path}: cannot save the checkpoint: {reason}; earlier ones are untouched") from None
@@ -215,7 +215,7 @@ def verify(path: Path, rank: int = 0, world_size: int = 1, contents: bool = True
     for name, expected in list(manifest["files"].items())[rank::world_size]:
         try:
             whole = (path / name).stat().st_size == expected["bytes"]
-            if not whole or (contents and _sha256(path / name) != expected["sha256"]):
+            if not whole or (contents and sha256_of(path / name) != expected["sha256"]):
                 raise CheckpointError(f"{path / name}: damaged: its content is not what the manifest says")
         except OSError as error:
             raise CheckpointError(f"{path / name}: damaged: {error.strerror}") from None
@@ -261,14 +261,6 @@ def finish_file(path: Path) -> None:
     path.chmod(probe.stat().st_mode)
     probe.unlink()
     fsync(path)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def fsync(path: Path) -> None:

@@ -19,6 +19,7 @@ from distrib.data.fingerprint import sample_print
 from distrib.processes.versions import versions
 from distrib.processes.world import World
 from distrib.run_folder.ledger import now
+from distrib.sha256 import sha256_of
 from distrib.task import Task
 
 _LONGEST = 200  # characters; of a longer task argument, environment.json has a digest
@@ -97,7 +98,7 @@ def identity(task: Task | None) -> dict[str, str | None]:
 def _source_digest(of: type) -> str | None:
     file = source_file(of)
     try:
-        return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        return None if file is None else sha256_of(Path(file))
     except OSError:
         return None
 

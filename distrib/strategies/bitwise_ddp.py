@@ -1,9 +1,9 @@
 """single and ddp with `train.determinism: bitwise`: the same bits from any number of processes.
 
-Floating-point sums depend on their order. Here the gradients of a step's micro-batches are summed in one fixed binary
-tree, whichever rank computed them. Within a rank a binary counter adds them (one partial sum a level). Across ranks
-each rank sums a part of all gradients in the tree's order. EasyScale (SC'23) has the idea: compute as a fixed number of
-virtual workers would.
+A floating-point sum depends on the order of its terms. So the gradients of a step's micro-batches are summed in a fixed
+binary tree, whichever rank computed them. Within a rank, a binary counter does this: it keeps one partial sum for each
+level of the tree. Across ranks, each rank sums one part of the gradient, in the order of the tree. The idea is from
+EasyScale (SC'23): compute as a fixed number of virtual workers would.
 """
 
 import torch
@@ -20,22 +20,22 @@ _BUCKET_BYTES = 4 << 20
 
 
 class Bucket:
-    """The gradients of some parameters in one flat tensor, of which each `p.grad` is a view.
+    """The gradients of some parameters in one flat tensor. Each `p.grad` is a view of it.
 
-    A view has its parameter's strides: torch's fused optimizers take both to lie alike.
+    A view has the strides of its parameter, because torch's fused optimizers assume that both have the same layout.
     """
 
     def __init__(
         self, parameters: list[nn.Parameter], world_size: int, extra: int = 0, device: torch.device | None = None
     ) -> None:
-        """`device`: of a bucket without parameters."""
+        """`extra`: how many elements to add after the gradients. `device`: used if there are no parameters."""
         self.parameters = parameters
         size = sum(parameter.numel() for parameter in parameters) + extra
         dtype, device = (parameters[0].dtype, parameters[0].device) if parameters else (torch.float32, device)
         self.flat = torch.zeros(-(-size // world_size) * world_size, dtype=dtype, device=device)
         self.extra = self.flat[size - extra : size]
-        self.partial: list[tuple[int, Tensor]] = []  # (level, sum of 2^level micro-batches), as a binary counter
-        self.missing = len(parameters)  # gradients, in the backward that runs
+        self.partial: list[tuple[int, Tensor]] = []  # the binary counter: (level, sum of 2^level micro-batches)
+        self.missing = len(parameters)  # how many gradients the current backward has not computed yet
         self.received: Tensor | None = None
         self.work: dist.Work | None = None
         offset = 0
@@ -45,7 +45,7 @@ class Bucket:
             offset += parameter.numel()
 
     def count(self) -> None:
-        """Take the micro-batch's gradients into the counter."""
+        """Add the gradients of a micro-batch to the binary counter."""
         level, left = 0, None
         while self.partial and self.partial[-1][0] == level:
             _, left = self.partial.pop()
@@ -54,17 +54,17 @@ class Bucket:
         self.partial.append((level, self.flat.clone() if left is None else left.copy_(self.flat)))
 
     def close(self) -> None:
-        """Add the counter up: with the last micro-batch all its levels are taken."""
+        """Add all partial sums to the gradients of the last micro-batch."""
         while self.partial:
             self.flat.add_(self.partial.pop()[1])
 
     def scatter(self) -> None:
-        """Give each rank its part of everyone's sum."""
+        """Start to send each rank its part of this rank's sum."""
         self.received = torch.empty_like(self.flat)
         self.work = dist.all_to_all_single(self.received, self.flat, async_op=True)
 
     def sum_and_gather(self, world_size: int) -> None:
-        """Add the ranks' sums of this rank's part in the tree's order, and give it to all."""
+        """Sum this rank's part over all ranks, in the order of the tree, and start to send the result to all ranks."""
         assert self.work is not None, "scatter comes first"
         assert self.received is not None, "scatter comes first"
         self.work.wait()
@@ -80,7 +80,7 @@ class Bucket:
 
 
 class _Sums:
-    """Ride in the last bucket, so that the loss too is summed in the tree's order."""
+    """The step sums. They are in the last bucket, so that the loss is also summed in the order of the tree."""
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
@@ -90,9 +90,9 @@ class _Sums:
 
 
 class BitwiseDDP(Strategy):
-    """Everything whole on every rank. A bucket's ranks exchange their sums while the last backward still runs."""
+    """Every rank holds the whole model. The ranks exchange full buckets while the last backward still runs."""
 
-    Options = DDP.Options  # those that must be left as they are
+    Options = DDP.Options  # `check` refuses other values than the defaults
     takes_sparse_gradients = True
 
     def check(self) -> None:
@@ -117,14 +117,14 @@ class BitwiseDDP(Strategy):
         super().wrap(module, blocks, make_optimizer)
         world = self.world
         if world.use_cpu:
-            torch.set_num_threads(1)  # the number of threads decides in what order a kernel sums
+            torch.set_num_threads(1)  # the order in which a kernel sums depends on the number of threads
         else:
             torch.use_deterministic_algorithms(True)
         module.to(world.device)
         self.use_optimizer(make_optimizer)
         self._buckets: list[Bucket] = []
         self._last = False
-        self._sent = 0  # buckets, in the backward that runs
+        self._sent = 0  # how many buckets the current backward has sent
         if self.optimizer is None:
             return
         if world.world_size > 1:
@@ -132,7 +132,7 @@ class BitwiseDDP(Strategy):
         self.watch.begin(module)
         groups = _in_buckets([p for p in reversed(list(module.parameters())) if p.requires_grad])
         if groups[-1][0].dtype not in (torch.float32, torch.float64):
-            groups.append([])  # one in float32, in which the totals are exact
+            groups.append([])  # a bucket in float32, in which the step sums are exact
         for number, parameters in enumerate(groups):
             extra = SIZE if number == len(groups) - 1 else 0
             self._buckets.append(Bucket(parameters, world.world_size, extra, world.device))
@@ -144,7 +144,7 @@ class BitwiseDDP(Strategy):
                 )
 
     def zero_grad(self) -> None:
-        """In place: they are views of the buckets."""
+        """Clear the gradients in place, because they are views of the buckets."""
         for bucket in self._buckets:
             bucket.flat.zero_()
 
@@ -166,7 +166,7 @@ class BitwiseDDP(Strategy):
                 bucket.wait()
 
     def _arrived(self, bucket: Bucket) -> None:
-        """In the last backward: send off the buckets that are full, in their order, which all ranks share."""
+        """Count a gradient. In the last backward, send complete buckets, in an order that all ranks share."""
         bucket.missing -= 1
         while self._last and self._sent < len(self._buckets) and not self._buckets[self._sent].missing:
             full = self._buckets[self._sent]
@@ -177,7 +177,7 @@ class BitwiseDDP(Strategy):
 
 
 def _in_buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Neighbours together, of one dtype and device, up to some size."""
+    """Group neighbouring parameters of the same dtype and device, up to a number of bytes."""
     buckets: list[list[nn.Parameter]] = []
     size = 0
     for parameter in parameters:

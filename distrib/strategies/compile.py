@@ -1,10 +1,10 @@
-"""`train.compile`: forwards made faster by torch.compile, and their machine code kept in the run's folder.
+"""`train.compile`: compiles forwards with torch.compile, and keeps the machine code in the run folder.
 
-A forward is replaced where it stands. The module, its names and its hooks stay what they are, so that what wraps,
-shards and saves it does not notice; nn.Module.compile() would compile the hooks of fully_shard and DeepSpeed, too.
+Only the method `forward` of a module is replaced. The module, its names and its hooks stay the same, so strategies and
+checkpoints treat it as before. nn.Module.compile() would also compile the hooks of fully_shard and DeepSpeed.
 
-Each is compiled whole or not at all (`fullgraph`): what torch.compile cannot do is an error that names the line, where
-torch by itself would go on uncompiled, in whole or in part, without a word.
+A forward is compiled as one graph (`fullgraph`). If torch.compile cannot do that, it raises an error that names the
+line. By default, torch would silently run a part of the forward, or all of it, uncompiled.
 """
 
 import functools
@@ -22,13 +22,16 @@ from torch import nn
 from distrib.errors import ConfigError
 from distrib.processes.world import World
 
-# Dropout draws from torch's generators, as it does uncompiled: what a seed means does not depend on this.
+# Dropout draws from torch's generators, as uncompiled code does. So a seed gives the same numbers either way.
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"fallback_random": True}
 
 
 def require_tools(mode: str, world: World) -> None:
-    """Raises ConfigError where this machine cannot compile as `mode` asks. For a CPU torch needs a C++ compiler and
-    Python's headers; what it needs for an accelerator it says itself, in the first step."""
+    """Raise ConfigError if this machine cannot compile. `mode`: the value of train.compile.
+
+    On a CPU, torch needs a C++ compiler and Python's headers. On an accelerator this is not checked, because torch
+    reports in the first step what it lacks.
+    """
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1" or os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         raise ConfigError(
             f"train.compile: {mode}, but TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE is set, so torch would compile "
@@ -56,24 +59,25 @@ def require_tools(mode: str, world: World) -> None:
 
 
 def keep_in(folder: Path) -> None:
-    """What this process compiles from now on lies in `folder`, and what lies there is not compiled again.
+    """Use `folder` as torch's cache of compiled code from now on.
 
-    Ranks share it: torch writes whole files under the digest of what they were made from.
+    All ranks share it. This is safe, because torch writes files atomically, and names them by a digest of their source.
     """
-    folder.mkdir(mode=0o700, exist_ok=True)  # machine code that is run: nobody else may write it
+    folder.mkdir(mode=0o700, exist_ok=True)  # this machine code is run, so nobody else may write it
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.resolve())
-    from torch._inductor.utils import clear_caches  # takes its time to import
+    from torch._inductor.utils import clear_caches  # slow to import
 
-    # What an earlier run of this process compiled lies in another folder, and would count as recompiled.
+    # Code that this process compiled for an earlier run is in another folder. torch would count it as recompiled.
     torch.compiler.reset()
     clear_caches()
 
 
 def compile_forwards(modules: list[nn.Module]) -> None:
-    """Compile the forward of each on its first call; those of equal modules are compiled once.
+    """Compile the forward of each module on its first call. Equal modules share the compiled code.
 
-    Only where gradients are recorded. Evaluation stays as it is: it has the same bits on any number of processes, and
-    its shapes and its graph are others, which would be compiled again, on some ranks otherwise than on others.
+    Only calls that record gradients run compiled code. Evaluation runs uncompiled, because its result has the same bits
+    on any number of processes. It also has other shapes and another graph, which would be compiled again, and not in
+    the same way on every rank.
     """
     for module in modules:
         module.forward = _compiled(module.forward)

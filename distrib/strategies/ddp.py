@@ -1,4 +1,4 @@
-"""single and ddp: everything whole on every rank, over accelerate."""
+"""single and ddp: every rank holds the whole model. Uses accelerate."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -17,11 +17,11 @@ _UNREDUCED = "Expected to have finished reduction in the prior iteration"
 
 
 class DDP(Strategy):
-    """DDP if there are several processes. Gradients meet on the last micro-batch, while its backward runs."""
+    """Uses DDP if there are several processes. Gradients are all-reduced in the last micro-batch's backward."""
 
     class Options(Strategy.Options):
-        find_unused_parameters: bool = False  # for models that leave parameters out in some steps
-        static_graph: bool = False  # the model uses the same parameters in each step: DDP may plan for that
+        find_unused_parameters: bool = False  # for models that do not use all parameters in each step
+        static_graph: bool = False  # the model uses the same parameters in each step, so DDP may optimise
 
     @classmethod
     def bitwise(cls) -> type[Strategy]:
@@ -45,15 +45,15 @@ class DDP(Strategy):
         world, options = self.world, self.options
         self.evaluation_model = module.to(world.device)
         compressed = self.config.strategy.communication_dtype == "bf16" and world.world_size > 1
-        # Without SumsInBuckets if there is one process, if bf16 would round the sums, and if DDP would take the
-        # parameter that carries them for unused.
+        # SumsInBuckets is not used if there is one process, if bf16 would round the sums, or if DDP would treat the
+        # parameter for the sums as unused.
         if world.world_size > 1 and not compressed and not options.find_unused_parameters:
             self.sums = self.model = SumsInBuckets(module).to(world.device)
         self._accelerator = Accelerator(
             cpu=world.use_cpu,
-            dynamo_backend="no",  # or accelerate reads ACCELERATE_DYNAMO_BACKEND; compiling is train.compile's
-            mixed_precision="no",  # accelerate ignores fp16 on CPU without a word; precision is the engine's
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # so is the window
+            dynamo_backend="no",  # otherwise accelerate reads ACCELERATE_DYNAMO_BACKEND; train.compile decides
+            mixed_precision="no",  # the engine sets the precision; accelerate silently ignores fp16 on a CPU
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the engine accumulates
             kwargs_handlers=[
                 DistributedDataParallelKwargs(
                     gradient_as_bucket_view=True,
@@ -66,17 +66,17 @@ class DDP(Strategy):
         self._is_first_step = world.world_size > 1
         if world.world_size > 1 and make_optimizer is not None:
             self.model = self._accelerator.prepare_model(self.model)
-            # See buffers.py. torch 2.13 warns of it as an argument.
+            # buffers.py keeps buffers equal. Set here, because torch 2.13 warns if it is an argument.
             self.model.broadcast_buffers = False  # type: ignore[assignment]
             self.learns_from_its_first_backward = True
             if not (options.find_unused_parameters or options.static_graph):
                 self.watch.begin(module)
             if compressed:
                 self.model.register_comm_hook(None, _mean_in_bf16)  # type: ignore[operator]
-        # DDP learns a static graph from its first backward, which may not go without a reduction. One more does no
-        # harm: the mean over ranks of what is the same on all of them is what it was.
+        # DDP learns a static graph from its first backward, which must reduce the gradients. This extra reduction does
+        # not change the result: the mean of gradients that are equal on all ranks is the same gradient.
         self._graph_is_unknown = options.static_graph
-        self._all_parameters = list(self.model.parameters())  # Module.zero_grad walks through all modules every time
+        self._all_parameters = list(self.model.parameters())  # Module.zero_grad would walk through all modules
 
     def accumulate(self, last: bool) -> AbstractContextManager[object]:
         if last or self._graph_is_unknown:
@@ -91,11 +91,11 @@ class DDP(Strategy):
 
     def backward(self, total: Tensor, sums: Tensor, last: bool) -> None:
         if isinstance(self.sums, SumsInBuckets):
-            sums = sums * self.world.world_size  # DDP leaves the mean over the ranks
+            sums = sums * self.world.world_size  # DDP averages over the ranks
             self.sums.add_to_backward(total, sums).backward()  # type: ignore[no-untyped-call]
         else:
             super().backward(total, sums, last)
-        if self._is_first_step:  # in later ones DDP itself refuses parameters without a gradient
+        if self._is_first_step:  # in later steps, DDP itself refuses parameters without a gradient
             if last:
                 self.watch.require_all()
                 self.watch.end()
@@ -103,13 +103,13 @@ class DDP(Strategy):
             self.watch.next_micro_batch()
 
     def update(self, factor: Number, max_grad_norm: float | None) -> Number:
-        return super().update(factor * self.world.world_size, max_grad_norm)  # DDP leaves the mean over the ranks
+        return super().update(factor * self.world.world_size, max_grad_norm)  # DDP averages over the ranks
 
     def communication_seconds(self) -> float | None:
         if not isinstance(self.model, nn.parallel.DistributedDataParallel):
             return None
         measured: dict[str, float] = self.model._get_ddp_logging_data()  # type: ignore[no-untyped-call]
-        if "backward_comm_time" not in measured:  # DDP looks at its first steps, and each 100th, after they are over
+        if "backward_comm_time" not in measured:  # DDP measures its first steps, and then each 100th
             return None
         return max(0.0, measured["backward_comm_time"] - measured["backward_compute_comm_overlap_time"]) / 1e9
 
@@ -127,7 +127,7 @@ def _mean_in_bf16(
     _: object,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[Tensor]:
-    """A bucket's mean over the ranks. DDP lets torch's own bf16_compress_hook run over nccl and xccl only."""
+    """Average a bucket over the ranks in bf16. DDP allows torch's own bf16_compress_hook only with nccl and xccl."""
     gradient = bucket.buffer()
     compressed = gradient.bfloat16() / dist.get_world_size()
     future = dist.all_reduce(compressed, async_op=True).get_future()

@@ -1,4 +1,4 @@
-"""zero0 to zero3: DeepSpeed's ZeRO stages. DeepSpeed shards and updates; what a step means stays the engine's."""
+"""zero0 to zero3: DeepSpeed's ZeRO stages. DeepSpeed shards and updates; the engine defines a step."""
 
 import functools
 import json
@@ -26,26 +26,26 @@ from distrib.strategies.memory import MakeOptimizer
 from distrib.strategies.parameters import make_contiguous, trainable
 from distrib.strategies.step_sums import AllReducedSums
 
-_EMPTY_SHAPE = re.compile(r"\(0\)|\[0\]|multiplied \(.*\b0x\d")  # of a parameter that zero3 has not gathered
-_OWN_BACKWARD = re.compile(r"Loss scaling is required|Direct calls to tensor.backward\(\)")  # DeepSpeed's words
+_EMPTY_SHAPE = re.compile(r"\(0\)|\[0\]|multiplied \(.*\b0x\d")  # the shape of a parameter that zero3 has not gathered
+_OWN_BACKWARD = re.compile(r"Loss scaling is required|Direct calls to tensor.backward\(\)")  # DeepSpeed's messages
 
 
 class _Options(Strategy.Options):
     deepspeed: dict[str, Any] | str = Field(
         default_factory=dict
-    )  # further options of DeepSpeed's, or a JSON file with them
+    )  # more options of DeepSpeed, or the path of a JSON file with them
 
 
 class ZeRO(Strategy):
-    """A DeepSpeedEngine, made from `deepspeed_config.compile_config`'s JSON. Each stage is a class below.
+    """Uses a DeepSpeedEngine, made from the JSON of `deepspeed_config.compile_config`. Each stage is a class below.
 
-    At stages 1 to 3 the normalisation by the window's count goes in as DeepSpeed's loss scale, by which it divides
-    where it clips; at stage 0 DeepSpeed leaves whole gradients in `p.grad`, and the update is that of ddp.
+    At stages 1 to 3, the window's count is passed to DeepSpeed as its loss scale, because DeepSpeed divides by that
+    when it clips. At stage 0, DeepSpeed leaves whole gradients in `p.grad`, and the update is the same as under ddp.
     """
 
     stage: int
-    # Adafactor and Muon compute something else of a flat shard. DeepSpeed replaces Adagrad by one of its own, without
-    # parameter groups or schedule.
+    # Adafactor and Muon would compute another update from a flat shard. DeepSpeed replaces Adagrad by its own, which
+    # ignores parameter groups and schedule.
     refused_optimizers: tuple[str, ...] = ("adafactor", "muon", "adagrad")
 
     def __init__(self, config: Config, world: World) -> None:
@@ -82,7 +82,7 @@ class ZeRO(Strategy):
 
     def wrap(self, module: nn.Module, blocks: list[nn.Module], make_optimizer: MakeOptimizer | None) -> None:
         super().wrap(module, blocks, make_optimizer)
-        if make_optimizer is None and self.stage < 3:  # nothing is sharded that a forward needs
+        if make_optimizer is None and self.stage < 3:  # the parameters are whole, so a forward needs no engine
             module.to(self.world.device)
             self._sharded_optimizer: Any = None
             return
@@ -91,14 +91,14 @@ class ZeRO(Strategy):
         self.broadcast_state()
         self.use_optimizer(make_optimizer)
         deepspeed = import_deepspeed(self.world)
-        # A compiled module is gathered as a whole at stage 3, so that no hook is inside.
+        # At stage 3, gather a compiled module as a whole, so that there are no hooks inside it.
         for part in self.compiled if self.stage == 3 else ():
             deepspeed.utils.set_z3_leaf_module(part, True)
         engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=self._json())
         self.model = engine
         self.evaluation_model = engine if self.stage == 3 else module
         self._engine: Any = engine
-        # For fp16 DeepSpeed would bring a scaler of its own, which finds another scale under each stage.
+        # For fp16, DeepSpeed would use its own scaler, which finds another scale at each stage.
         engine.torch_autocast_z0_gradscaler = None
         self._sharded_optimizer = engine.optimizer if self.stage and make_optimizer is not None else None
         self._discarding = False
@@ -115,7 +115,7 @@ class ZeRO(Strategy):
 
     def zero_grad(self) -> None:
         if self._sharded_optimizer is None:
-            super().zero_grad()  # at the other stages DeepSpeed has cleared them in its step
+            super().zero_grad()  # at other stages, DeepSpeed clears them in its step
 
     def backward(self, total: Tensor, sums: Tensor, last: bool) -> None:
         assert isinstance(self.sums, AllReducedSums)
@@ -130,17 +130,17 @@ class ZeRO(Strategy):
         return self._sharded_optimizer is None and super().can_update_on_device
 
     def update(self, factor: Number, max_grad_norm: float | None) -> Number:
-        factor = factor * self.world.world_size  # DeepSpeed leaves the mean over the ranks
+        factor = factor * self.world.world_size  # DeepSpeed averages over the ranks
         if self._sharded_optimizer is None:
             return super().update(factor, max_grad_norm)
         assert isinstance(factor, float), "DeepSpeed waits for the device"
-        # max_grad_norm stands in the JSON
+        # DeepSpeed reads max_grad_norm from the JSON
         self._sharded_optimizer.override_loss_scale(1.0 / factor)
         self._engine.step()
         return math.inf if self._sharded_optimizer.overflow else float(self._engine.get_global_grad_norm())
 
     def discard(self) -> None:
-        if self._sharded_optimizer is not None:  # it has gradients to forget
+        if self._sharded_optimizer is not None:  # it holds gradients, which it must drop
             self._discarding = True
             self._engine.step()
             self._discarding = False
@@ -188,7 +188,7 @@ class ZeRO(Strategy):
             self._sharded_optimizer._clear_fp32_optimizer_param_groups()
 
     def _groups(self) -> list[list[nn.Parameter]]:
-        """The parameters of each flat tensor that the optimizer updates."""
+        """Return the parameters in each flat tensor that the optimizer updates."""
         optimizer = self._sharded_optimizer
         return optimizer.fp16_groups if self.stage == 3 else optimizer.bit16_groups  # type: ignore[no-any-return]
 
@@ -200,9 +200,9 @@ class ZeRO(Strategy):
         return flat
 
     def _cut(self, parameter: Any, flat: Tensor, value: Tensor) -> Shard | None:
-        """What of the flat `value` belongs to `parameter`; None where nothing does."""
+        """Return the part of the flat `value` that belongs to `parameter`; None if there is none."""
         if value.shape != flat.shape:
-            return replicated(value)  # a count of steps, one for the group
+            return replicated(value)  # a step count, one for the whole group
         if self.stage == 3:
             _, start, size = self._place_at_stage_3(parameter)
             return self._cut_at_stage_3(parameter, value.narrow(0, start, size))
@@ -215,19 +215,19 @@ class ZeRO(Strategy):
         )
 
     def _cut_at_stage_3(self, parameter: Any, stretch: Tensor) -> Shard:
-        """Without the padding at the end of the last rank's."""
+        """Return the tensor without the padding, which the last rank has at its end."""
         size, whole = stretch.numel(), parameter.ds_numel
         first = min(whole, self.world.rank * size)
         return Shard(stretch[: min(size, whole - first)], tuple(parameter.ds_shape), first)
 
     def _place_at_stage_3(self, parameter: Any) -> tuple[Tensor, int, int]:
-        """The flat tensor that holds what this rank updates of `parameter`, and where."""
+        """Return the flat tensor with the part of `parameter` that this rank updates, and the place of that part."""
         optimizer = self._sharded_optimizer
         group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         return self._flat()[group], start, size
 
     def _unless_discarding(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """DeepSpeed offers no way to end a window without an update; its sharded optimizer calls this one's step."""
+        """Wrap the optimizer's step, which DeepSpeed calls, because DeepSpeed cannot end a window without an update."""
 
         def step_or_not(*args: Any, **kwargs: Any) -> Any:
             return None if self._discarding else step(*args, **kwargs)
@@ -236,7 +236,7 @@ class ZeRO(Strategy):
 
 
 class ZeRO0(ZeRO):
-    """Everything whole on every rank."""
+    """Every rank holds the whole model."""
 
     Options = _Options
     refused_optimizers = ()
@@ -247,7 +247,7 @@ class ZeRO1(ZeRO):
     """Optimizer state is sharded."""
 
     class Options(_Options):
-        offload: Literal["none", "optimizer"] = "none"  # what lies in CPU memory
+        offload: Literal["none", "optimizer"] = "none"  # the tensors in CPU memory
 
     stage = 1
 
@@ -263,7 +263,7 @@ class ZeRO3(ZeRO):
     """Optimizer state, gradients and parameters are sharded."""
 
     class Options(_Options):
-        offload: Literal["none", "optimizer", "all"] = "none"  # what lies in CPU memory; all: parameters too
+        offload: Literal["none", "optimizer", "all"] = "none"  # the tensors in CPU memory; all: parameters too
 
     evaluates_as = "zero3"
     forward_is_collective = True
@@ -271,7 +271,7 @@ class ZeRO3(ZeRO):
 
 
 def _is_deepspeeds(error: Exception) -> bool:
-    """An IndexError inside a hook of DeepSpeed's, before the backward: zero2 has no bucket for a gradient yet."""
+    """Return whether a hook of DeepSpeed raised IndexError before the backward: zero2 has no gradient bucket yet."""
     frames = traceback.extract_tb(error.__traceback__)
     in_backward = any(frame.name == "backward" and frame.filename == __file__ for frame in frames)
     return isinstance(error, IndexError) and "deepspeed" in frames[-1].filename and not in_backward

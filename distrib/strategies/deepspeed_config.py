@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON, compiled from our config. One way only: where we decide, an option of the user's may not differ."""
+"""Makes DeepSpeed's JSON from our config. If both set an option, the user's DeepSpeed JSON must have the same value."""
 
 import copy
 import json
@@ -17,10 +17,10 @@ _OTHERS_DECIDE = {"optimizer": "optim", "scheduler": "optim.schedule", "data_typ
 def compile_config(
     config: Config, stage: int, offload: str, options: dict[str, Any] | str, batches: BatchPlan
 ) -> dict[str, Any]:
-    """The JSON for a stage of ZeRO. Bucket sizes and the like are DeepSpeed's own defaults unless given.
+    """Return the JSON for a stage of ZeRO. Options that nobody sets, such as bucket sizes, have DeepSpeed's defaults.
 
-    `options`: the config's key strategy.deepspeed. Raises ConfigError if it contradicts another key, with both values
-    named.
+    `options`: the config's key strategy.deepspeed. Raises ConfigError, which names both values, if it contradicts
+    another key.
     """
     given, problems = copy.deepcopy(_read(options)), []
     for key, decided_by in _OTHERS_DECIDE.items():
@@ -36,9 +36,9 @@ def compile_config(
 
 
 def _check_precision(given: dict[str, Any], mixed_precision: str) -> list[str]:
-    """Return what the sections bf16 and fp16 ask for and train.mixed_precision does not.
+    """Return one line for each option in the sections bf16 and fp16 that does not fit train.mixed_precision.
 
-    DeepSpeed's own bf16 and fp16 stay off: torch's autocast does the same here as under every other strategy.
+    DeepSpeed's own bf16 and fp16 stay off, because distrib uses torch's autocast, as under every other strategy.
     """
     problems = []
     for name in ("bf16", "fp16"):
@@ -59,7 +59,7 @@ def _check_precision(given: dict[str, Any], mixed_precision: str) -> list[str]:
 
 
 def stage_of(options: dict[str, Any] | str) -> int:
-    """The stage that a DeepSpeed JSON asks for; 0 is DeepSpeed's default. Raises ConfigError."""
+    """Return the stage of a DeepSpeed JSON. DeepSpeed's default is 0. Raises ConfigError."""
     stage = _zero(options).get("stage", 0)
     if stage not in range(4):
         raise ConfigError(f"strategy.deepspeed: zero_optimization.stage is {stage!r}; give 0, 1, 2 or 3")
@@ -76,13 +76,13 @@ def offload_of(options: dict[str, Any] | str, strategy: str) -> str:
 
 
 def persistence_threshold(options: dict[str, Any] | str) -> int:
-    """Up to how many elements a parameter stays whole on every rank at stage 3. Raises ConfigError."""
+    """Return the most elements that a parameter may have to stay whole on every rank at stage 3. Raises ConfigError."""
     given = _zero(options).get(_PERSISTENCE, "auto")
     return 100_000 if given == "auto" else int(given)
 
 
 def _read(options: dict[str, Any] | str) -> dict[str, Any]:
-    """As a dictionary, from its JSON file where it names one."""
+    """Return the options. If `options` is the path of a JSON file, read it."""
     if not isinstance(options, str):
         return options
     try:
@@ -103,7 +103,7 @@ def _zero(options: dict[str, Any] | str) -> dict[str, Any]:
 
 
 def _ours(config: Config, stage: int, offload: str, batches: BatchPlan) -> tuple[dict[str, Any], dict[str, str]]:
-    """What we decide, and for each option (dotted) the key of our config that decided it."""
+    """Return the options that distrib sets, and for each (with dots) the key of our config that decides it."""
     data, train, dtype = config.data, config.train, config.strategy.communication_dtype
     if stage and (dtype, train.mixed_precision) == ("bf16", "fp16"):
         raise ConfigError(
@@ -114,12 +114,12 @@ def _ours(config: Config, stage: int, offload: str, batches: BatchPlan) -> tuple
     if autocast["enabled"]:
         autocast["dtype"] = _DTYPES[train.mixed_precision]
         if dtype == "fp32":
-            autocast["lower_precision_safe_modules"] = []  # else theirs travel in the lower precision
+            autocast["lower_precision_safe_modules"] = []  # otherwise their gradients would be sent in bf16 or fp16
     zero: dict[str, Any] = {"stage": stage}
     if stage:
         zero["offload_optimizer"] = {"device": "none" if offload == "none" else "cpu"}
     if stage == 3:
-        zero["memory_efficient_linear"] = False  # it would round otherwise in bf16, and replace torch's for good
+        zero["memory_efficient_linear"] = False  # it rounds differently in bf16, and replaces torch's for good
         zero["offload_param"] = {"device": "cpu" if offload == "all" else "none"}
     ours = {
         "train_batch_size": data.global_batch_size,
@@ -156,9 +156,9 @@ def _ours(config: Config, stage: int, offload: str, batches: BatchPlan) -> tuple
 def _merge(
     ours: dict[str, Any], given: dict[str, Any], keys: dict[str, str], problems: list[str], prefix: str = ""
 ) -> None:
-    """Add the options of `given` to `ours`, and to `problems` a line for each that differs.
+    """Add the options of `given` to `ours`. For each option that differs, add a line to `problems`.
 
-    An option that is "auto" and that no key of ours decides has DeepSpeed's own default.
+    "auto" means our value, or DeepSpeed's default if distrib does not set the option.
     """
     for name, value in given.items():
         path = f"{prefix}{name}"

@@ -1,4 +1,4 @@
-"""What ZeRO makes of a model, known before it is wrapped: whether a stage can train it, and the bytes of a rank."""
+"""Checks before wrapping whether a stage of ZeRO can train a model, and counts the bytes that a rank would hold."""
 
 import math
 
@@ -14,7 +14,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # DeepSpeed's
 
 
 def check(module: nn.Module, stage: int, strategy: str) -> None:
-    """Raise ConfigError if the stage cannot train the module. `strategy`: its name."""
+    """Raise ConfigError if the stage cannot train the module. `strategy`: the name of the strategy."""
     trained = (torch.float32,) if stage else _DTYPES
     for name, parameter in module.named_parameters():
         if not parameter.ndim and stage == 3:
@@ -30,10 +30,10 @@ def check(module: nn.Module, stage: int, strategy: str) -> None:
 
 
 def memory(module: nn.Module, stage: int, world_size: int, whole: int, make_optimizer: MakeOptimizer) -> Memory:
-    """The bytes of the fullest rank at stage 1, 2 or 3.
+    """Return the bytes that the fullest rank holds at stage 1, 2 or 3.
 
-    All is cut as one flat tensor, whose shard in fp32 is what the optimizer updates. `whole`: up to how many elements
-    stage 3 leaves a parameter whole, beside its shard.
+    ZeRO cuts all parameters as one flat tensor. The optimizer updates a rank's shard of it in fp32. `whole`: at stage 3
+    a rank also holds each parameter of up to this many elements whole.
     """
     trained = trainable(module)
     flat = {name: empty_like(p, math.ceil(p.numel() / world_size)) for name, p in trained}

@@ -1,4 +1,4 @@
-"""Errors in forward, loss or backward that the strategy causes: each becomes one line that names the way out."""
+"""Explains errors in forward, loss or backward that the strategy causes: one line that says what to do."""
 
 import torch
 
@@ -8,7 +8,7 @@ _NO_GRAPH = "does not require grad and does not have a grad_fn"
 
 
 def explain(error: Exception, strategy: Strategy) -> str | None:
-    """Return the line for an error in forward, loss or backward; None if the strategy did not cause it."""
+    """Return one line for an error in forward, loss or backward; None if the strategy did not cause it."""
     if isinstance(error, AttributeError):
         wrapped = strategy.model is not strategy.module and error.obj is strategy.model
         if not wrapped or not hasattr(strategy.module, str(error.name)):

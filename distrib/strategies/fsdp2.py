@@ -1,4 +1,4 @@
-"""fsdp2: torch's fully_shard. Parameters, gradients and optimizer state are cut along their first dimension."""
+"""fsdp2: torch's fully_shard. It cuts parameters, gradients and optimizer state along their first dimension."""
 
 import math
 from typing import Any, Literal, cast
@@ -20,16 +20,16 @@ _NOT_GATHERED = ("mixed torch.Tensor and DTensor", "out of bounds for storage of
 
 
 class FSDP2(Strategy):
-    """Each block is gathered for its forward and backward. Gradients are reduced after each micro-batch, so that they
-    are never held whole."""
+    """Gathers each block for its forward and backward. Gradients are reduced after each micro-batch, so no rank holds
+    them whole."""
 
     class Options(Strategy.Options):
-        offload: Literal["none", "all"] = "none"  # all: parameters and optimizer state lie in CPU memory
+        offload: Literal["none", "all"] = "none"  # all: parameters and optimizer state are in CPU memory
         reshard_after_forward: bool = True  # false: a block stays gathered until its backward
 
     evaluates_as = "fsdp2"
     forward_is_collective = True
-    refused_optimizers = ("adafactor", "muon", "rprop")  # look at whole matrices, or do what a DTensor does not know
+    refused_optimizers = ("adafactor", "muon", "rprop")  # need whole matrices, or operations that DTensor lacks
 
     @property
     def shard_size(self) -> int:
@@ -42,8 +42,7 @@ class FSDP2(Strategy):
         return self.world.world_size // self.shard_size
 
     def mesh(self) -> DeviceMesh:
-        """Return how fully_shard arranges the ranks. Rank r holds shard r % shard_size of copy r // shard_size.
-        Collective."""
+        """Return the mesh for fully_shard. Rank r holds shard r % shard_size of copy r // shard_size. Collective."""
         return init_device_mesh(self.world.device.type, (self.world.world_size,))
 
     def check_model(self, module: nn.Module, blocks: list[nn.Module]) -> None:
@@ -54,7 +53,7 @@ class FSDP2(Strategy):
             if not parameter.numel() and parameter.requires_grad:
                 what = f"has no elements, which {self.name} cannot cut"
                 raise refusal(name, what, "make it a buffer", ("ddp", "zero0"))
-        # What is gathered at once must have one dtype.
+        # Parameters that are gathered together must have the same dtype.
         owner = {id(parameter): block for block in blocks for parameter in block.parameters()}
         first: dict[int, tuple[str, nn.Parameter]] = {}
         for name, parameter in trainable(module):
@@ -69,7 +68,7 @@ class FSDP2(Strategy):
                 )
 
     def memory(self, module: nn.Module, make_optimizer: MakeOptimizer) -> Memory:
-        """Each parameter is cut along its first dimension, and padded to equal shards."""
+        """Count shards: each parameter is cut along its first dimension, and padded so that all shards are equal."""
         rows = {name: math.ceil(p.shape[0] / self.shard_size) for name, p in module.named_parameters()}
         trained = trainable(module)
         shards = {name: empty_like(p, rows[name], *p.shape[1:]) for name, p in trained}
@@ -92,7 +91,7 @@ class FSDP2(Strategy):
         compressed = self.config.strategy.communication_dtype == "bf16"
         options: dict[str, Any] = {
             "mesh": self.mesh(),
-            # Autocast decides the precision of each operation, as under every strategy; parameters lie in fp32.
+            # Parameters are stored in fp32. Autocast sets the precision of each operation, as under every strategy.
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=DTYPES.get(self.config.train.mixed_precision) if compressed else None,
                 reduce_dtype=torch.bfloat16 if compressed else None,
@@ -103,8 +102,8 @@ class FSDP2(Strategy):
         }
         for block in blocks:
             fully_shard(block, reshard_after_forward=self.options.reshard_after_forward, **options)
-        fully_shard(module, **options)  # for what is in no block, resharding after forward would not pay
-        self.use_optimizer(make_optimizer)  # over the shards
+        fully_shard(module, **options)  # the parameters outside of blocks: resharding these after forward would not pay
+        self.use_optimizer(make_optimizer)  # its parameters are the shards
         self.watch.begin(module)
 
     def backward(self, total: Tensor, sums: Tensor, last: bool) -> None:
@@ -112,7 +111,7 @@ class FSDP2(Strategy):
         self.watch.require_all()
 
     def update(self, factor: Number, max_grad_norm: float | None) -> Number:
-        return super().update(factor * self.world.world_size, max_grad_norm)  # torch leaves the mean over the ranks
+        return super().update(factor * self.world.world_size, max_grad_norm)  # torch averages over the ranks
 
     def shard_of(self, tensor: Tensor) -> Shard:
         if not isinstance(tensor, DTensor):
@@ -134,7 +133,7 @@ class FSDP2(Strategy):
 
 
 def not_gathered(strategy: str, error: Exception) -> str:
-    """The line for an error that shows that the task uses a parameter of which this rank holds a shard."""
+    """Return the line for an error that occurs if the task uses a parameter of which this rank holds only a shard."""
     return (
         f"task: uses parameters that {strategy} has not gathered ({str(error).splitlines()[0]}); it gathers a module's "
         "when forward is called, so call methods, read parameters and take gradients of gradients in the model's "

@@ -1,4 +1,4 @@
-"""hsdp: fsdp2 within groups of ranks, and a copy of the model in each group."""
+"""hsdp: each group of ranks holds a copy of the model, sharded within the group as under fsdp2."""
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -8,10 +8,10 @@ from distrib.strategies.fsdp2 import FSDP2
 
 
 class HSDP(FSDP2):
-    """The ranks of a group are neighbours, usually those of one machine. Parameters are gathered within the group, and
-    gradients are summed across the groups, so that only gradient shards travel between machines.
+    """Hybrid sharding (Zhao et al., PyTorch FSDP, VLDB 2023, section 3.2.2).
 
-    Zhao et al., PyTorch FSDP (VLDB 2023), section 3.2.2, call it hybrid sharding.
+    A group has consecutive ranks, usually those of one machine. Parameters are gathered within a group. Gradients are
+    summed across the groups, so only gradient shards are sent between machines.
     """
 
     class Options(FSDP2.Options):

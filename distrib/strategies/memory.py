@@ -1,4 +1,4 @@
-"""Counts the bytes that a rank holds. Works on torch's meta device, where nothing is allocated."""
+"""Counts the bytes that a rank holds. This works on torch's meta device, which allocates no memory."""
 
 from collections.abc import Callable, Iterable
 
@@ -14,14 +14,14 @@ def size_in_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def empty_like(parameter: nn.Parameter, *shape: int) -> nn.Parameter:
-    """A parameter of another shape, such as the shard of one."""
+    """Return a parameter of another shape, for example a shard."""
     return nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device=parameter.device))
 
 
 def exchange(optimizer: Optimizer, shards: dict[int, nn.Parameter]) -> None:
-    """Give an optimizer that was made over whole parameters their shards, by the `id` of each parameter.
+    """Replace the parameters of an optimizer by their shards. `shards`: a shard for the `id` of each parameter.
 
-    State that it made at once (Adagrad) is cut to the shape of the shard.
+    Some optimizers (Adagrad) have state before the first step. It is cut to the shape of the shard.
     """
     for group in optimizer.param_groups:
         for index, parameter in enumerate(group["params"]):
@@ -37,9 +37,9 @@ def optimizer_state(
     params: list[tuple[str, nn.Parameter]],
     shards: dict[str, nn.Parameter] | None = None,
 ) -> int:
-    """Return the bytes that the optimizer keeps after a step over the parameters, or over their `shards`.
+    """Return the bytes of the optimizer's state after a step that updates the parameters, or their `shards`.
 
-    The optimizer is made over the whole parameters, because a task may choose by their shapes.
+    The optimizer is always created with the whole parameters, because a task may group them by shape.
     """
     optimizer = make_optimizer(params)
     if shards is not None:

@@ -1,4 +1,4 @@
-"""Does the optimizer keep for each parameter what a checkpoint holds?"""
+"""Checks that a checkpoint holds the state of the same optimizer."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,10 +12,10 @@ from distrib.errors import MismatchError
 def require_same_state(
     path: Path, kept: set[str], trained: list[str], states: Iterable[tuple[str, dict[str, Any], Any]]
 ) -> None:
-    """Raise MismatchError if the optimizer keeps something else for a parameter than what a checkpoint holds.
+    """Raise MismatchError if the optimizer's state for a parameter has other keys than the checkpoint's.
 
-    `kept`: the checkpoint's names. A parameter for which it holds nothing had no update yet. `states`: what the
-    optimizer keeps for each of the `trained` parameters; several may share it.
+    `kept`: the names in the checkpoint. If it has no state for a parameter, that parameter was not updated yet.
+    `states`: the optimizer's state for each of the `trained` parameters. Several parameters may share one state.
     """
     saved: dict[str, set[str]] = {}
     for entry in kept:

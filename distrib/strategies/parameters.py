@@ -1,4 +1,4 @@
-"""The parameters and buffers of a module: by name, in one memory format, and refused with a way out."""
+"""The parameters of a module: finds those that are trained, makes them contiguous, and checks their gradients."""
 
 from collections.abc import Callable
 
@@ -14,28 +14,28 @@ def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def make_contiguous(module: nn.Module) -> None:
-    """Copy weights of another memory format (channels_last) into torch's default one, in place.
+    """Convert weights of another memory format (channels_last) to torch's default one, in place.
 
-    Shards are cut from the default one. The values are the same; what is computed from them, up to rounding.
+    Strategies cut shards from the default format. The weights stay equal; results may differ by rounding.
     """
     for parameter in module.parameters():
         parameter.data = parameter.data.contiguous()
 
 
 class GradientWatch:
-    """Finds parameters that a micro-batch leaves without a gradient.
+    """Finds parameters that got no gradient from a micro-batch.
 
-    A sharded reduction would go on with what other ranks have of other parameters, and say nothing.
+    With such a parameter, a sharded reduction would silently mix gradients of different parameters.
     """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._names: list[str] = []
         self._hooks: list[RemovableHandle] = []
-        self._used: set[str] = set()  # in this micro-batch
+        self._used: set[str] = set()  # the parameters that got a gradient from this micro-batch
 
     def begin(self, module: nn.Module) -> None:
-        """Watch all that is trained. Call it when the parameters are those of the optimizer."""
+        """Watch all trained parameters. Call this after the optimizer has been created."""
         for name, parameter in trainable(module):
             used: Callable[..., None] = lambda _, name=name: self._used.add(name)  # noqa: E731
             self._hooks.append(parameter.register_post_accumulate_grad_hook(used))  # type: ignore[no-untyped-call]
@@ -62,7 +62,7 @@ class GradientWatch:
 
 
 def refusal(name: str, what: str, todo: str, strategies: tuple[str, ...] = ()) -> ConfigError:
-    """An error that says what is wrong with a parameter, what to do, and which `strategies` take it as it is."""
+    """Return an error: what is wrong with a parameter, what to do, and which `strategies` can train it unchanged."""
     *most, last = strategies or ("",)
     others = f", or take strategy.name {', '.join(most)}{' or ' if most else ''}{last}" if last else ""
     return ConfigError(f"task.model: {name} {what}; {todo}{others}")

@@ -1,4 +1,4 @@
-"""Which strategy runs: the config's, what the launcher was told, and what each of both leaves open."""
+"""Finds the strategy that runs, from the config and from the options of accelerate launch."""
 
 import os
 from typing import Any
@@ -20,9 +20,9 @@ _TF32 = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 
 
 def resolve(config: Config, world: World) -> Strategy:
-    """Return the strategy that trains. Its `config` has the strategy's name and options written out.
+    """Return the strategy that trains. Its `config` has the strategy's name and all options filled in.
 
-    Raises LaunchError if launcher and config contradict each other, with both sides named, and ConfigError if the
+    Raises LaunchError, which names both values, if launcher and config contradict each other. Raises ConfigError if the
     config does not fit the strategy.
     """
     strategy = create(_resolved(config, world), world)
@@ -49,7 +49,7 @@ def for_evaluation(config: Config, world: World) -> Strategy:
 
 
 def create(config: Config, world: World) -> Strategy:
-    """Make the strategy that a resolved config names; checks nothing but its options. Raises ConfigError."""
+    """Create the strategy that a resolved config names. Raises ConfigError if its options are wrong."""
     found: type[Strategy] = find(config.strategy.name)
     if config.train.determinism == "bitwise":
         bitwise = found.bitwise()
@@ -64,7 +64,7 @@ def create(config: Config, world: World) -> Strategy:
 
 
 def check_wrapped(world: World, blocks: list[nn.Module]) -> None:
-    """Raise LaunchError if accelerate launch names other classes to wrap than those of the task's blocks."""
+    """Raise LaunchError if accelerate launch names classes to wrap, and the task's blocks have other classes."""
     if _WRAP in world.asked:
         asked = {name.strip() for name in world.asked[_WRAP].split(",")}
         found = {type(block).__name__ for block in blocks}
@@ -76,13 +76,13 @@ def check_wrapped(world: World, blocks: list[nn.Module]) -> None:
 
 
 def _resolved(config: Config, world: World) -> Config:
-    """The config with what the launcher was told written into the keys of `strategy` that it leaves open."""
+    """Return the config. Keys of `strategy` that it does not set get the values given to accelerate launch."""
     values = config.strategy.model_dump()
     told = []
     for key, asked in world.asked.items():
         section, _, option = key.partition(".")
         is_set = option in config.strategy.model_fields_set and values.get(option) != "auto"
-        if key == _WRAP:  # see `check_wrapped`: the model is not there yet
+        if key == _WRAP:  # `check_wrapped` compares it, when the model exists
             continue
         if section == "strategy" and not is_set:
             values[option] = asked
@@ -94,7 +94,7 @@ def _resolved(config: Config, world: World) -> Config:
             )
     if values["name"] == "auto":
         values["name"] = "ddp" if world.world_size > 1 else "single"
-    elif values["name"] == "deepspeed":  # accelerate launch names a JSON file in which the stage stands
+    elif values["name"] == "deepspeed":  # accelerate launch names a JSON file, which has the stage
         values["name"] = f"zero{stage_of(values['deepspeed'])}"
     if "strategy.name" in told and values["name"] not in plugins.OWN[plugins.STRATEGIES]:
         raise LaunchError(
@@ -133,7 +133,7 @@ def _check_compile(strategy: Strategy) -> None:
 
 
 def _value(config: Config, key: str, world: World) -> Any:
-    """What the config makes of a key that a launcher speaks of."""
+    """Return the config's value for a key of accelerate launch."""
     if key == "grad_accum_steps":
         return BatchPlan.of(config, world.world_size).grad_accum_steps
     if key == "fsdp_auto_wrap_policy":
@@ -145,5 +145,5 @@ def _value(config: Config, key: str, world: World) -> Any:
 
 
 def _text(value: Any) -> str:
-    """As in YAML."""
+    """Write a value as YAML does."""
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)

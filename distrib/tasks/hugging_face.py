@@ -5,7 +5,6 @@ and its samples.
 """
 
 import sys
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distrib.data.documents import NOT_COUNTED, Classified, Documents, TokenWindows
-from distrib.data.rows import Columns, Row, find_sources, pack_rows
+from distrib.data.packing import Encoded, pack
+from distrib.data.rows import Columns, Row, find_files
 from distrib.errors import ConfigError
 from distrib.task import Loss, Task
 from distrib.tasks import pretrained
-
-Encoded = list[tuple[Sequence[int], int]]
 
 
 class HuggingFace(Task):
@@ -76,11 +74,11 @@ class HuggingFace(Task):
 
     @cached_property
     def packed(self) -> Path:
-        sources = find_sources(self.files, "task.files")
-        evaluation = None if self.eval_files is None else find_sources(self.eval_files, "task.eval_files")
+        files = find_files(self.files, "task.files")
+        evaluation = None if self.eval_files is None else find_files(self.eval_files, "task.eval_files")
         dtype = "<u2" if self._text_config.vocab_size <= 2**16 else "<u4"
         settings = {"tokenizer": pretrained.tokenizer_digest(self.tokenizer), **self._settings()}
-        return pack_rows(sources, evaluation, self.columns, self._encode, dtype, settings)
+        return pack(files, evaluation, self.columns, self._encode, dtype, settings)
 
     def train_dataset(self) -> Documents:
         samples = self._samples("train")

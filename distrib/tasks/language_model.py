@@ -8,13 +8,19 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distrib.data.tokens import SEPARATOR, VOCABULARY, Windows, find_text, pack
+from distrib.data.documents import PaddedWindows
+from distrib.data.packing import Encoded, pack
+from distrib.data.rows import Files, Row, expand_globs
 from distrib.errors import ConfigError
 from distrib.task import Loss, Task
+
+SEPARATOR = 256  # precedes each document
+VOCABULARY = 257
 
 
 class LanguageModel(Task):
@@ -45,20 +51,21 @@ class LanguageModel(Task):
         if not 0 <= dropout < 1:
             raise ConfigError(f"task.dropout: {dropout!r}; give 0 or more, less than 1")
         self.context_length, self.layers, self.heads, self.width, self.dropout = (*given.values(), dropout)
-        self.files = find_text(text)
+        self.files = expand_globs(text, "task.text")
 
     @cached_property
     def packed(self) -> Path:
-        return pack(self.files)
+        files = Files("bytes", self.files, "task.text")
+        return pack([files], None, {"content": (bytes,)}, encode, "<u2", {"tokenizer": "bytes"})
 
-    def train_dataset(self) -> Windows:
-        windows = Windows(self.packed / "train.npy", self.context_length)
+    def train_dataset(self) -> PaddedWindows:
+        windows = PaddedWindows(self.packed, "train", self.context_length, SEPARATOR)
         if len(windows) == 0:
             raise ConfigError(f"task.text: all of its {len(self.files)} file(s) are held out; give more files")
         return windows
 
-    def eval_dataset(self) -> Windows | None:
-        windows = Windows(self.packed / "eval.npy", self.context_length)
+    def eval_dataset(self) -> PaddedWindows | None:
+        windows = PaddedWindows(self.packed, "eval", self.context_length, SEPARATOR)
         return windows if len(windows) else None
 
     def model(self) -> nn.Module:
@@ -83,6 +90,12 @@ class LanguageModel(Task):
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Apply weight decay to matrices and the embedding, not to biases and normalisation weights."""
         return parameter.dim() > 1
+
+
+def encode(documents: list[Row]) -> Encoded:
+    """Return the tokens of each document: the separator, then the bytes."""
+    first = np.uint16(SEPARATOR)
+    return [(np.append(first, np.frombuffer(document["content"], np.uint8)), 1) for document in documents]
 
 
 def _nats(logits: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:

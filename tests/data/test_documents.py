@@ -5,13 +5,13 @@ from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distrib.data.documents import NOT_COUNTED, Classified, DocumentWriter, TokenWindows
+from distrib.data.documents import NOT_COUNTED, Classified, PaddedWindows, TokenWindows
+from distrib.data.packing import DocumentWriter
 
 Document = tuple[list[int], int]  # its tokens, and its number
 
@@ -88,11 +88,14 @@ def test_documents_of_a_batch_are_padded_to_the_longest(documents: list[Document
 
 def test_a_dataset_is_pickled_by_path_without_its_tokens(tmp_path: Path) -> None:
     folder = written(str(tmp_path), [(list(range(50_000)), 1)])
-    for dataset in (TokenWindows(folder, "train", 64, True), Classified(folder, "train", 0)):
+    for dataset in (
+        TokenWindows(folder, "train", 64, True),
+        Classified(folder, "train", 0),
+        PaddedWindows(folder, "train", 64, 256),
+    ):
         sent = pickle.dumps(dataset)
         assert len(sent) < 1000
-        for key, value in pickle.loads(sent)[0].items():
-            np.testing.assert_array_equal(value, dataset[0][key])
+        torch.testing.assert_close(pickle.loads(sent)[0], dataset[0])
 
 
 def test_an_index_out_of_range_raises_index_error(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Every kind of file gives the same rows. They are cached by content. Unusable files are refused."""
 
 import gzip
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -9,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tokens import side_by_side
 
 from distrib.data.documents import Documents
-from distrib.data.rows import Columns, Row, find_sources, pack_rows
+from distrib.data.packing import pack
+from distrib.data.rows import Columns, Row, find_files
 from distrib.errors import ConfigError
 
 datasets = pytest.importorskip("datasets")
@@ -37,9 +36,9 @@ def packed(train: Any, evaluation: Any = None, settings: dict[str, Any] | None =
     columns: Columns = {text: (str,)}
     if evaluation != "text only":
         columns["label"] = (int, str)
-    sources = find_sources(train, "task.files")
-    held = None if evaluation in (None, "text only") else find_sources(evaluation, "task.eval_files")
-    return pack_rows(sources, held, columns, encode, "<u2", settings or {})
+    files = find_files(train, "task.files")
+    held = None if evaluation in (None, "text only") else find_files(evaluation, "task.eval_files")
+    return pack(files, held, columns, encode, "<u2", settings or {})
 
 
 def unpacked(folder: Path, split: str) -> list[tuple[str, int]]:
@@ -134,7 +133,7 @@ def test_packed_rows_are_cached_by_content_and_settings(
 ) -> None:
     files = write(tmp_path / "rows", "jsonl", ROWS)
     first = packed(files)
-    assert "6 rows" in capsys.readouterr().err
+    assert "6 documents" in capsys.readouterr().err
     assert packed(files) == packed(write(tmp_path / "copied", "jsonl", ROWS)) == first
     assert capsys.readouterr().err == ""
     others = [
@@ -144,19 +143,6 @@ def test_packed_rows_are_cached_by_content_and_settings(
     ]
     assert len({first, *others}) == 4
     assert {path for path in cache.iterdir() if path.is_dir()} == {first, *others}
-
-
-def packs(queue: Any, gate: Any, files: str) -> None:
-    gate.wait()
-    folder = packed(files)
-    queue.put((folder, hashlib.sha256((folder / "train.tokens.npy").read_bytes()).hexdigest()))
-
-
-def test_concurrent_processes_pack_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    files = write(tmp_path / "rows", "jsonl", [{"text": os.urandom(500).hex(), "label": 0} for _ in range(5000)])
-    found = side_by_side(3, packs, files)
-    assert len(set(found)) == 1
-    assert capfd.readouterr().err.count("packing") == 1
 
 
 @pytest.mark.parametrize(
@@ -194,9 +180,9 @@ def test_a_file_that_changes_while_packing_is_refused(tmp_path: Path, cache: Pat
         write(tmp_path / "rows", "jsonl", ROWS[1:])
         return encode(rows)
 
-    sources = find_sources(files, "task.files")
-    with pytest.raises(ConfigError, match=r"task.files: .*rows\[1\].jsonl or another file changed while it was packed"):
-        pack_rows(sources, None, {"text": (str,)}, touching, "<u2", {})
+    files = find_files(files, "task.files")
+    with pytest.raises(ConfigError, match=r"task.files: .*rows\[1\].jsonl changed while it was packed"):
+        pack(files, None, {"text": (str,)}, touching, "<u2", {})
     assert [path.suffix for path in cache.iterdir() if path.is_dir()] == [".partial"]
 
 

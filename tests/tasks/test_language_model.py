@@ -17,11 +17,10 @@ from torch.nn import functional as F
 
 from distrib import Config, Trainer
 from distrib.data.order import sample_indices
-from distrib.data.tokens import SEPARATOR
 from distrib.errors import ConfigError
 from distrib.run_folder.export import export
 from distrib.task import load_task
-from distrib.tasks.language_model import GPT, LanguageModel
+from distrib.tasks.language_model import GPT, SEPARATOR, LanguageModel
 from distrib.training import build
 from distrib.training.commands import evaluate_run, explain_run
 

@@ -1,9 +1,8 @@
-"""Text is packed once, completely, by concurrent processes too, and each byte of it is a target once."""
+"""Documents are packed once, completely, by concurrent processes too, and each byte of a text is a target once."""
 
 import hashlib
 import multiprocessing
 import os
-import pickle
 import resource
 import signal
 from collections.abc import Callable, Sequence
@@ -17,8 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distrib.data.tokens import SEPARATOR, Windows, find_text, pack
+from distrib.data.documents import Documents, PaddedWindows
+from distrib.data.packing import pack
+from distrib.data.rows import Files, expand_globs
 from distrib.errors import ConfigError
+from distrib.tasks.language_model import SEPARATOR, encode
 
 FORK = multiprocessing.get_context("fork")  # real processes, which need not import torch again
 
@@ -33,16 +35,19 @@ def write(folder: Path, documents: Sequence[bytes]) -> list[Path]:
     folder.mkdir(exist_ok=True)
     for number, document in enumerate(documents):
         (folder / f"{number:04}.txt").write_bytes(document)
-    return find_text(str(folder / "*.txt"))
+    return expand_globs(str(folder / "*.txt"), "task.text")
+
+
+def pack_bytes(files: list[Path]) -> Path:
+    return pack([Files("bytes", files, "task.text")], None, {"content": (bytes,)}, encode, "<u2", {})
 
 
 def unpacked(folder: Path, split: str) -> list[bytes]:
-    """Return the documents of a split, read with numpy only."""
-    tokens = np.load(folder / f"{split}.npy")
-    (separators,) = np.nonzero(tokens == SEPARATOR)
-    assert separators[0] == 0
-    assert separators[-1] == len(tokens) - 1
-    return [bytes(tokens[start + 1 : end].tolist()) for start, end in pairwise(separators)]
+    """Return the documents of a split."""
+    found = Documents(folder, split)
+    (separators,) = np.nonzero(found.tokens == SEPARATOR)
+    np.testing.assert_array_equal(found.starts, [*separators, len(found.tokens)])
+    return [bytes(found.tokens[start + 1 : end].tolist()) for start, end in pairwise(found.starts)]
 
 
 def held_out(document: bytes) -> bool:
@@ -53,10 +58,11 @@ def held_out(document: bytes) -> bool:
 @given(documents=st.lists(st.binary(max_size=40), min_size=1, max_size=30), length=st.integers(1, 50))
 def test_documents_are_split_by_content_and_windows_cover_them(documents: list[bytes], length: int) -> None:
     with TemporaryDirectory() as folder:
-        packed = pack(write(Path(folder), documents))
+        packed = pack_bytes(write(Path(folder), documents))
         assert unpacked(packed, "train") == [document for document in documents if not held_out(document)]
         assert unpacked(packed, "eval") == [document for document in documents if held_out(document)]
-        windows, tokens = Windows(packed / "train.npy", length), np.load(packed / "train.npy").astype(np.int64)
+        windows = PaddedWindows(packed, "train", length, SEPARATOR)
+        tokens = np.append(windows.tokens, SEPARATOR).astype(np.int64)
         rows = windows.__getitems__(list(range(len(windows)))).numpy()
         targets = rows[:, 1:].flatten()
         filled = len(targets) - (len(tokens) - 1)
@@ -72,15 +78,15 @@ def test_documents_are_split_by_content_and_windows_cover_them(documents: list[b
 def test_packed_text_is_cached_by_content(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     documents = [b"one", b"two", b"three"]
     files = write(tmp_path / "text", documents)
-    first = pack(files)
-    inode = (first / "train.npy").stat().st_ino
-    assert "packing 3 files" in capsys.readouterr().err
+    first = pack_bytes(files)
+    inode = (first / "train.tokens.npy").stat().st_ino
+    assert "3 documents" in capsys.readouterr().err
     os.utime(files[0])
-    assert pack(files) == pack(write(tmp_path / "copied", documents)) == first
-    assert (first / "train.npy").stat().st_ino == inode
+    assert pack_bytes(files) == pack_bytes(write(tmp_path / "copied", documents)) == first
+    assert (first / "train.tokens.npy").stat().st_ino == inode
     assert capsys.readouterr().err == ""
     files[1].write_bytes(b"2wo")  # of the same length
-    second = pack(files)
+    second = pack_bytes(files)
     assert second != first
     assert b"2wo" in unpacked(second, "train") + unpacked(second, "eval")
     assert {path.name for path in cache.iterdir() if path.is_dir()} == {first.name, second.name}
@@ -101,8 +107,8 @@ def side_by_side(count: int, work: Callable[..., None], *arguments: Any) -> list
 
 def packs(queue: Any, gate: Any, files: list[Path]) -> None:
     gate.wait()
-    folder = pack(files)
-    queue.put((folder, hashlib.sha256((folder / "train.npy").read_bytes()).hexdigest()))
+    folder = pack_bytes(files)
+    queue.put((folder, hashlib.sha256((folder / "train.tokens.npy").read_bytes()).hexdigest()))
 
 
 def test_concurrent_processes_pack_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +124,7 @@ def packs_as_far_as(size: int, killed: bool, files: list[Path]) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     with pytest.raises(ConfigError, match=r"cannot pack into .* File too large"):
-        pack(files)
+        pack_bytes(files)
 
 
 @pytest.mark.parametrize("killed", [True, False])
@@ -130,31 +136,24 @@ def test_unfinished_packing_is_repeated(tmp_path: Path, cache: Path, killed: boo
     process.join()
     assert process.exitcode == (-signal.SIGXFSZ if killed else 0)
     assert [path.suffix for path in cache.iterdir() if path.is_dir()] == [".partial"]
-    packed = pack(files)
+    packed = pack_bytes(files)
     assert unpacked(packed, "train") == [document for document in documents if not held_out(document)]
     assert [path for path in cache.iterdir() if path.is_dir()] == [packed]
 
 
-def test_a_dataset_is_pickled_by_path_without_its_tokens(tmp_path: Path) -> None:
-    windows = Windows(pack(write(tmp_path / "text", [bytes(100_000), b"another"])) / "train.npy", 64)
-    sent = pickle.dumps(windows)
-    assert len(sent) < 1000
-    np.testing.assert_array_equal(pickle.loads(sent)[3], windows[3])
-
-
 def test_stdlib_finds_pythons_library() -> None:
-    files = find_text("stdlib")
+    files = expand_globs("stdlib", "task.text")
     assert Path(os.__file__) in files
     assert not [path for path in files if "site-packages" in path.parts]
 
 
 def test_a_glob_without_files_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"task.text: 'no/such/\*' matches no file, looked for from /"):
-        find_text(["stdlib", "no/such/*"])
+        expand_globs(["stdlib", "no/such/*"], "task.text")
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match=r"cannot pack into .*file.*; XDG_CACHE_HOME sets where"):
-        pack(write(tmp_path / "text", [b"text"]))
+        pack_bytes(write(tmp_path / "text", [b"text"]))
