@@ -25,17 +25,15 @@ class Evaluations:
     def __init__(self, task: Task, sets: dict[str, Dataset[Any]], config: Config, plan: RunPlan, log: RunLog) -> None:
         self.task, self.sets, self.config, self.plan, self.log = task, sets, config, plan, log
         self.longest_seconds = 0.0
+        own = {name: one.every_steps for name, one in config.eval.sets.items()}
+        self._every_steps = dict.fromkeys(sets, config.eval.every_steps) | own
         self._lines: list[Evaluation] = []
 
     def due(self, steps_done: int) -> list[str]:
         """Return the names of the sets that are evaluated after so many steps."""
         if steps_done == self.plan.num_steps:
             return list(self.sets)
-        config = self.config.eval
-        every_steps = {
-            name: config.sets[name].every_steps if name in config.sets else config.every_steps for name in self.sets
-        }
-        return [name for name, every in every_steps.items() if every and steps_done % every == 0]
+        return [name for name in self.sets if (every := self._every_steps[name]) and steps_done % every == 0]
 
     def begin(self, engine: Engine, first_step: int) -> None:
         """Evaluate what a start that was killed after its save has not evaluated, and in a new run what `eval.at_start`
