@@ -71,14 +71,14 @@ class RunLog:
             self._ledger.append(entry)
             self._notify("step", {**entry, "chain": self._ledger.chain})
             self._show_tracking()
-            while output.problems:
-                self.warn(f"{output.problems.pop(0)}; what is printed is lost, the run goes on")
+            self._report_output()
 
     def evaluation(self, step: int, count: int, metrics: dict[str, float], seconds: float) -> None:
         """Append a line to evals.jsonl, and pass it to the observers."""
         self.metrics.update(metrics)
         if self.world.is_rank_0:
             self._notify("evaluation", self.run.evaluation(step, count, metrics, seconds))
+            self._report_output()
 
     def event(self, name: str, **details: Any) -> None:
         """Append a line to events.jsonl, and pass it to the observers."""
@@ -191,6 +191,11 @@ class RunLog:
                 self.display.warn(line.removeprefix(WARNING))
             else:
                 self.warn(line.removeprefix(WARNING))
+
+    def _report_output(self) -> None:
+        """Log a warning for each standard stream that can no longer be written."""
+        while output.problems:
+            self.warn(f"{output.problems.pop(0)}; what is printed is lost, the run goes on")
 
     def _outlast_launcher(self) -> None:
         """Ignore SIGTERM from now on: when one rank has failed, a launcher ends the others, and this one has yet to

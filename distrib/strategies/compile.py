@@ -13,6 +13,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,26 @@ def keep_in(folder: Path) -> None:
     All ranks share it. This is safe, because torch writes files atomically, and names them by a digest of their source.
     """
     folder.mkdir(mode=0o700, exist_ok=True)  # this machine code is run, so nobody else may write it
+    if not torch.accelerator.is_available():
+        _find_vector_instructions()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.resolve())
     from torch._inductor.utils import clear_caches  # slow to import
 
     # Code that this process compiled for an earlier run is in another folder. torch would count it as recompiled.
     torch.compiler.reset()
     clear_caches()
+
+
+def _find_vector_instructions() -> None:
+    """Have torch test which vector instructions this CPU and compiler have, before the cache is the run's folder.
+
+    For the test torch compiles programs into its cache. In its own place, all runs on this machine share them; in a new
+    folder they would take most of the time that compiling a small model takes.
+    """
+    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
+    with suppress(OSError):  # that place cannot be written; torch tests again in the run's folder
+        valid_vec_isa_list()
 
 
 def compile_forwards(modules: list[nn.Module]) -> None:

@@ -379,6 +379,23 @@ class Slow(Masked):
         return super().forward(model, batch)
 
 
+class Held(Masked):
+    """Trains after its first evaluation (not the trial of one) only when the file `go` exists."""
+
+    def __init__(self, go: str) -> None:
+        super().__init__()
+        self.go, self.evaluated = Path(go), False
+
+    def metrics(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        self.evaluated |= len(rows["right"]) == self.samples
+        return super().metrics(rows)
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        while model.training and self.evaluated and not self.go.exists():
+            time.sleep(0.01)
+        return super().forward(model, batch)
+
+
 class Tokens(IterableDataset[Any]):
     """A stream of Masked's samples that is split between ranks and workers, and has a state_dict."""
 

@@ -20,8 +20,8 @@ CONFIG = {
 DISTRIB = [sys.executable, "-m", "distrib"]
 
 
-def write(folder: Path) -> None:
-    (folder / "run.yaml").write_text(yaml.safe_dump(CONFIG))
+def write(folder: Path, **changes: Any) -> None:
+    (folder / "run.yaml").write_text(yaml.safe_dump({**CONFIG, **changes}))
 
 
 def finished(run: Path) -> bool:
@@ -33,13 +33,14 @@ def warnings(run: Path) -> list[str]:
 
 
 def test_a_reader_that_goes_away(mark: str, tmp_path: Path) -> None:
-    """distrib launch … | head -1"""
-    write(tmp_path)
+    """distrib launch … | head -1, which ends before the run prints its next line."""
+    write(tmp_path, task={"target": "tasks:Held", "go": str(tmp_path / "go")})
     launcher = start(mark, tmp_path, "launch", "--processes", 2, "run.yaml")
     assert launcher.stdout is not None
     assert launcher.stderr is not None
     assert launcher.stdout.readline().startswith("step 3/30  eval/loss")
     launcher.stdout.close()
+    (tmp_path / "go").touch()
     assert launcher.stderr.read() == ""
     assert launcher.wait(60) == 0
     assert finished(tmp_path / "runs/run")

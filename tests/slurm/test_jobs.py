@@ -3,7 +3,9 @@
 import json
 import random
 import re
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,15 @@ def start_again(slurm: Cluster, job: str) -> None:
     slurm.command("scontrol", "update", f"JobId={job}", "StartTime=now+2")
 
 
+def answering_late(slurm: Cluster, folder: Path) -> Cluster:
+    """The same cluster, whose scontrol has its answer only after SLURM has sent SIGTERM to the job, and so to it."""
+    scontrol = folder / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\n{shutil.which("scontrol")} "$@"\ncode=$?\nsleep 2\nexit $code\n')
+    scontrol.chmod(0o755)
+    return replace(slurm, environment={**slurm.environment, "PATH": f"{scontrol.parent}:{slurm.environment['PATH']}"})
+
+
 def log(folder: Path, job: str) -> str:
     return (folder / "runs" / "run" / f"slurm-{job}.log").read_text()
 
@@ -88,7 +99,7 @@ def test_a_job_that_is_stopped_five_times(slurm: Cluster, undisturbed: Path, tmp
     """By USR1, by requeue, by cancel and requeue, at random moments; in the order that chance gives."""
     write(tmp_path)
     run, chance = tmp_path / "runs" / "run", random.Random(seed)
-    job = submitted(slurm, tmp_path, "--nodes", 2, "--time", "10:00")
+    job = submitted(answering_late(slurm, tmp_path), tmp_path, "--nodes", 2, "--time", "10:00")
     ways = ["usr1", "usr1", "requeue", "requeue", "cancel"]
     chance.shuffle(ways)
     for start, way in enumerate(ways, 1):

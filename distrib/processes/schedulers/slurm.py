@@ -20,6 +20,7 @@ _OF_A_STEP = (
     "SLURM_STEP_TASKS_PER_NODE",
     "SLURM_STEP_NODELIST",
 )
+_UNDISTURBED = ("sh", "-c", "trap '' TERM INT HUP USR1 USR2; exec \"$@\"", "sh")  # runs what follows, which inherits it
 _FIRST_PORT, _PORTS = 12_000, 18_000  # below those that systems hand out by themselves
 _SCRIPT = """\
 #!/bin/bash
@@ -96,8 +97,13 @@ class Slurm(Scheduler):
         }
 
     def requeue(self) -> str | None:
-        """Ends this job: its tasks get SIGTERM as soon as it is requeued."""
-        command = ["scontrol", "requeue", str(self.job)]
+        """End this job and have SLURM start it again.
+
+        As soon as slurmctld accepts this, SLURM sends SIGTERM to all processes of the tasks, also to scontrol. It would
+        die before it has the answer, and a requeued job would count as refused; so scontrol ignores the signals that
+        stop a job.
+        """
+        command = [*_UNDISTURBED, "scontrol", "requeue", str(self.job)]
         try:
             result = subprocess.run(command, capture_output=True, text=True, timeout=self.seconds_to_requeue)
         except (OSError, subprocess.TimeoutExpired) as error:
