@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_serializer, model_validator
 
-from distrib import config_yaml, strategy_options
+from distrib import alert_options, config_yaml, strategy_options
 from distrib.config_section import Section, explain, meant_key
 from distrib.config_yaml import one_line, shown
 from distrib.errors import ConfigError
@@ -190,6 +190,8 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     observers: Annotated[tuple[ObserverConfig, ...], Field(strict=False)] = ()
+    alerts: alert_options.AlertsConfig | None = None
+    _serialize = model_serializer(mode="wrap")(alert_options.leave_out_none)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Config":

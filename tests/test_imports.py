@@ -12,7 +12,7 @@ LAYERS = [
     {"tracebacks"},
     {"targets", "config_yaml", "schedule"},
     {"extras", "plugins", "config_section"},
-    {"strategy_options"},
+    {"alert_options", "strategy_options"},
     {"config"},
     {"task", "plan"},
     {"processes"},
