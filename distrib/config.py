@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_serializer, model_validator
 
-from distrib import config_yaml, schedule_options, strategy_options
+from distrib import alert_options, config_yaml, schedule_options, strategy_options
 from distrib.config_section import NonNegativeFloat as NonNegativeFloat
 from distrib.config_section import NonNegativeInt as NonNegativeInt
 from distrib.config_section import PositiveFloat as PositiveFloat
@@ -21,9 +21,6 @@ from distrib.config_yaml import one_line, shown
 from distrib.errors import ConfigError
 
 MixedPrecision: TypeAlias = Literal["no", "bf16", "fp16"]
-Schedule: TypeAlias = Annotated[
-    schedule_options.Given, PlainValidator(schedule_options.parse), PlainSerializer(schedule_options.written)
-]
 Compile: TypeAlias = Literal[False, "blocks", "model"]
 _LONGEST_NAME = 200  # characters
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -59,7 +56,7 @@ class OptimConfig(Section):
     betas: Annotated[tuple[Rate, Rate], Field(strict=False)] = (0.9, 0.999)
     momentum: NonNegativeFloat = 0.0
     options: dict[str, Any] = Field(default_factory=dict)  # further keyword arguments of the class
-    schedule: Schedule = "constant"
+    schedule: schedule_options.Key = "constant"
     warmup_steps: NonNegativeInt = 0
 
     def curve(self, num_steps: int) -> schedule_options.Curve:
@@ -195,6 +192,8 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     observers: Annotated[tuple[ObserverConfig, ...], Field(strict=False)] = ()
+    alerts: alert_options.AlertsConfig | None = None
+    _serialize = model_serializer(mode="wrap")(alert_options.leave_out_none)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Config":

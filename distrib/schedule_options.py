@@ -4,9 +4,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import ValidationError
+from pydantic import PlainSerializer, PlainValidator, ValidationError
 
 from distrib.config_section import PositiveInt, Section, explain, nearest
 from distrib.config_yaml import shown
@@ -183,3 +183,6 @@ def _validated(key: str, section: type[Any], values: dict[str, Any], name: str =
         if first["type"] == "missing":
             raise ConfigError(f"{key}.{first['loc'][0]}: missing, and {name} needs it") from None
         raise ConfigError(f"{key}.{explain(error, section)}") from None
+
+
+Key: TypeAlias = Annotated[Given, PlainValidator(parse), PlainSerializer(written)]  # the key optim.schedule

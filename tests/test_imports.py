@@ -13,7 +13,7 @@ LAYERS = [
     {"targets", "config_yaml"},
     {"extras", "plugins", "config_section"},
     {"schedule"},
-    {"schedule_options", "strategy_options"},
+    {"alert_options", "schedule_options", "strategy_options"},
     {"config"},
     {"task", "plan"},
     {"processes"},

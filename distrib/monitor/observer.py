@@ -79,6 +79,10 @@ class Observer:
         """
 
 
+class ObserverWarning(Exception):  # noqa: N818, it ends nothing
+    """Raised by a method of an observer: the run logs the text as a warning, and still calls the observer."""
+
+
 def pass_on(observer: Observer, kind: str, line: dict[str, Any]) -> None:
     """Call the method for a line of this kind: `step`, `evaluation`, or the event's name."""
     getattr(observer, METHODS.get(kind, "on_event"))(line)
@@ -104,6 +108,8 @@ class Notifier:
                     continue  # it does nothing
                 try:
                     _call(observer, kind, finite(line), may_draw)
+                except ObserverWarning as warning:
+                    problems.append(str(warning))
                 except (Exception, SystemExit) as error:
                     self._observers = [one for one in self._observers if one[0] is not observer]
                     name = f"{type(observer).__module__}:{type(observer).__qualname__}"

@@ -6,6 +6,7 @@ from typing import Any
 
 from distrib.config import Config
 from distrib.errors import DistribError, Preempted, WriteError
+from distrib.monitor.alerts import Alerts
 from distrib.monitor.observer import METHODS, Notifier, Observer
 from distrib.monitor.progress import ProgressDisplay, Verbosity
 from distrib.monitor.trackers.process import TrackingProcess
@@ -38,7 +39,9 @@ class RunLog:
         self.steps_done = 0
         self._ledger: Ledger | None = None  # on rank 0, from the first step on
         self._tracking: TrackingProcess | None = None
-        self._notifier, self._has_observers = Notifier([self.display], observers), bool(observers)
+        alerts = [Alerts(config.alerts)] if config.alerts is not None and world.is_rank_0 else []
+        self._notifier = Notifier([self.display, *alerts], observers)
+        self._has_observers = bool(alerts or observers)
         self._before_start: list[tuple[str, dict[str, Any]]] | None = []  # lines that observers get after on_start
         self._end: dict[str, Any] | None = None  # the last event
 

@@ -8,6 +8,7 @@ from torch.distributed import DistError
 from distrib.processes.heartbeat import Heartbeat, joined
 from distrib.tracebacks import format_error
 
+WAITED = "it has waited too long for the others"  # what `lost_to_others` returns begins so when a rank hangs
 _explained: tuple[BaseException, str | None, bool] | None = None  # the last result of lost_to_others, with its error
 
 
@@ -34,7 +35,7 @@ def _explain(me: Heartbeat, error: BaseException) -> tuple[str | None, bool]:
     if first not in (None, me.name(me.rank)):
         return f", because {first} had failed", False
     if waited:
-        return f": it has waited too long for the others. {me.whereabouts()}", False
+        return f": {WAITED}. {me.whereabouts()}", False
     if lost:
         return f": it lost contact with {me.missing()}", False
     return None, True

@@ -8,6 +8,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +25,7 @@ SILENCE = 60.0  # seconds without a heartbeat after which a rank counts as lost
 _MOST_NAMES = 4  # in a message
 _BEAT = 2.0  # seconds between two heartbeats
 _FAILED, _JOINED = "failed", "joined"
+before_exit: list[Callable[[str], None]] = []  # called with the reason if the next rank's heartbeats stop
 _joined: "Heartbeat | None" = None  # this process's, once it has joined
 
 
@@ -180,12 +183,12 @@ class Heartbeat:
             if slept > 5 * _BEAT:
                 self._heard = woke
             elif woke - self._heard > SILENCE:
-                print(
-                    f"{self.name(self.rank)} stopped: {self._silent} has not been heard of for {SILENCE:g} s; start "
-                    "the run again, and it resumes from its newest checkpoint",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                reason = f"{self.name(self.rank)} stopped: {self._silent} has not been heard of for {SILENCE:g} s"
+                further = "start the run again, and it resumes from its newest checkpoint"
+                print(f"{reason}; {further}", file=sys.stderr, flush=True)
+                for call in before_exit:
+                    with suppress(Exception):
+                        call(reason)
                 os._exit(1)
 
 

@@ -10,6 +10,7 @@ from distrib.data.loader import Window
 from distrib.data.prints import Fingerprint
 from distrib.data.source import source
 from distrib.errors import ConfigError, Preempted
+from distrib.monitor.alerts import require_url
 from distrib.monitor.observer import Observer
 from distrib.monitor.progress import Verbosity, format_summary
 from distrib.monitor.run_log import RunLog
@@ -71,6 +72,7 @@ class Trainer:
         self.world = World.detect()
         if self.world.is_rank_0:
             require_trackers(config.tracking)
+            require_url(config.alerts)
         all_observers = build.observers(config, observers) if self.world.is_rank_0 else []
         self.strategy = registry.resolve(config, self.world)
         self.config = config = self.strategy.config
