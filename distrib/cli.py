@@ -208,7 +208,8 @@ def explain(
     from distrib.config import Config
     from distrib.training.commands import explain_run
 
-    explain_run(Config.load(config, overrides or ()), processes)
+    loaded, sources = Config.load_with_sources(config, overrides or ())
+    explain_run(loaded, processes, sources)
 
 
 @app.command()

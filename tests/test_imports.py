@@ -12,7 +12,7 @@ LAYERS = [
     {"tracebacks"},
     {"targets", "config_yaml", "schedule"},
     {"extras", "plugins", "config_section"},
-    {"strategy_options"},
+    {"strategy_options", "config_bases"},
     {"config"},
     {"task", "plan"},
     {"processes"},
