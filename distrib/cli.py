@@ -243,6 +243,19 @@ def watch(run: RunFolder) -> None:
 
 @app.command()
 @_as_member
+def ls(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="A folder of runs.")] = Path("runs"),
+    sort: Annotated[str, typer.Option(metavar="KEY", help="A column, or a metric such as eval/loss.")] = "age",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
+) -> None:
+    """List the runs in a folder, newest first: state, steps, metrics, speed."""
+    from distrib.monitor.listing import list_runs
+
+    list_runs(folder, sort, as_json)
+
+
+@app.command()
+@_as_member
 def verify(run: RunFolder) -> None:
     """Check a run's ledger against the order that its config means, and its checkpoints against the ledger."""
     from distrib.training.commands import verify_run
