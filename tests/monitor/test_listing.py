@@ -96,7 +96,7 @@ def sbatch(folder: Path) -> Path:
     return folder / "bin"
 
 
-def test_a_run_that_failed_and_one_that_stopped_early(run: Run, tmp_path: Path) -> None:
+def test_runs_that_stopped_early_failed_or_are_in_the_queue_again(run: Run, tmp_path: Path) -> None:
     config = write(tmp_path, "small.yaml", {**CONFIG, "eval": {"every_steps": 1}})
     stop = "train.stop={patience: 1, min_delta: 1e9}"
     check(run("distrib", "train", config, "train.steps=50", stop, "--run-dir", "runs/early"))
@@ -104,8 +104,12 @@ def test_a_run_that_failed_and_one_that_stopped_early(run: Run, tmp_path: Path) 
     (tmp_path / "runs/failed/summary.json").unlink()
     with (tmp_path / "runs/failed/events.jsonl").open("a") as file:
         file.write('{"event":"failed","error":"it broke"}\n{"event":"warning","reason":"so did an observer"}\n')
+    shutil.copytree(tmp_path / "runs/failed", tmp_path / "runs/requeued")
+    with (tmp_path / "runs/requeued/events.jsonl").open("a") as file:
+        file.write('{"event":"preempted","step":4,"requeue":true}\n')
     rows = listed(run)
-    assert {name: row["state"] for name, row in rows.items()} == {"early": "stopped early", "failed": "failed"}
+    states = {name: row["state"] for name, row in rows.items()}
+    assert states == {"early": "stopped early", "failed": "failed", "requeued": "in queue"}
     assert rows["early"]["step"] < rows["early"]["steps"] == 50
 
 
