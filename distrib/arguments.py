@@ -23,6 +23,8 @@ Its weights for plain torch:  distrib export runs/digits --out exported
 
 A run that goes on, from another terminal:  distrib watch runs/digits
 
+All runs in a folder:  distrib ls runs
+
 Where runs differ, and why:  distrib compare runs/digits runs/other
 
 Exit codes: 0 done, 1 failed, 2 the input is wrong (one line says what), 75 asked to stop: saved, start again."""

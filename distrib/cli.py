@@ -208,7 +208,8 @@ def explain(
     from distrib.config import Config
     from distrib.training.commands import explain_run
 
-    explain_run(Config.load(config, overrides or ()), processes)
+    loaded, sources = Config.load_with_sources(config, overrides or ())
+    explain_run(loaded, processes, sources)
 
 
 @app.command()
@@ -238,6 +239,19 @@ def watch(run: RunFolder) -> None:
     from distrib.monitor.watch import watch_run
 
     watch_run(run)
+
+
+@app.command()
+@_as_member
+def ls(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="A folder of runs.")] = Path("runs"),
+    sort: Annotated[str, typer.Option(metavar="KEY", help="A column, or a metric such as eval/loss.")] = "age",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
+) -> None:
+    """List the runs in a folder, newest first: state, steps, metrics, speed."""
+    from distrib.monitor.listing import list_runs
+
+    list_runs(folder, sort, as_json)
 
 
 @app.command()

@@ -1,23 +1,23 @@
 """The config: one YAML file, strictly typed. Every error names its key.
 
-Precedence: defaults < file < `key=value`. An error about an unknown key suggests the nearest valid one.
+Precedence: defaults < bases < file < `key=value`. An error about an unknown key suggests the nearest valid one.
 """
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, ValidationError, model_serializer, model_validator
 
-from distrib import alert_options, config_yaml, schedule_options, strategy_options
+from distrib import alert_options, config_bases, config_yaml, schedule_options, strategy_options
 from distrib.config_section import NonNegativeFloat as NonNegativeFloat
 from distrib.config_section import NonNegativeInt as NonNegativeInt
 from distrib.config_section import PositiveFloat as PositiveFloat
 from distrib.config_section import PositiveInt as PositiveInt
-from distrib.config_section import Section, explain, meant_key
-from distrib.config_yaml import one_line, shown
+from distrib.config_section import Section, explain
+from distrib.config_yaml import one_line
 from distrib.errors import ConfigError
 
 MixedPrecision: TypeAlias = Literal["no", "bf16", "fp16"]
@@ -197,9 +197,19 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Config":
-        """Read a YAML file and apply `key=value` overrides. Raises ConfigError."""
+        """Read a YAML file and its bases, and apply `key=value` overrides. Raises ConfigError."""
+        return cls.load_with_sources(path, overrides)[0]
+
+    @classmethod
+    def load_with_sources(
+        cls, path: str | Path, overrides: Sequence[str] = ()
+    ) -> tuple["Config", list[tuple[str, Any, str]]]:
+        """Load as `load` does. Return also key, value and source of what bases and overrides, if any, and file set."""
         path = Path(path)
-        config = cls.parse(config_yaml.read(path), path, overrides)
+        sources = config_bases.read(path, overrides)
+        values = sources.merge(cls)
+        rows = [] if sources.is_one_file() else sources.rows(values)
+        config = cls._checked(values, path, sources)
         try:
             strategy_options.require_known(config.strategy.name)
             if config.strategy.model_extra:  # this imports torch
@@ -207,32 +217,34 @@ class Config(Section):
             if config.train.steps is not None:  # otherwise the data decide the length
                 config.optim.curve(config.train.steps)
         except ConfigError as error:
-            raise ConfigError(one_line(f"{path}: {error}")) from None
-        return config
+            raise _located(str(error), sources.where) from None
+        return config, rows
 
     @classmethod
     def parse(cls, text: str, path: Path, overrides: Sequence[str] = ()) -> "Config":
-        """Parse the YAML text of the file at `path` and apply `key=value` overrides. Raises ConfigError."""
-        values = config_yaml.parse(text, str(path))
-        if values is None:
-            values = {}
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: a config is a mapping of sections, this is a {type(values).__name__}")
-        for override in overrides:
-            _apply(values, override)
+        """Parse the YAML text of the file at `path`, which has no bases, and apply overrides. Raises ConfigError."""
+        sources = config_bases.Sources([config_bases.Layer(path, config_bases.mapping(text, path))], overrides)
+        return cls._checked(sources.merge(cls), path, sources)
+
+    @classmethod
+    def _checked(cls, values: dict[str, Any], path: Path, sources: config_bases.Sources) -> "Config":
         if "name" not in values:
             values["name"] = _name_from(path)
-        return cls.from_dict(values, source=str(path))
+        return cls._validate(values, sources.where)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config") -> "Config":
         """Validate a dictionary. Raises ConfigError: one line that names `source` and the key."""
+        return cls._validate(values, lambda key: source)
+
+    @classmethod
+    def _validate(cls, values: dict[str, Any], where: Callable[[str], str]) -> "Config":
         try:
             return cls.model_validate(config_yaml.plain(values))
         except ValidationError as error:
-            raise ConfigError(one_line(f"{source}: {explain(error, cls, _known_keys)}")) from None
+            raise _located(explain(error, cls, _known_keys), where) from None
         except ConfigError as error:
-            raise ConfigError(one_line(f"{source}: {error}")) from None
+            raise _located(str(error), where) from None
 
     def dump(self) -> str:
         """Return the config as YAML, with every default written out. `Config.load` reads back an equal Config."""
@@ -272,26 +284,6 @@ def _name_from(path: Path) -> str:
     return name
 
 
-_EITHER_OR = {"train.steps": "epochs", "train.epochs": "steps"}
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"{shown(override)}: an override is written key=value, for example optim.lr=0.01")
-    if key in _EITHER_OR:  # the two keys exclude each other, so an override of one replaces the other
-        section = values.get("train")
-        if isinstance(section, dict):
-            section.pop(_EITHER_OR[key], None)
-    *sections, last = key.split(".")
-    for section in sections:
-        inner = values.setdefault(section, {})
-        if section == "schedule" and key.startswith("optim.schedule.") and isinstance(inner, str):
-            inner = values[section] = {"name": inner}
-        if not isinstance(inner, dict):
-            raise ConfigError(
-                f"{shown(override)}: {section} is a value, not a section, so {key} cannot be set in it"
-                + meant_key((section,), inner, Config)
-            )
-        values = inner
-    values[last] = config_yaml.parse(text, override)
+def _located(problem: str, where: Callable[[str], str]) -> ConfigError:
+    """Name the file of the key with which `problem` begins."""
+    return ConfigError(one_line(f"{where(problem.partition(':')[0])}: {problem}"))

@@ -1,11 +1,15 @@
 """`distrib explain`: the run plan as a table."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from distrib.config import Config
+from distrib.config_yaml import one_line
 from distrib.monitor.rate_plot import plot
 from distrib.plan import RunPlan
 
@@ -47,3 +51,14 @@ def print_plan(config: Config, strategy: str, plan: RunPlan, optimizer: str, rat
     console.print(table)
     for doubt in plan.doubts(config):
         console.print(f"warning: {doubt}", markup=False)
+
+
+def print_sources(sources: Sequence[tuple[str, Any, str]]) -> None:
+    """Print which file, or the command line, set a key. Defaults are not listed."""
+    table = Table(box=None, title="set by files and the command line", title_justify="left")
+    for heading in ("key", "value", "from"):
+        table.add_column(heading, justify="left")
+    for key, value, source in sources:
+        cells = (key, json.dumps(value, ensure_ascii=False), source)
+        table.add_row(*(Text(one_line(cell)) for cell in cells))
+    Console(highlight=False, soft_wrap=True).print(table)

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -121,12 +121,15 @@ def cut(path: Path, steps: int, anchors: dict[int, str]) -> bool:
     return more
 
 
-def last_line(path: Path, form: TypeAdapter[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the last valid entry of a JSON-lines file, or None."""
+def last_line(
+    path: Path, form: TypeAdapter[dict[str, Any]], wanted: Callable[[dict[str, Any]], bool] = lambda entry: True
+) -> dict[str, Any] | None:
+    """Return the last valid entry of a JSON-lines file that is wanted, or None."""
     with suppress(OSError, DamagedFileError):
         for line in _lines_from_the_end(path):
             with suppress(DamagedFileError):
-                return parse(line, form, path)
+                if wanted(entry := parse(line, form, path)):
+                    return entry
     return None
 
 

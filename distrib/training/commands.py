@@ -1,6 +1,7 @@
 """What can be done with a config or a run besides training it."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,7 +13,7 @@ from distrib.config import Config
 from distrib.data.seeding import seeded
 from distrib.data.source import require_stream_reader
 from distrib.errors import ConfigError, DistribError, RunDirError
-from distrib.monitor.explain import print_plan
+from distrib.monitor.explain import print_plan, print_sources
 from distrib.monitor.progress import format_metrics
 from distrib.plan import RunPlan
 from distrib.processes.world import World
@@ -34,8 +35,11 @@ from distrib.training.model_checks import refuse_optimizer
 from distrib.training.optimizers import describe_optimizer, ignored_keys
 
 
-def explain_run(config: Config, processes: int) -> None:
-    """Print the plan for so many processes, and what the strategy adds to it. Raises ConfigError where a run would."""
+def explain_run(config: Config, processes: int, sources: Sequence[tuple[str, Any, str]] = ()) -> None:
+    """Print the plan for so many processes, and what the strategy adds to it. Raises ConfigError where a run would.
+
+    `sources`: key, value and source of what bases and overrides set.
+    """
     task = build.task(config)
     build.require_observers(config)
     strategy = registry.resolve(config, World(world_size=processes, launcher="distrib"))
@@ -68,6 +72,8 @@ def explain_run(config: Config, processes: int) -> None:
     print_plan(config, strategy.name, plan, optimizer, lambda update: rate_of(update, base_rate))
     if further := strategy.describe():
         print(further)
+    if sources:
+        print_sources(sources)
 
 
 def evaluate_run(run_dir: str | Path, as_json: bool = False, which: str = "newest") -> dict[str, float]:
