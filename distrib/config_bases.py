@@ -67,7 +67,9 @@ class Sources:
     def _source(self, keys: tuple[str, ...]) -> str:
         if self._overridden(keys):
             return COMMAND_LINE
-        return str(next(layer.path for layer in reversed(self.layers) if _has(layer.values, keys)))
+        having = [layer for layer in self.layers if _has(layer.values, keys)]
+        # A schedule that a file gives by its name alone is a section once an override gives it an option.
+        return str(having[-1].path) if having else self._source(keys[:-1])
 
     def _overridden(self, keys: tuple[str, ...]) -> bool:
         given = (tuple(override.partition("=")[0].split(".")) for override in self.overrides)

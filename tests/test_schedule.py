@@ -358,3 +358,12 @@ def test_a_schedule_with_its_defaults_is_the_one_of_that_name(tmp_path: Path) ->
     for schedule in ("{name: cosine}", "{name: cosine, min_lr_ratio: 0}"):
         assert load(tmp_path, STEPS, f"optim.schedule={schedule}") == by_name
     assert by_name.identity()["optim.schedule"] == "cosine"
+
+
+def test_the_source_of_a_plain_name_that_gets_an_option(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{STEPS}optim: {{schedule: cosine}}\n")
+    _, rows = Config.load_with_sources(path, ["optim.schedule.min_lr_ratio=0.1"])
+    found = {key: source for key, _, source in rows}
+    assert found["optim.schedule.name"] == str(path)
+    assert found["optim.schedule.min_lr_ratio"] == "command line"
