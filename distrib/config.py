@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, ValidationError, model_serializer, model_validator
 
-from distrib import alert_options, config_bases, config_yaml, schedule_options, strategy_options
+from distrib import alert_options, config_bases, config_yaml, decision_options, schedule_options, strategy_options
 from distrib.config_section import NonNegativeFloat as NonNegativeFloat
 from distrib.config_section import NonNegativeInt as NonNegativeInt
 from distrib.config_section import PositiveFloat as PositiveFloat
@@ -58,20 +58,11 @@ class OptimConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict)  # further keyword arguments of the class
     schedule: schedule_options.Key = "constant"
     warmup_steps: NonNegativeInt = 0
+    plateau: decision_options.PlateauConfig | None = None  # a further factor of the rate
 
     def curve(self, num_steps: int) -> schedule_options.Curve:
         """The factor of the rate, update by update. Raises ConfigError if the schedule does not fit into the run."""
         return schedule_options.curve(self.schedule, self.warmup_steps, num_steps)
-
-
-class StopConfig(Section):
-    """The run stops when `metric` has not improved by more than `min_delta` in `patience` evaluations in a row."""
-
-    metric: str = "eval/loss"
-    mode: Literal["min", "max"] = "min"
-    patience: PositiveInt = 5
-    min_delta: NonNegativeFloat = 0.0
-    min_steps: NonNegativeInt = 0  # the run does not stop before
 
 
 class TrainConfig(Section):
@@ -83,7 +74,7 @@ class TrainConfig(Section):
     max_grad_norm: PositiveFloat | None = None  # none: no clipping
     on_nonfinite: Literal["skip", "stop"] = "skip"
     max_skipped: PositiveInt = 100  # the run fails after so many skipped steps in a row
-    stop: StopConfig | None = None  # none: the run has its whole length
+    stop: decision_options.StopConfig | None = None  # none: the run has its whole length
     determinism: Literal["fast", "bitwise"] = "fast"  # bitwise: same bits for any number of processes
     compile: Compile = False  # torch.compile each of the task's blocks, or the whole model
 
@@ -144,19 +135,11 @@ class EvalConfig(Section):
     sets: dict[str, EvalSetConfig] = Field(default_factory=dict)  # those of Task.eval_datasets that have another rhythm
 
 
-class BestConfig(Section):
-    """An evaluation that finds a better `metric` than all before it saves its step, which is kept."""
-
-    metric: str = "eval/loss"
-    mode: Literal["min", "max"] = "min"
-    keep: PositiveInt = 1  # how many of the best
-
-
 class CheckpointConfig(Section):
     every_steps: NonNegativeInt = 1000  # 0: at the end only
     keep: PositiveInt = 3  # how many of the newest are kept
     keep_every: NonNegativeInt = 0  # checkpoints at multiples of this step are never deleted; 0: none
-    best: BestConfig | None = None
+    best: decision_options.BestConfig | None = None
 
 
 class TrackingConfig(Section):
@@ -258,7 +241,7 @@ class Config(Section):
         for key in ("compile", "max_skipped"):
             del values["train"][key]
         values["strategy"] = {"communication_dtype": self.strategy.communication_dtype}
-        if self.train.stop is not None:  # then the evaluations decide when the run ends
+        if self.train.stop is not None or self.optim.plateau is not None:  # then evaluations decide what is computed
             values["eval"] = self.eval.model_dump(mode="json")
         return config_yaml.flatten(values)
 

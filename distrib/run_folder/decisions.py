@@ -1,4 +1,4 @@
-"""Decisions that follow from the evaluations: when a run stops, and which checkpoint is its best.
+"""Decisions that follow from the evaluations: when a run stops, which checkpoint is its best, when the rate is reduced.
 
 Each is a function of the lines of evals.jsonl, so it is the same for any number of processes and after interruptions.
 """
@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from distrib.config import BestConfig, Config, StopConfig
+from distrib.config import Config
+from distrib.decision_options import BestConfig, PlateauConfig, StopConfig
 from distrib.errors import ConfigError, did_you_mean
 from distrib.run_folder.files import read_lines
 from distrib.run_folder.folder import RunDir
@@ -19,6 +20,15 @@ Evaluation = dict[str, Any]  # a line of evals.jsonl
 def read_evaluations(run: RunDir) -> list[Evaluation]:
     """Return the valid lines of the run's evals.jsonl. Damaged ones are reported in `run.trouble`."""
     return list(read_lines(run.evals, EVALUATION, run.trouble))
+
+
+def criteria(config: Config) -> dict[str, BestConfig | StopConfig | PlateauConfig | None]:
+    """Return the sections of the config that name a metric, by their keys."""
+    return {
+        "train.stop": config.train.stop,
+        "checkpoint.best": config.checkpoint.best,
+        "optim.plateau": config.optim.plateau,
+    }
 
 
 def records(evaluations: Sequence[Evaluation], criterion: BestConfig | StopConfig) -> list[tuple[int, float]]:
@@ -58,10 +68,28 @@ def best(evaluations: Sequence[Evaluation], config: Config) -> dict[str, Any] | 
     return {"metric": criterion.metric, "mode": criterion.mode, "value": value, "step": step}
 
 
+def plateau_factor(evaluations: Sequence[Evaluation], plateau: PlateauConfig | None) -> float:
+    """Return the factor of the learning rate after these evaluations."""
+    if plateau is None:
+        return 1.0
+    factor, best, waited, cooling = 1.0, None, 0, 0
+    for evaluation in evaluations:
+        if plateau.metric not in evaluation["metrics"]:  # of another evaluation set
+            continue
+        value = evaluation["metrics"][plateau.metric]
+        best, waited = (value, 0) if _is_better(value, best, plateau) else (best, waited + 1)
+        if cooling:
+            cooling, waited = cooling - 1, 0
+        if waited > plateau.patience:
+            factor = max(factor * plateau.factor, plateau.min_lr_ratio)
+            cooling, waited = plateau.cooldown, 0
+    return factor
+
+
 def require_metrics(config: Config, metrics: Iterable[str]) -> None:
     """Raise ConfigError if a decision of the config needs a metric that is not among these."""
     known = sorted(metrics)
-    for key, criterion in (("train.stop", config.train.stop), ("checkpoint.best", config.checkpoint.best)):
+    for key, criterion in criteria(config).items():
         if criterion is not None and criterion.metric not in known:
             raise ConfigError(
                 f"{key}.metric: {criterion.metric} is not among the metrics of an evaluation: {', '.join(known)}"
@@ -74,19 +102,24 @@ def _walk(
 ) -> Iterator[tuple[Evaluation, tuple[int, float] | None, int]]:
     """Yield each evaluation, step and value of the best so far, and the number of evaluations since.
 
-    Of equal values the earliest is the best. A value that is not finite is never better. Evaluations without the metric
-    are passed over.
+    Of equal values the earliest is the best. Evaluations without the metric are passed over.
     """
-    min_delta = criterion.min_delta if isinstance(criterion, StopConfig) else 0.0
-    sign = 1.0 if criterion.mode == "min" else -1.0
     found: tuple[int, float] | None = None
     waited = 0
     for evaluation in evaluations:
         if criterion.metric not in evaluation["metrics"]:  # of another evaluation set
             continue
         value = evaluation["metrics"][criterion.metric]
-        if value is None or not math.isfinite(value) or (found and not sign * (found[1] - value) > min_delta):
-            waited += 1
-        else:
+        if _is_better(value, found and found[1], criterion):
             found, waited = (evaluation["step"], value), 0
+        else:
+            waited += 1
         yield evaluation, found, waited
+
+
+def _is_better(value: float | None, best: float | None, criterion: BestConfig | StopConfig | PlateauConfig) -> bool:
+    """Return whether a value is better than the best so far. One that is not finite is never better."""
+    if value is None or not math.isfinite(value):
+        return False
+    min_delta = 0.0 if isinstance(criterion, BestConfig) else criterion.min_delta
+    return best is None or (value < best - min_delta if criterion.mode == "min" else value > best + min_delta)

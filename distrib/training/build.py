@@ -18,6 +18,7 @@ from distrib.monitor.observer import Observer
 from distrib.plan import Memory
 from distrib.processes import temporary
 from distrib.processes.world import World
+from distrib.run_folder import decisions
 from distrib.strategies import registry
 from distrib.strategies.base import Strategy
 from distrib.strategies.memory import MakeOptimizer
@@ -106,12 +107,11 @@ def eval_datasets(task: Task, seed: int) -> dict[str, Dataset[Any]]:
 
 def require_evaluations(config: Config, sets: Collection[str], task: Task) -> None:
     """Raise ConfigError if the config needs evaluations that there are not. `sets`: the names of the task's."""
-    evaluation, stop = config.eval, config.train.stop
+    evaluation = config.eval
     needs = {
         f"eval.every_steps: {evaluation.every_steps}": evaluation.every_steps,
         "eval.at_start: true": evaluation.at_start,
-        "train.stop": stop,
-        "checkpoint.best": config.checkpoint.best,
+        **decisions.criteria(config),
     }
     for key, value in needs.items():
         if value and not sets:
@@ -123,10 +123,11 @@ def require_evaluations(config: Config, sets: Collection[str], task: Task) -> No
             known = ", ".join(sets) if all(sets) else "only one, without a name"
             raise ConfigError(f"eval.sets.{name}: there is no such set, but {known or 'none'}")
     every_steps = [evaluation.every_steps, *(one.every_steps for one in evaluation.sets.values())]
-    if stop is not None and not any(every_steps):
-        raise ConfigError(
-            "train.stop: the run is evaluated at its end only, so it could not stop earlier; set eval.every_steps"
-        )
+    for key in ("train.stop", "optim.plateau"):
+        if needs[key] is not None and not any(every_steps):
+            raise ConfigError(
+                f"{key}: the run is evaluated at its end only, where it has no effect; set eval.every_steps"
+            )
 
 
 def fingerprints(train: Dataset[Any], sets: dict[str, Dataset[Any]], config: Config) -> dict[str, Fingerprint | None]:

@@ -28,6 +28,7 @@ class Evaluations:
         own = {name: one.every_steps for name, one in config.eval.sets.items()}
         self._every_steps = dict.fromkeys(sets, config.eval.every_steps) | own
         self._lines: list[Evaluation] = []
+        self.plateau_factor = 1.0  # of the learning rate, by `optim.plateau`
 
     def due(self, steps_done: int) -> list[str]:
         """Return the names of the sets that are evaluated after so many steps."""
@@ -42,6 +43,7 @@ class Evaluations:
         self._lines, begins = self.log.world.on_rank_0(
             lambda: (decisions.read_evaluations(run), first_step == min(run.anchors()))
         )
+        self.plateau_factor = decisions.plateau_factor(self._lines, self.config.optim.plateau)
         wanted = self.due(first_step) if not begins else list(self.sets) if self.config.eval.at_start else []
         if not self._evaluate_missing(engine, first_step, wanted) and first_step < self.plan.num_steps:
             found: list[str] | None = []
@@ -61,6 +63,7 @@ class Evaluations:
         self.longest_seconds = max(self.longest_seconds, seconds)
         self.log.evaluation(steps_done, count, metrics, seconds)
         self._lines.append({"step": steps_done, "metrics": metrics})
+        self.plateau_factor = decisions.plateau_factor(self._lines, self.config.optim.plateau)
         if len(self._sets_of(self._lines[-1])) == len(self.sets):
             decisions.require_metrics(self.config, metrics)
 

@@ -18,7 +18,7 @@ LearningRate = Callable[[int, float], float]  # of an update, given the base rat
 def learning_rate(task: Task, config: Config, num_updates: int) -> LearningRate:
     """Return the function that each step calls with the number of updates made so far. Raises ConfigError.
 
-    A rate that also follows from the evaluations so far (a plateau) belongs here, as a further factor.
+    `optim.plateau` is a further factor, which follows from the evaluations: see training/evaluations.py.
     """
     if not has_its_own(task):
         factor = config.optim.curve(num_updates).factor

@@ -239,7 +239,7 @@ class Trainer:
             self.run_log.warn(reason)
 
     def _step(self, engine: Engine, window: Window) -> PendingStep:
-        rate = self.learning_rate(self.step_log.num_updates, engine.base_rate)
+        rate = self.learning_rate(self.step_log.num_updates, engine.base_rate) * self.evaluations.plateau_factor
         if window.step == self.first_step:
             return probe.first_step(engine, self.task, window, rate, self.plan.micro_batch_size)
         return train_step(engine, self.task, window, rate)

@@ -134,10 +134,10 @@ def parity_config(optimizer: str, batch: int, strategy: str = "auto", **task: fl
 
 
 def stop_config(strategy: str) -> dict[str, Any]:
-    """A run that stops early, and keeps its best checkpoint."""
+    """A run that stops early, keeps its best checkpoint, and reduces its rate on a plateau."""
     return {
         **parity_config("adamw", 16, strategy),
-        "optim": {"name": "adamw", "lr": 0.01},
+        "optim": {"name": "adamw", "lr": 0.01, "plateau": {"patience": 0, "factor": 0.5}},
         "train": {"steps": PARITY_STEPS, "stop": STOP},
         "eval": {"every_steps": STOP_EVERY},
         "checkpoint": {"every_steps": 0, "keep": 1, "best": {"metric": "eval/right", "mode": "max"}},

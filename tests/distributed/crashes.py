@@ -21,7 +21,7 @@ from conftest import lines, tensors
 from tasks import Masked
 
 from distrib import Config, Trainer
-from distrib.config import BestConfig
+from distrib.decision_options import BestConfig
 from distrib.errors import DistribError
 from distrib.run_folder import checkpoint, decisions
 from distrib.run_folder.folder import RunDir

@@ -1,4 +1,4 @@
-"""A run stops after the same step, with the same best checkpoint, as a plain PyTorch loop does."""
+"""A run stops after the same step, with the same best checkpoint and rates, as a plain PyTorch loop."""
 
 import json
 from collections.abc import Callable
@@ -21,14 +21,16 @@ BATCH = 16
 
 @cache
 def plain() -> tuple[list[float], list[tuple[int, float, int]]]:
-    """Train and evaluate in one process until the evaluation's loss improves no more. Return the losses of the steps;
-    and step, loss and number of right tokens of each evaluation."""
+    """Train and evaluate in one process until the evaluation's loss improves no more, with half the rate after each
+    evaluation that is not the best. Return the losses of the steps; and step, loss and number of right tokens of each
+    evaluation."""
     task = Masked()
     (tokens, targets), (others, answers) = task.train_dataset().tensors, task.eval_dataset().tensors
     torch.manual_seed(7)
     model = task.model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
-    train_losses, evaluations, best, waited = list[float](), list[tuple[int, float, int]](), np.inf, 0
+    train_losses, evaluations = list[float](), list[tuple[int, float, int]]()
+    best, lowest, waited = np.inf, np.inf, 0
     for step in range(PARITY_STEPS):
         positions = np.arange(step * BATCH, (step + 1) * BATCH, dtype=np.uint64)
         chosen = sample_indices(positions, len(tokens), 7).tolist()
@@ -45,6 +47,10 @@ def plain() -> tuple[list[float], list[tuple[int, float, int]]]:
             evaluations.append((step + 1, found, right))
             # Rounding, some 1e-7, must not decide whether this one is better.
             assert abs(best - STOP["min_delta"] - found) > 1e-5
+            assert abs(lowest - found) > 1e-5
+            if found >= lowest:
+                optimizer.param_groups[0]["lr"] /= 2
+            lowest = min(lowest, found)
             best, waited = (found, 0) if found < best - STOP["min_delta"] else (best, waited + 1)
             if waited == STOP["patience"]:
                 break

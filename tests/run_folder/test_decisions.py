@@ -4,10 +4,12 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrib.config import BestConfig, Config, StopConfig
+from distrib.config import Config
+from distrib.decision_options import BestConfig, PlateauConfig, StopConfig
 from distrib.errors import ConfigError
 from distrib.run_folder import decisions
 
@@ -55,6 +57,39 @@ def test_stopping(values: list[float | None], mode: Any, patience: int, min_delt
         until = expected // 10 + 1 if expected is not None else 0
         assert decisions.stopped(lines(values[: until - 1]), stop) is None
         assert decisions.stopped(lines(values[:until]), stop) == found
+
+
+@given(
+    st.lists(st.just(math.nan) | st.integers(-4, 4).map(float)),
+    MODES,
+    st.integers(0, 3),
+    st.integers(0, 2),
+    st.integers(0, 2),
+    st.sampled_from([0.0, 0.05]),
+)
+def test_a_plateau_is_torchs(
+    values: list[float], mode: Any, patience: int, cooldown: int, min_delta: int, min_lr_ratio: float
+) -> None:
+    plateau = PlateauConfig(
+        mode=mode, factor=0.5, patience=patience, cooldown=cooldown, min_delta=min_delta, min_lr_ratio=min_lr_ratio
+    )
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    torchs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer,
+        mode,
+        factor=0.5,
+        patience=patience,
+        threshold=float(min_delta),
+        threshold_mode="abs",
+        cooldown=cooldown,
+        min_lr=min_lr_ratio,
+        eps=0.0,
+    )
+    assert decisions.plateau_factor([], plateau) == 1.0
+    for place, value in enumerate(values):
+        torchs.step(value)
+        found = decisions.plateau_factor(lines(list(values[: place + 1])), plateau)
+        assert found == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
 
 
 def test_evaluations_of_another_set_do_not_count() -> None:

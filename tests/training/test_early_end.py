@@ -1,6 +1,7 @@
 """Early stopping, the best checkpoint, and several evaluation sets. In one process; tests/distributed uses several."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,33 @@ def test_at_start(tmp_path: Path) -> None:
     check_same(again, run)
 
 
+def test_the_rate_falls_on_a_plateau(tmp_path: Path) -> None:
+    """The rate of each step follows from the evaluations before it, and a resumed run has the same."""
+    run, options = tmp_path / "run", {"plateau": {"factor": 0.5, "patience": 1, "metric": "eval/loss"}}
+    more: dict[str, Any] = {
+        "train": {"steps": 60},
+        "checkpoint": {"every_steps": 7, "keep": 99},
+        "optim": {"lr": 0.03, "schedule": "cosine", **options},
+    }
+    fit(run, **more)
+    found = evaluated(run, "eval/loss")
+    best, waited, factor, factors = float("inf"), 0, 1.0, dict[int, float]()
+    for step in range(60):
+        if step in found:
+            best, waited = (found[step], 0) if found[step] < best else (best, waited + 1)
+            if waited > 1:
+                factor, waited = factor / 2, 0
+        factors[step] = factor
+    assert len(set(factors.values())) > 2
+    for line in lines(run):
+        cosine = 0.5 * (1 + math.cos(math.pi * line["step"] / 60))
+        assert line["lr"] == pytest.approx(0.03 * cosine * factors[line["step"]], rel=1e-12)
+    for step in (7, 21, 35):
+        again = interrupted(run, tmp_path / f"after-{step}", after=step)
+        fit(again, **more)
+        check_same(again, run)
+
+
 def test_several_evaluation_sets(tmp_path: Path) -> None:
     run = tmp_path / "run"
     options: dict[str, Any] = {
@@ -184,7 +212,12 @@ def test_several_evaluation_sets(tmp_path: Path) -> None:
             "train.stop.metric: eval/los is not among .* eval/loss",
         ),
         ({"checkpoint": {"best": {"metric": "right"}}}, r"checkpoint.best.metric: right is not among the metrics"),
-        ({"eval": {}}, "train.stop: the run is evaluated at its end only"),
+        ({"optim": {"plateau": {"metric": "eval/x"}}}, "optim.plateau.metric: eval/x is not among the metrics"),
+        (
+            {"eval": {}, "train": {"steps": 9}, "optim": {"plateau": {}}},
+            "optim.plateau: the run is evaluated at its end",
+        ),
+        ({"eval": {}}, "train.stop: the run is evaluated at its end only, where it"),
         (
             {"eval": {"every_steps": 5, "sets": {"x": {"every_steps": 1}}}},
             "eval.sets.x: there is no such set",
