@@ -63,7 +63,7 @@ def explain_run(config: Config, processes: int, sources: Sequence[tuple[str, Any
     with seeded("model", config.seed):
         memory = build.memory(task, strategy, make_optimizer, warn)
     own = type(task).optimizer is not Task.optimizer
-    refuse_optimizer(made[-1], strategy, "task.optimizer" if own else "optim.name")
+    refuse_optimizer(made[-1], strategy, own)
     if own and (ignored := ignored_keys(config.optim, made[-1])):
         raise ConfigError(ignored)
     optimizer = describe_optimizer(made[-1])

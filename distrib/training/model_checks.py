@@ -38,10 +38,11 @@ def check_module(module: nn.Module, strategy: Strategy, blocks: list[nn.Module])
             )
 
 
-def refuse_optimizer(optimizer: Optimizer, strategy: Strategy, key: str) -> None:
-    """Raise ConfigError if the optimizer cannot update the strategy's shards. `key`: of the config, which chose it."""
+def refuse_optimizer(optimizer: Optimizer, strategy: Strategy, own: bool) -> None:
+    """Raise ConfigError if the optimizer cannot update the strategy's shards. `own`: the task made it."""
     classes = {kind.__name__.lower() for kind in type(optimizer).__mro__}
     if classes & set(strategy.refused_optimizers):
+        key = "task.optimizer" if own else "optim.name"
         raise ConfigError(
             f"{key}: {type(optimizer).__name__} cannot update the shards of {strategy.name}; take another optimizer, "
             "or strategy.name ddp"

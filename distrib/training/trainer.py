@@ -93,7 +93,7 @@ class Trainer:
         self.make_optimizer = build.optimizer_maker(task, config)
         optimizer = self.make_optimizer(trainable(self.module))  # checks the config; another one trains
         own = type(task).optimizer is not Task.optimizer
-        refuse_optimizer(optimizer, self.strategy, "task.optimizer" if own else "optim.name")
+        refuse_optimizer(optimizer, self.strategy, own)
         self.ignored_keys = ignored_keys(config.optim, optimizer) if own else None
         if self.ignored_keys and not self.run.has_begun():  # older versions allowed it, and such a run may resume
             raise ConfigError(self.ignored_keys)

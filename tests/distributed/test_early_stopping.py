@@ -10,10 +10,8 @@ import pytest
 import torch
 from cases import PARITY_STEPS, SHARDED, SHARDED_WORLDS, STOP, STOP_EVERY
 from conftest import lines, losses
-from tasks import Masked
+from tasks import Masked, plain_loss
 from torch.nn import functional as F
-
-from distrib.data.order import sample_indices
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("worlds")]
 BATCH = 16
@@ -25,16 +23,14 @@ def plain() -> tuple[list[float], list[tuple[int, float, int]]]:
     evaluation that is not the best. Return the losses of the steps; and step, loss and number of right tokens of each
     evaluation."""
     task = Masked()
-    (tokens, targets), (others, answers) = task.train_dataset().tensors, task.eval_dataset().tensors
+    data, (others, answers) = task.train_dataset(), task.eval_dataset().tensors
     torch.manual_seed(7)
     model = task.model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     train_losses, evaluations = list[float](), list[tuple[int, float, int]]()
     best, lowest, waited = np.inf, np.inf, 0
     for step in range(PARITY_STEPS):
-        positions = np.arange(step * BATCH, (step + 1) * BATCH, dtype=np.uint64)
-        chosen = sample_indices(positions, len(tokens), 7).tolist()
-        loss = F.cross_entropy(model(tokens[chosen]).flatten(0, 1), targets[chosen].flatten(), ignore_index=-100)
+        loss = plain_loss(model, data, step, BATCH, 7)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -9,10 +9,7 @@ import pytest
 import torch
 from cases import MICRO, OPTIMIZERS, PARITY_STEPS, SHARDED, SHARDED_WINDOWS, SHARDED_WORLDS, WINDOWS, WORLDS
 from conftest import lines, losses
-from tasks import Masked
-from torch.nn import functional as F
-
-from distrib.data.order import sample_indices
+from tasks import Masked, plain_loss
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("worlds")]  # the first test waits for all runs
 
@@ -22,7 +19,7 @@ def plain_losses(optimizer: str, batch: int) -> list[float]:
     """Train with a plain PyTorch loop in one process, which takes the whole global batch at once. Only the data order
     is distrib's."""
     task = Masked()
-    tokens, targets = task.train_dataset().tensors
+    data = task.train_dataset()
     torch.manual_seed(7)
     model = task.model()
     if optimizer == "sgd":
@@ -31,9 +28,7 @@ def plain_losses(optimizer: str, batch: int) -> list[float]:
         update = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     losses = []
     for step in range(PARITY_STEPS):
-        positions = np.arange(step * batch, (step + 1) * batch, dtype=np.uint64)
-        chosen = sample_indices(positions, len(tokens), 7).tolist()
-        loss = F.cross_entropy(model(tokens[chosen]).flatten(0, 1), targets[chosen].flatten(), ignore_index=-100)
+        loss = plain_loss(model, data, step, batch, 7)
         update.zero_grad()
         loss.backward()
         if optimizer == "adamw":

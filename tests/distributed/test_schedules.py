@@ -10,12 +10,9 @@ import pytest
 import torch
 from cases import SCHEDULED_STEPS, SHARDED, SHARDED_WORLDS
 from conftest import lines, losses
-from tasks import Masked
-from torch.nn import functional as F
+from tasks import Masked, plain_loss
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torchs
-
-from distrib.data.order import sample_indices
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("worlds")]
 
@@ -38,16 +35,14 @@ def torchs_scheduler(name: str, optimizer: Optimizer) -> Any:
 def plain_loop(name: str) -> tuple[list[float], list[float]]:
     """Return losses and rates of a plain loop in one process. Only the data order is distrib's."""
     task = Masked()
-    tokens, targets = task.train_dataset().tensors
+    data = task.train_dataset()
     torch.manual_seed(SEED)
     model = task.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     scheduler = torchs_scheduler(name, optimizer)
     found, rates = [], []
     for step in range(SCHEDULED_STEPS):
-        positions = np.arange(step * BATCH, (step + 1) * BATCH, dtype=np.uint64)
-        chosen = sample_indices(positions, len(tokens), SEED).tolist()
-        loss = F.cross_entropy(model(tokens[chosen]).flatten(0, 1), targets[chosen].flatten(), ignore_index=-100)
+        loss = plain_loss(model, data, step, BATCH, SEED)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
