@@ -81,6 +81,9 @@ def environment(mark: str, **more: str) -> dict[str, str]:
     return {**clean, "PYTHONPATH": path, "PATH": f"{BIN}:{os.environ['PATH']}", "TEST_MARK": mark, **more}
 
 
+warm.usual = environment("")
+
+
 @contextmanager
 def no_process_left() -> Iterator[str]:
     """A mark for the environment of the processes that are started; afterwards none of them may be there."""

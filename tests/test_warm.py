@@ -8,7 +8,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Run, check, processes_of, start, until
+import warm
+from conftest import Run, check, environment, processes_of, start, until
 
 LOOK = """
 import json, os, sys, time
@@ -40,6 +41,18 @@ def test_what_is_not_forked(run: Run, tmp_path: Path) -> None:
     for fresh in ({"fresh": True}, {"OMP_NUM_THREADS": "2"}):
         check(run("distrib", "launch", "--processes", 1, "look.py", **fresh))
         assert not json.loads((tmp_path / "0.json").read_text())["forked"]
+
+
+def test_first_one_is_not_forked(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server is of use to the others all the same."""
+    monkeypatch.setattr(warm, "_server", None)
+    (tmp_path / "look.py").write_text(LOOK)
+    usual = environment("")["PYTHONPATH"]
+    for path in (f"{tmp_path}:{usual}", usual):
+        check(run("distrib", "launch", "--processes", 1, "look.py", PYTHONPATH=path))
+    assert json.loads((tmp_path / "0.json").read_text())["forked"] == (sys.platform == "linux")
+    if warm._server is not None:
+        warm._server[1].close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nothing is forked")

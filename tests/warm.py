@@ -122,7 +122,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         command = [os.fspath(argument) for argument in args] if isinstance(args, (list, tuple)) else []
         env = dict(os.environ if env is None else env)
         plain = preexec_fn is None and not pass_fds and not shell and _program(command)
-        if not plain or not (server := self.server or _own_server(env)).fits(env):
+        if not plain or not (server := self.server or _own_server()).fits(env):
             super()._execute_child(*arguments)
             return
         files = [own if own >= 0 else inherited for inherited, own in enumerate((pipes[0], pipes[3], pipes[5]))]
@@ -133,13 +133,14 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
 
 _early_here: dict[str, str] = {}  # of the server, before it imports: libraries set more
 _server: "tuple[int, Server] | None" = None  # whose it is
+usual: dict[str, str] = {}  # the environment of what a test starts if it gives no variables; conftest.py sets it
 
 
-def _own_server(env: dict[str, str]) -> Server:
-    """Start one for this process, if there is none yet."""
+def _own_server() -> Server:
+    """Start one for this process, if there is none yet. It has the usual environment, whatever asks for it first."""
     global _server
     if _server is None or _server[0] != os.getpid() or _server[1].connection.fileno() < 0:
-        _server = os.getpid(), Server.start(env)
+        _server = os.getpid(), Server.start(usual)
     return _server[1]
 
 
