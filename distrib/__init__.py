@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from distrib.processes.schedulers.base import Scheduler as Scheduler
     from distrib.processes.world import World as World
     from distrib.run_folder.checkpoint import Shard as Shard
+    from distrib.samples import Image as Image
+    from distrib.samples import Table as Table
+    from distrib.samples import Text as Text
     from distrib.strategies.base import Strategy as Strategy
     from distrib.task import Loss as Loss
     from distrib.task import Task as Task
@@ -24,13 +27,16 @@ __version__ = "0.1.0"
 _HOME = {
     "Config": "distrib.config",
     "DistribError": "distrib.errors",
+    "Image": "distrib.samples",
     "Loss": "distrib.task",
     "Observer": "distrib.monitor.observer",
     "RunPlan": "distrib.plan",
     "Scheduler": "distrib.processes.schedulers.base",
     "Shard": "distrib.run_folder.checkpoint",
     "Strategy": "distrib.strategies.base",
+    "Table": "distrib.samples",
     "Task": "distrib.task",
+    "Text": "distrib.samples",
     "Trainer": "distrib.training.trainer",
     "World": "distrib.processes.world",
 }

@@ -270,11 +270,12 @@ def compare(
         list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, or folders that wandb left offline.")
     ],
     out: Annotated[Path, typer.Option(help="The page; a .png is written beside it.")] = Path("comparison.html"),
+    checkpoint: Checkpoint = "newest",
 ) -> None:
     """Compare runs with the first: what differs, where they part and why, final, best and speed figures, curves."""
     from distrib.monitor.compare.command import compare_runs
 
-    compare_runs(runs, out)
+    compare_runs(runs, out, checkpoint)
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """`Task`, the class a user writes (data, model, loss, metrics), and `Loss`, which its `loss` method returns."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from distrib.targets import build
 
 if TYPE_CHECKING:
     from distrib.config import TaskConfig  # imports pydantic, which a script that only needs the model can do without
+    from distrib.samples import Image, Table, Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +26,14 @@ class Loss:
     The gradient of a step is that of the sum of all `total`s divided by the sum of all `count`s, over all micro-batches
     of all ranks. So it is exact even if micro-batches have different counts.
     `total`: scalar tensor. `count`: number or scalar tensor, 0 or more; a float if items have weights.
+    `sums`: more numbers of a training step, by name: `{"accuracy": (right, n)}`, two numbers or scalar tensors each.
+    Both are summed over all micro-batches of all ranks; the first divided by the second is `train/accuracy`. The names
+    must be the same in each micro-batch. An evaluation does not use them.
     """
 
     total: Tensor
     count: float | Tensor
+    sums: Mapping[str, tuple[float | Tensor, float | Tensor]] | None = None
 
 
 class Task:
@@ -99,6 +104,11 @@ class Task:
 
         A second argument, `metrics(self, rows, name)`, gets the name of the set.
         """
+        return {}
+
+    def samples(self, rows: dict[str, Tensor]) -> "dict[str, Image | Text | Table]":
+        """Return what people are to look at after an evaluation, by name: images, texts, tables. Called on rank 0 only,
+        with the rows that `metrics` gets, and with the name of the set if it takes a second argument."""
         return {}
 
     def optimizer(self, params: list[tuple[str, nn.Parameter]]) -> Optimizer | None:

@@ -15,7 +15,7 @@ LAYERS = [
     {"schedule"},
     {"alert_options", "config_bases", "decision_options", "schedule_options", "strategy_options"},
     {"config"},
-    {"task", "plan"},
+    {"task", "plan", "samples"},
     {"processes"},
     {"data"},
     {"run_folder"},

@@ -5,7 +5,7 @@ from typing import Any
 
 from distrib.monitor.observer import Observer
 from distrib.run_folder.folder import RunDir
-from distrib.run_folder.ledger import or_nan
+from distrib.run_folder.ledger import or_nan, own_numbers
 
 _GIB = 2**30
 _PERF = {  # from a line of the ledger
@@ -14,7 +14,7 @@ _PERF = {  # from a line of the ledger
     "optimizer_seconds": "perf/optimizer_seconds",
     "communication_seconds": "perf/communication_seconds",
 }
-_TRAIN = ("loss", "lr", "grad_norm", "epoch", "loss_scale")
+FROM_LEDGER = ("loss", "lr", "grad_norm", "epoch", "loss_scale")
 _LOWER_IS_BETTER = ("loss", "error", "perplexity", "bits")
 
 
@@ -46,8 +46,9 @@ class Metrics(Observer):
         self._skipped += step["verdict"] != "applied"
         # JSON has no NaN: null stands for a number that is not finite, or for the loss of a step without items.
         null = None if step["verdict"] == "skipped:no_items" else math.nan
-        numbers = {f"train/{key}": null if step[key] is None else step[key] for key in _TRAIN if key in step}
-        self._log({**numbers, "train/skipped": self._skipped, **self._performance(step)})
+        numbers = {f"train/{key}": null if step[key] is None else step[key] for key in FROM_LEDGER if key in step}
+        own = {key: or_nan(value) for key, value in own_numbers(step).items()}
+        self._log({**numbers, **own, "train/skipped": self._skipped, **self._performance(step)})
 
     def on_evaluation(self, evaluation: dict[str, Any]) -> None:
         metrics = evaluation["metrics"]

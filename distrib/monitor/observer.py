@@ -45,7 +45,7 @@ class Observer:
 
         `step`: `step` (from 0), `epoch`, `loss`, `lr`, `grad_norm`, `count`, `verdict`, `samples`, `seconds`,
         `data_seconds`, `optimizer_seconds`, `world_size`, `strategy`, `chain`; now and then `peak_memory` and
-        `communication_seconds`, and `loss_scale` in fp16.
+        `communication_seconds`, `loss_scale` in fp16, and the task's own numbers as `train/…`.
         """
 
     def on_evaluation(self, evaluation: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from distrib.processes.failures import lost_to_others
 from distrib.processes.lifetimes import ignore_sigterm
 from distrib.processes.world import World
 from distrib.run_folder.folder import RunDir
-from distrib.run_folder.ledger import Ledger, now
+from distrib.run_folder.ledger import Ledger, now, train_metrics
 
 
 class RunLog:
@@ -69,18 +69,24 @@ class RunLog:
         """Append a line to steps.jsonl, and pass it to the observers."""
         self.steps_done = entry["step"] + 1
         self.train_seconds += entry["seconds"]
-        self.metrics["train/loss"] = entry["loss"]
+        self.metrics.update(train_metrics(entry))
         if self._ledger is not None:
             self._ledger.append(entry)
             self._notify("step", {**entry, "chain": self._ledger.chain})
             self._show_tracking()
             self._report_output()
 
-    def evaluation(self, step: int, count: int, metrics: dict[str, float], seconds: float) -> None:
-        """Append a line to evals.jsonl, and pass it to the observers."""
+    def evaluation(
+        self, step: int, count: int, metrics: dict[str, float], seconds: float, samples: Sequence[str] = ()
+    ) -> None:
+        """Append the evaluation of `count` samples after `step` steps to evals.jsonl, and pass it to the observers.
+
+        `samples`: paths in the run folder of what is to be looked at."""
         self.metrics.update(metrics)
         if self.world.is_rank_0:
-            self._notify("evaluation", self.run.evaluation(step, count, metrics, seconds))
+            entry = {"step": step, "count": count, "metrics": metrics, "seconds": round(seconds, 6)}
+            entry |= {"samples": list(samples)} if samples else {}
+            self._notify("evaluation", self.run.evaluation(entry))
             self._report_output()
 
     def event(self, name: str, **details: Any) -> None:

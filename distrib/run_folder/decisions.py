@@ -68,6 +68,22 @@ def best(evaluations: Sequence[Evaluation], config: Config) -> dict[str, Any] | 
     return {"metric": criterion.metric, "mode": criterion.mode, "value": value, "step": step}
 
 
+def step_of(run: RunDir, which: str) -> int | None:
+    """Return the step that `--checkpoint` names: None for newest. Raises ConfigError if it names none."""
+    if which == "newest":
+        return None
+    if which == "best":
+        if (found := best(read_evaluations(run), run.read_config())) is None:
+            raise ConfigError(
+                f"--checkpoint best: no evaluation of {run.path} was the best by its checkpoint.best or train.stop; "
+                "give newest or a step"
+            )
+        return int(found["step"])
+    if not which.isdecimal():
+        raise ConfigError(f"--checkpoint: {which} is not newest, best or a step")
+    return int(which)
+
+
 def plateau_factor(evaluations: Sequence[Evaluation], plateau: PlateauConfig | None) -> float:
     """Return the factor of the learning rate after these evaluations."""
     if plateau is None:

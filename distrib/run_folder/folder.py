@@ -13,6 +13,7 @@ from distrib.run_folder.files import parse, read_bytes, read_json, to_text, writ
 from distrib.run_folder.ledger import append_line, now, to_json
 from distrib.run_folder.lock import LOCK, Lock
 from distrib.run_folder.manifest import files_saved, steps_of
+from distrib.run_folder.sample_files import rewind_samples
 
 T = TypeVar("T")
 
@@ -35,6 +36,7 @@ class RunDir:
         self.compiled = path / "compiled"  # torch.compile's
         self.summary = path / "summary.json"
         self.curves = path / "curves.png"
+        self.samples = path / "samples"  # what `Task.samples` returned
         self.trouble: list[str] = []  # one message for each damaged file, with what was done about it
         self.started: dict[str, Any] = {}  # this start's event
         self._lock = Lock(path / LOCK)
@@ -172,6 +174,7 @@ class RunDir:
         lost = ledger.cut(self.steps, steps, self.anchors())
         repair.forget_lost_steps(self, steps)
         repair.rewind_evaluations(self, steps, manifest)
+        rewind_samples(self.samples, steps)
         with writing(self.summary):
             self.summary.unlink(missing_ok=True)
         return lost
@@ -180,15 +183,14 @@ class RunDir:
         """Return the last training loss and the metrics of the last evaluation."""
         metrics: dict[str, float] = {}
         if (step := ledger.last_line(self.steps, formats.STEP)) is not None:
-            metrics["train/loss"] = step["loss"]
+            metrics.update(ledger.train_metrics(step))
         if (evaluation := ledger.last_line(self.evals, formats.EVALUATION)) is not None:
             metrics.update(evaluation["metrics"])
         return metrics
 
     def starts(self) -> list[dict[str, Any]]:
         """Return the run's starts: time, machine, launcher and code of each. Raises DamagedFileError."""
-        starts: list[dict[str, Any]] = self.read_environment()["starts"]
-        return starts
+        return list(self.read_environment()["starts"])
 
     def origin(self) -> dict[str, Any] | None:
         """Return path, step and chain of the checkpoint that a forked run began from; None if it is not a fork."""
@@ -283,10 +285,8 @@ class RunDir:
         """Append to events.jsonl, and return the entry. Raises WriteError."""
         return self._append(self.events, {"event": name, "time": now(), **details})
 
-    def evaluation(self, step: int, count: int, metrics: dict[str, float], seconds: float) -> dict[str, Any]:
-        """Append the evaluation of `count` samples after `step` steps to evals.jsonl. Return the entry. Raises
-        WriteError."""
-        entry = {"step": step, "count": count, "metrics": metrics, "seconds": round(seconds, 6)}
+    def evaluation(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """Append a line to evals.jsonl, and return it. Raises WriteError."""
         return self._append(self.evals, entry)
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:

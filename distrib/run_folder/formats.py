@@ -50,6 +50,7 @@ class Evaluation(TypedDict):
     count: Count
     metrics: dict[str, Number]
     seconds: NotRequired[Seconds]
+    samples: NotRequired[list[str]]  # paths in the run folder
 
 
 class Event(TypedDict):

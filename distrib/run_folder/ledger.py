@@ -244,6 +244,20 @@ def to_json(entry: dict[str, Any], indent: int | None = None) -> str:
     return json.dumps(finite(entry), indent=indent, allow_nan=False)
 
 
+def own_numbers(step: dict[str, Any]) -> dict[str, float | None]:
+    """Return the task's own numbers (`Loss.sums`) in a step's line: those whose names begin with `train/`."""
+    return {
+        key: value
+        for key, value in step.items()
+        if key.startswith("train/") and (value is None or isinstance(value, int | float))
+    }
+
+
+def train_metrics(step: dict[str, Any]) -> dict[str, Any]:
+    """Return the loss and the task's own numbers of a step, under the names of metrics."""
+    return {"train/loss": step["loss"], **own_numbers(step)}
+
+
 def now() -> str:
     """Return the current time in UTC, in the format of the run folder's files."""
     return datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="milliseconds")

@@ -55,31 +55,20 @@ def chosen(run: RunDir, world: World, which: str) -> ResumePoint:
 
     Raises ConfigError if it names none, CheckpointError if the checkpoint is not there or damaged.
     """
-    if which == "newest":
+    step = world.on_rank_0(lambda: decisions.step_of(run, which))
+    if step is None:
         if (found := latest_valid(run, world)) is None:
             raise CheckpointError(f"{run.checkpoints}: no checkpoint there; the run has not saved one yet")
         return found
-    path = world.on_rank_0(lambda: _path(run, which))
+    path = world.on_rank_0(lambda: _path(run, step, which))
     if problem := _damage(path, world):
         raise CheckpointError(f"{problem}; choose another with --checkpoint")
     return ResumePoint(path, read_manifest(path))
 
 
-def _path(run: RunDir, which: str) -> Path:
-    """Return the checkpoint of a step, or of the best step. Raises ConfigError."""
+def _path(run: RunDir, step: int, which: str) -> Path:
+    """Return the checkpoint of a step. Raises ConfigError."""
     there = {step_of(path): path for path in steps_of(run.checkpoints)}
-    if which == "best":
-        best = decisions.best(decisions.read_evaluations(run), run.read_config())
-        if best is None:
-            raise ConfigError(
-                "--checkpoint best: no evaluation of the run was the best by its checkpoint.best or train.stop; give "
-                "newest or a step"
-            )
-        step = int(best["step"])
-    elif which.isdecimal():
-        step = int(which)
-    else:
-        raise ConfigError(f"--checkpoint: {which} is not newest, best or a step")
     if step not in there:
         listed = and_more([str(one) for one in there], _MOST_SHOWN) or "none"
         raise ConfigError(f"--checkpoint {which}: {run.checkpoints} has no checkpoint of step {step}; it has: {listed}")

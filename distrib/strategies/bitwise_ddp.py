@@ -17,6 +17,7 @@ from distrib.strategies.memory import MakeOptimizer
 from distrib.strategies.step_sums import SIZE
 
 _BUCKET_BYTES = 4 << 20
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the old name, until torch 2.12
 
 
 class Bucket:
@@ -71,7 +72,7 @@ class Bucket:
         sums = self.received.view(world_size, -1)
         while len(sums) > 1:
             sums = sums[0::2] + sums[1::2]
-        self.work = dist.all_gather_into_tensor(self.flat, sums[0].contiguous(), async_op=True)
+        self.work = _all_gather(self.flat, sums[0].contiguous(), async_op=True)
 
     def wait(self) -> None:
         assert self.work is not None, "sum_and_gather comes first"

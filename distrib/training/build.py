@@ -183,10 +183,19 @@ def loading(config: Config, world: World) -> dict[str, Any]:
     }
 
 
-def evaluate(engine: Engine, task: Task, dataset: Dataset[Any], config: Config, name: str = "") -> dict[str, float]:
-    """Return the metrics of the evaluation set `name` under the names that the run folder has for them. Collective."""
+def evaluate(
+    engine: Engine,
+    task: Task,
+    dataset: Dataset[Any],
+    config: Config,
+    name: str = "",
+    keep: Callable[[dict[str, bytes]], None] | None = None,
+) -> dict[str, float]:
+    """Return the metrics of the evaluation set `name` under the names that the run folder has for them. Collective.
+
+    `keep`: called on rank 0 with the files of the task's samples, if there are some."""
     batch_size, options = config.data.micro_batch_size, loading(config, engine.world)
-    metrics = evaluation.evaluate(engine, task, dataset, batch_size, name, **options)
+    metrics = evaluation.evaluate(engine, task, dataset, batch_size, name, keep, **options)
     return {metric_name(name, key): value for key, value in metrics.items()}
 
 

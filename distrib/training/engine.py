@@ -21,6 +21,7 @@ from distrib.strategies.errors import explain
 from distrib.strategies.step_sums import StepSums
 from distrib.task import Loss, Task
 from distrib.training.buffers import Buffers
+from distrib.training.own_sums import OwnSums
 from distrib.training.step_log import Clock, PendingStep
 from distrib.training.task_checks import check_loss
 
@@ -91,6 +92,7 @@ class Engine:
         self.buffers = Buffers(self.world, self.module, warn)
         self.clock = Clock()
         self.asked_to_stop = asked_to_stop
+        self._own_sums: OwnSums | None = None  # made in the first backward, which knows their names
         self._window: Window | None = None
         self._index = 0  # of the micro-batch in the window
         self._last = False
@@ -150,6 +152,11 @@ class Engine:
         loss = check_loss(loss, for_training=True)
         if self.mixed_precision == "fp16" and self.loss_scale is None:
             self.loss_scale = self._first_loss_scale(loss, self._window)
+        own = loss.sums or {}
+        if self._own_sums is None:
+            self._own_sums = OwnSums.agreed(self.world, own)
+        if own or self._own_sums.names:
+            self._own_sums.add(own, self._last)
         digest, stop = (self._window.digest, self.asked_to_stop()) if self._last else (0, False)
         sums = StepSums.pack(loss, digest, stop)
         number = self._window.first + self._index
@@ -205,6 +212,7 @@ class Engine:
             batch = self.to_device(next(iter(window)))
             self.backward(task.loss(task.forward(self.model, batch), batch))
         self.strategy.sums.result()
+        self._own_result()
         self.strategy.zero_grad()
         self.buffers.finish(applied=False)
 
@@ -221,14 +229,19 @@ class Engine:
         else:
             self.strategy.discard()
         self.buffers.finish(applied=math.isfinite(grad_norm))
-        return PendingStep(sums, grad_norm, lr, value)
+        return PendingStep(sums, grad_norm, lr, value, self._own_result())
 
     def _update_on_device(self, sums: Tensor, lr: float) -> PendingStep:
         """Do the same arithmetic on the device, without waiting for the numbers."""
         self.clock.lap("forward_backward")
         grad_norm = self.strategy.update(StepSums.factor(sums), self.max_grad_norm)
         self.buffers.finish(applied=grad_norm.isfinite())
-        return PendingStep(sums.clone(), grad_norm, lr, None)
+        return PendingStep(sums.clone(), grad_norm, lr, None, self._own_result())
+
+    def _own_result(self) -> tuple[list[str], Tensor] | None:
+        """Return the names and the window's sums of the task's own numbers; None if it has none."""
+        own = self._own_sums
+        return own.result() if own is not None and own.names else None
 
     def _first_loss_scale(self, loss: Loss, window: Window) -> LossScale:
         """Return GradScaler's first scale, which is meant for a mean, divided by an estimate of the step's count.

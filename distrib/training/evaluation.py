@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,25 @@ from distrib.data.sampler import MicroBatch
 from distrib.data.seeding import seeded
 from distrib.errors import ConfigError
 from distrib.processes.world import World
+from distrib.samples import encode
 from distrib.task import Loss, Task
 from distrib.training.engine import Engine
 from distrib.training.task_checks import check_loss, check_metrics, check_rows
 
 
 def evaluate(
-    engine: Engine, task: Task, dataset: Dataset[Any], batch_size: int, name: str = "", **loading: Any
+    engine: Engine,
+    task: Task,
+    dataset: Dataset[Any],
+    batch_size: int,
+    name: str = "",
+    keep: Callable[[dict[str, bytes]], None] | None = None,
+    **loading: Any,
 ) -> dict[str, float]:
     """Return the task's metrics over `dataset`, and the mean loss as `loss`, on every rank. Collective.
 
-    `name`: of the evaluation set, for the task's `metrics` if it wants it.
+    `name`: of the evaluation set, for the task's `metrics` and `samples` if they want it. `keep`: called on rank 0 with
+    the files of the task's samples, if there are some.
 
     The dataset is split into the same batches for any number of processes, and each rank takes a contiguous block of
     them. Rows are gathered on rank 0 in dataset order, and the metrics are computed there. `loading` as for
@@ -40,16 +49,30 @@ def evaluate(
         rows, losses = collect()
         total, count = (math.fsum(column) for column in losses.T.tolist())
         with seeded("metrics", engine.seed):
-            found = check_metrics(call_metrics(task, rows, name))
+            found = check_metrics(call_with_rows(task.metrics, rows, name))
+        if keep is not None and (files := samples(engine, task, rows, name)):
+            keep(files)
         return {"loss": total / count if count else math.nan, **found}
 
     return engine.world.on_rank_0(metrics)
 
 
-def call_metrics(task: Task, rows: dict[str, Any], name: str) -> Any:
-    """Call `task.metrics(rows)`, or `task.metrics(rows, name)` if it takes the name of the evaluation set."""
-    takes_name = len(inspect.signature(task.metrics).parameters) > 1
-    return task.metrics(rows, name) if takes_name else task.metrics(rows)  # type: ignore[call-arg]
+def call_with_rows(method: Callable[..., Any], rows: dict[str, Any], name: str) -> Any:
+    """Call a task's `method(rows)`, or `method(rows, name)` if it takes the name of the evaluation set."""
+    takes_name = len(inspect.signature(method).parameters) > 1
+    return method(rows, name) if takes_name else method(rows)
+
+
+def samples(engine: Engine, task: Task, rows: dict[str, Any], name: str) -> dict[str, bytes]:
+    """Return the files of the task's samples. Raises ConfigError if it returns something else.
+
+    Many tasks have an attribute `samples`, which is no method and hides none.
+    """
+    method = type(task).samples
+    if method is Task.samples or not callable(method):
+        return {}
+    with seeded("samples", engine.seed):
+        return encode(call_with_rows(partial(method, task), rows, name))
 
 
 def predict(

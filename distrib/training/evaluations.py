@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -11,6 +12,7 @@ from distrib.monitor.run_log import RunLog
 from distrib.plan import RunPlan
 from distrib.run_folder import decisions
 from distrib.run_folder.decisions import Evaluation
+from distrib.run_folder.sample_files import write_samples
 from distrib.task import Task
 from distrib.training import build, probe
 from distrib.training.engine import Engine
@@ -56,16 +58,22 @@ class Evaluations:
     def evaluate(self, engine: Engine, steps_done: int, names: Iterable[str]) -> None:
         """Evaluate these sets, and write a line of evals.jsonl. Raises ConfigError if a decision lacks its metric."""
         started, metrics, count = time.perf_counter(), dict[str, float](), 0
+        files: list[str] = []  # of samples, on rank 0
         for name in names:
-            metrics.update(build.evaluate(engine, self.task, self.sets[name], self.config, name))
+            keep = partial(self._keep_samples, steps_done, name, files)
+            metrics.update(build.evaluate(engine, self.task, self.sets[name], self.config, name, keep))
             count += len(self.sets[name])  # type: ignore[arg-type]
         seconds = time.perf_counter() - started
         self.longest_seconds = max(self.longest_seconds, seconds)
-        self.log.evaluation(steps_done, count, metrics, seconds)
+        self.log.evaluation(steps_done, count, metrics, seconds, files)
         self._lines.append({"step": steps_done, "metrics": metrics})
         self.plateau_factor = decisions.plateau_factor(self._lines, self.config.optim.plateau)
         if len(self._sets_of(self._lines[-1])) == len(self.sets):
             decisions.require_metrics(self.config, metrics)
+
+    def _keep_samples(self, steps_done: int, name: str, written: list[str], files: dict[str, bytes]) -> None:
+        """Write the files of samples, and add their paths in the run folder to `written`. Raises WriteError."""
+        written += write_samples(self.log.run.samples, steps_done, name, files)
 
     def end(self, engine: Engine, steps_done: int) -> None:
         """Evaluate the sets that were not due at the step after which the run stops."""

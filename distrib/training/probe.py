@@ -62,23 +62,25 @@ def trial_evaluation(
 
     def metrics() -> list[str] | None:
         rows, _ = collect()
+        names, method = None, "metrics"
         try:
             with seeded("metrics", engine.seed):
-                found = evaluation.call_metrics(task, rows, name)
+                found = evaluation.call_with_rows(task.metrics, rows, name)
+            check_metrics_dict(found)
+            doubt = no_metric(found)
+            if doubt is None:
+                names, method = ["loss", *found], "samples"
+                evaluation.samples(engine, task, rows, name)
         except DistribError:
             raise
         except Exception as error:
-            doubt: str | None = f"{first_line(error)}{place(error)}"
-        else:
-            check_metrics_dict(found)
-            doubt = no_metric(found)
+            doubt = f"{first_line(error)}{place(error)}"
         if doubt is not None:
             record.warn(
-                f"task.metrics failed on a trial with {size} samples: {doubt}; if it fails on the whole evaluation set "
-                "too, the run cannot finish"
+                f"task.{method} failed on a trial with {size} samples: {doubt}; if it fails on the whole evaluation "
+                "set too, the run cannot finish"
             )
-            return None
-        return ["loss", *found]
+        return names
 
     return engine.world.on_rank_0(metrics)
 

@@ -5,7 +5,7 @@ Every step ends with a verdict. Schedule, ledger, trackers and counters depend o
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,7 @@ class StepResult:
     lr: float
     digest: int  # of the samples read by all ranks, see data/order.py
     loss_scale: float | None = None  # fp16 only
+    own: dict[str, float] = field(default_factory=dict)  # the task's numbers, by their names in the ledger
     stop: bool = False  # a rank was asked to stop
 
     @property
@@ -45,14 +46,26 @@ class PendingStep:
     """A step that was made. Its result may still be on a GPU; `read` it after the next step has begun, so that the
     host does not wait."""
 
-    def __init__(self, sums: Tensor | list[float], grad_norm: Tensor | float, lr: float, scale: float | None) -> None:
+    def __init__(
+        self,
+        sums: Tensor | list[float],
+        grad_norm: Tensor | float,
+        lr: float,
+        scale: float | None,
+        own: tuple[list[str], Tensor] | None = None,
+    ) -> None:
         """`sums`: the window's, over all ranks, as `StepSums.pack` makes them, shape (SIZE,); `scale`: fp16's loss
-        scale. Tensors on a GPU are copied to the host without waiting."""
+        scale; `own`: names and sums of the task's own numbers, shape (names, 2). Tensors on a GPU are copied to the
+        host without waiting."""
         self._lr, self._scale = lr, scale
+        self._names: list[str] = own[0] if own is not None else []
+        self._own: Tensor | None = own[1] if own is not None else None
         self._sums, self._grad_norm = sums, grad_norm
         self._copied: torch.Event | None = None
         if isinstance(sums, Tensor) and sums.device.type != "cpu":  # not run here: see docs/not-run-here.md
             self._sums, self._grad_norm = _copy_to_host(sums), _copy_to_host(grad_norm)
+            if self._own is not None:
+                self._own = _copy_to_host(self._own)
             self._copied = torch.Event(device=sums.device)
             self._copied.record()
 
@@ -80,7 +93,9 @@ class PendingStep:
             verdict = "skipped:nonfinite_gradient" if self._scale is None else "skipped:loss_scale"
         else:
             verdict = APPLIED
-        return StepResult(verdict, loss, sums.count, grad_norm, self._lr, sums.digest, self._scale, sums.stop)
+        pairs = [] if self._own is None else self._own.tolist()
+        own = {f"train/{name}": a / b if b else math.nan for name, (a, b) in zip(self._names, pairs, strict=True)}
+        return StepResult(verdict, loss, sums.count, grad_norm, self._lr, sums.digest, self._scale, own, sums.stop)
 
 
 class Clock:
@@ -198,6 +213,7 @@ class StepLog:
             "world_size": self.plan.world_size,
             "strategy": self.strategy,
             **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
+            **result.own,
         }
 
     def _skipped(self, number: int, result: StepResult) -> None:

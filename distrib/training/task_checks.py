@@ -17,12 +17,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from distrib.data.shapes import describe
 from distrib.errors import ConfigError, DistribError
+from distrib.monitor.metrics import FROM_LEDGER
 from distrib.processes.failures import is_collective
 from distrib.task import Loss, Task
 from distrib.tracebacks import first_line, users_lines
 
 _NO_DATASETS = (tuple, Mapping, str, bytes, nn.Module)  # (inputs, targets) would look like a dataset of two samples
 _DEVICE_FAULTS = ("out of memory", "cuda error", "cublas", "cudnn", "hip error", "nccl")
+_TAKEN = (*FROM_LEDGER, "skipped")  # names of distrib's own numbers of a step, `train/…`
 _METHODS = ("forward", "loss", "predict", "metrics")
 
 
@@ -69,8 +71,8 @@ def check_eval_datasets(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"task.eval_datasets: returned {describe(value)}; return a dict of datasets by name")
     for name in value:
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]*", name):
-            raise ConfigError(f"task.eval_datasets: {name!r} is no name; give letters, digits, '.', '_' and '-'")
+        if not isinstance(name, str) or not re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]*)?", name):
+            raise ConfigError(f"task.eval_datasets: {name!r} is no name; give letters, digits, '_', '-', and later '.'")
     return dict(value)
 
 
@@ -107,9 +109,26 @@ def check_loss(value: Any, for_training: bool = False) -> Loss:
             "task.loss: the total of the Loss does not depend on the model's parameters; compute it from the output "
             "with torch's operations, without detach(), item() or no_grad()"
         )
+    if value.sums:
+        _check_sums(value.sums)
     if isinstance(count, Tensor) or type(count) in (int, float):
         return value
     return dataclasses.replace(value, count=_plain(count))
+
+
+def _check_sums(sums: Any) -> None:
+    """Check the numbers that a Loss brings along; they are read later, where they may be on a device."""
+    wanted = 'give each name two numbers, such as sums={"accuracy": (right, n)}'
+    if not isinstance(sums, Mapping):
+        raise ConfigError(f"task.loss: the sums of the Loss are {describe(sums)}; {wanted}")
+    for name, pair in sums.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._/-]+", name) or name in _TAKEN:
+            raise ConfigError(
+                f"task.loss: {name!r} cannot be the name of a sum; give letters, digits, '.', '_', '-' and '/', and "
+                f"none of distrib's own names ({', '.join(_TAKEN)})"
+            )
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(map(_is_one_number, pair)):
+            raise ConfigError(f"task.loss: the sum {name!r} is {describe(pair)}; {wanted}")
 
 
 def check_rows(value: Any, size: int) -> dict[str, Tensor | list[Any]]:
@@ -192,6 +211,13 @@ def _plain(count: Any) -> int | float:
     """Convert a number of numpy or another library to an int, if its type is integral, or to a float."""
     number = count.item() if hasattr(count, "item") else count
     return int(number) if isinstance(number, numbers.Integral) else float(number)
+
+
+def _is_one_number(value: Any) -> bool:
+    """Return whether it is a number or a tensor with one, without waiting for a device."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return not isinstance(value, str) and _is_number(value)
 
 
 def _is_number(value: Any) -> bool:

@@ -136,7 +136,7 @@ def parity_config(optimizer: str, batch: int, strategy: str = "auto", **task: fl
 def stop_config(strategy: str) -> dict[str, Any]:
     """A run that stops early, keeps its best checkpoint, and reduces its rate on a plateau."""
     return {
-        **parity_config("adamw", 16, strategy),
+        **parity_config("adamw", 16, strategy, sums=True),
         "optim": {"name": "adamw", "lr": 0.01, "plateau": {"patience": 0, "factor": 0.5}},
         "train": {"steps": PARITY_STEPS, "stop": STOP},
         "eval": {"every_steps": STOP_EVERY},
@@ -213,7 +213,7 @@ def _config(
 ) -> dict[str, Any]:
     return {
         "seed": 3,
-        "task": task or {**MASKED, "dropout": 0.1},
+        "task": task or {**MASKED, "dropout": 0.1, "sums": True},
         "data": {"global_batch_size": 16, "micro_batch_size": 4},
         "optim": {"name": "adamw", "lr": 0.01, "schedule": "linear", "warmup_steps": 3},
         "train": {"steps": steps, "max_grad_norm": 1.0, **train},

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, get_worker_info
 
-from distrib import Loss, Task
+from distrib import Image, Loss, Table, Task, Text
 from distrib.data.order import sample_indices
 
 VOCABULARY, LENGTH = 11, 6
@@ -22,8 +22,8 @@ VOCABULARY, LENGTH = 11, 6
 class Masked(Task):
     """Predicts tokens. The number of counted tokens differs between samples, and may be 0."""
 
-    def __init__(self, samples: int = 97, dropout: float = 0.0) -> None:
-        self.samples, self.dropout = samples, dropout
+    def __init__(self, samples: int = 97, dropout: float = 0.0, sums: bool = False) -> None:
+        self.samples, self.dropout, self.sums = samples, dropout, sums
 
     def _data(self, seed: int) -> TensorDataset:
         generator = torch.Generator().manual_seed(seed)
@@ -51,7 +51,7 @@ class Masked(Task):
     def loss(self, output: Tensor, batch: Any) -> Loss:
         targets = batch[1]
         total = F.cross_entropy(output.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-        return Loss(total, (targets != -100).sum())
+        return Loss(total, (targets != -100).sum(), own_sums(output, targets) if self.sums else None)
 
     def predict(self, output: Tensor, batch: Any) -> dict[str, Tensor]:
         return {"right": ((output.argmax(-1) == batch[1]) & (batch[1] != -100)).sum(1), "token": batch[0][:, 0]}
@@ -60,11 +60,26 @@ class Masked(Task):
         return {"right": rows["right"].double().sum().item()}
 
 
+def own_sums(output: Tensor, targets: Tensor) -> dict[str, Any]:
+    """Whole numbers, numbers that are rounded, and Python's own."""
+    counted = targets != -100
+    return {
+        "right": (((output.argmax(-1) == targets) & counted).sum(), counted.sum()),
+        "squares": (output.float().square().sum(), output.numel()),
+        "none": (0, 0),
+    }
+
+
 def plain_loss(model: nn.Module, data: TensorDataset, step: int, batch: int, seed: int) -> Tensor:
     """Return the mean loss of Masked over a whole step in a plain loop. Only the data order is distrib's."""
-    positions = np.arange(step * batch, (step + 1) * batch, dtype=np.uint64)
-    tokens, targets = data[sample_indices(positions, len(data), seed).tolist()]
+    tokens, targets = plain_batch(data, step, batch, seed)
     return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
+def plain_batch(data: TensorDataset, step: int, batch: int, seed: int) -> tuple[Tensor, ...]:
+    """Return the samples of a whole step, in distrib's order."""
+    positions = np.arange(step * batch, (step + 1) * batch, dtype=np.uint64)
+    return data[sample_indices(positions, len(data), seed).tolist()]
 
 
 class Numbered(Task):
@@ -465,3 +480,34 @@ class Phased(Slow):
         if os.environ.get("RANK", "0") == "0" and not (self.folder / phase).exists():
             (self.folder / phase).touch()
             time.sleep(1)
+
+
+class OtherSums(Masked):
+    """Gives its sums another name on rank 1."""
+
+    def loss(self, output: Tensor, batch: Any) -> Loss:
+        loss = super().loss(output, batch)
+        return Loss(loss.total, loss.count, {f"on-{os.environ['RANK']}": (1, 2)})
+
+
+class Shown(Masked):
+    """Shows what it predicts, in each form that samples have. `at`: kills its process in this evaluation's."""
+
+    def __init__(self, at: int = 0, markup: str = "") -> None:
+        super().__init__(sums=True)
+        self.at, self.markup, self.seen = at, markup, 0
+
+    def samples(self, rows: dict[str, Tensor]) -> dict[str, Any]:
+        self.seen += 1
+        if self.seen == self.at and not Path("killed").exists():
+            Path("killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        right = rows["right"].float() / LENGTH
+        grey = right[:96].reshape(8, 12)
+        pairs = zip(rows["token"].tolist(), rows["right"].tolist(), strict=True)
+        return {
+            "grey": Image(grey),
+            "colours": Image((torch.stack([grey, 1 - grey, grey * 0]) * 255).byte()),
+            "tokens": Table(["token", "right"], list(pairs)),
+            "note": Text(f"{self.markup}{int(rows['right'].sum())} are right, {np.random.rand()} was drawn"),
+        }

@@ -1,4 +1,4 @@
-"""A run stops after the same step, with the same best checkpoint and rates, as a plain PyTorch loop."""
+"""A run stops after the same step, with the same best checkpoint, rates and own numbers, as a plain PyTorch loop."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import PARITY_STEPS, SHARDED, SHARDED_WORLDS, STOP, STOP_EVERY
 from conftest import lines, losses
-from tasks import Masked, plain_loss
+from tasks import Masked, own_sums, plain_batch, plain_loss
 from torch.nn import functional as F
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("worlds")]
@@ -18,19 +18,23 @@ BATCH = 16
 
 
 @cache
-def plain() -> tuple[list[float], list[tuple[int, float, int]]]:
+def plain() -> tuple[list[float], list[tuple[int, float, int]], list[dict[str, float]]]:
     """Train and evaluate in one process until the evaluation's loss improves no more, with half the rate after each
-    evaluation that is not the best. Return the losses of the steps; and step, loss and number of right tokens of each
-    evaluation."""
+    evaluation that is not the best. Return the losses of the steps; step, loss and number of right tokens of each
+    evaluation; and own numbers of the steps."""
     task = Masked()
     data, (others, answers) = task.train_dataset(), task.eval_dataset().tensors
     torch.manual_seed(7)
     model = task.model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
-    train_losses, evaluations = list[float](), list[tuple[int, float, int]]()
+    train_losses, evaluations, own = list[float](), list[tuple[int, float, int]](), list[dict[str, float]]()
     best, lowest, waited = np.inf, np.inf, 0
     for step in range(PARITY_STEPS):
         loss = plain_loss(model, data, step, BATCH, 7)
+        with torch.no_grad():
+            tokens, targets = plain_batch(data, step, BATCH, 7)
+            sums = own_sums(model(tokens), targets)
+        own.append({name: float(total) / float(count) for name, (total, count) in sums.items() if count})
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -50,13 +54,13 @@ def plain() -> tuple[list[float], list[tuple[int, float, int]]]:
             best, waited = (found, 0) if found < best - STOP["min_delta"] else (best, waited + 1)
             if waited == STOP["patience"]:
                 break
-    return train_losses, evaluations
+    return train_losses, evaluations, own
 
 
 @pytest.mark.parametrize("strategy", ["auto", *SHARDED])
 @pytest.mark.parametrize("processes", SHARDED_WORLDS)
 def test_it_stops_as_the_plain_loop_does(world: Callable[[int], Path], processes: int, strategy: str) -> None:
-    expected, evaluations = plain()
+    expected, evaluations, _ = plain()
     assert STOP_EVERY < len(expected) < PARITY_STEPS
     run = world(processes) / f"stops-{strategy}"
     np.testing.assert_allclose(losses(run), expected, rtol=1e-5)  # also equally many
@@ -72,3 +76,16 @@ def test_it_stops_as_the_plain_loop_does(world: Callable[[int], Path], processes
     assert (summary["best"]["step"], summary["best"]["value"]) == (best[0], best[2])
     kept = sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
     assert kept == sorted({best[0], len(expected)})
+
+
+@pytest.mark.parametrize("strategy", ["auto", *SHARDED])
+@pytest.mark.parametrize("processes", SHARDED_WORLDS)
+def test_own_numbers_are_those_of_the_plain_loop(world: Callable[[int], Path], processes: int, strategy: str) -> None:
+    """Of whole steps, over ranks and micro-batches. Whole numbers are summed exactly."""
+    _, _, expected = plain()
+    found = lines(world(processes) / f"stops-{strategy}")
+    assert [line["train/right"] for line in found] == [own["right"] for own in expected]
+    np.testing.assert_allclose(
+        [line["train/squares"] for line in found], [own["squares"] for own in expected], rtol=1e-5
+    )
+    assert {line["train/none"] for line in found} == {None}

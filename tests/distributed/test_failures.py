@@ -153,3 +153,12 @@ def test_an_error_in_a_worker_is_shown(run: Run, tmp_path: Path) -> None:
     result = run("distrib", "launch", "--processes", 2, write(tmp_path, task=task, data=data))
     check(result, code=1)
     assert result.stderr.count("ValueError: sample 40 is broken") == 1
+
+
+def test_names_of_sums_that_differ_between_ranks(run: Run, tmp_path: Path) -> None:
+    write(tmp_path, task={"target": "tasks:OtherSums"})
+    line = refused(run("distrib", "launch", "--processes", 2, "small.yaml"))
+    assert line == (
+        "error: task.loss: the names of the Loss's sums are on-1 on rank 1, but on rank 0 on-0; give the same names "
+        "each time, with (0, 0) where there is nothing to count"
+    )

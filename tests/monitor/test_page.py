@@ -20,6 +20,7 @@ from distrib import Config
 from distrib.monitor.compare.comparison import Comparison, compare
 from distrib.monitor.compare.page import POINTS, draw_curves, thin, write_page
 from distrib.monitor.compare.runs import Curve, Digests, Run
+from distrib.samples import Image, Table, Text, encode
 
 pytestmark = [pytest.mark.xdist_group("browser"), pytest.mark.slow]  # one process makes what they share
 
@@ -91,6 +92,28 @@ def opened(browser: Browser, tmp_path: Path) -> Iterator[Open]:
     assert complaints == []
     for context in browser.contexts:
         context.close()
+
+
+@in_browser
+def test_samples_are_shown(opened: Open, comparison: Comparison, tmp_path: Path) -> None:
+    """An image, a table and a text, by name and run; what a text says is never markup. One run lacks a name."""
+    files = encode({"grey": Image(np.eye(5)), "rows": Table(["a", NASTY], [[1, NASTY]]), "said": Text(NASTY)})
+    paths = {name: tmp_path / "samples" / "step-00001200" / name for name in [*files, "long.txt"]}
+    paths["grey.png"].parent.mkdir(parents=True)
+    for name, content in files.items():
+        paths[name].write_bytes(content)
+    paths["long.txt"].write_text("long" * 2**21)
+    first, *others = comparison.runs
+    runs = [dataclasses.replace(first, sample_files=paths), *others]
+    page = opened(dataclasses.replace(comparison, runs=runs))
+    assert page.locator(".samples tbody th").all_text_contents() == [*files, "long.txt"]
+    image = page.locator(".samples img")
+    assert image.evaluate("one => [one.naturalWidth, one.naturalHeight, one.alt]") == [5, 5, "grey.png"]
+    assert page.locator(".samples td table td").all_text_contents() == ["a", NASTY, "1", NASTY]
+    said, long = page.locator(".samples pre").all_text_contents()
+    assert said == NASTY
+    assert long == f"{paths['long.txt']} has 8,388,608 bytes, too many for this page"
+    assert page.locator(".samples td p").all_text_contents() == ["after 1,200 steps"] * 4
 
 
 def traces(page: Page, key: str) -> list[Any]:

@@ -1,6 +1,8 @@
 """Checks of what a task's methods return, and the trial before training, in one process."""
 
+import re
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from distrib.errors import ConfigError
 from distrib.processes.world import World
 from distrib.strategies import registry
 from distrib.strategies.base import Strategy
+from distrib.training.own_sums import OwnSums
 from distrib.training.probe import MeanLossCheck
 
 CONFIG = {"data": {"global_batch_size": 8, "micro_batch_size": 4}, "train": {"steps": 2}}
@@ -44,6 +47,12 @@ class Classes(Task):
 
     def metrics(self, rows: Any) -> Any:
         return {"right": rows["right"].sum()}
+
+
+def with_sums(*each: Any) -> Callable[..., Loss]:
+    """A loss method that returns these sums in turn."""
+    turn = cycle(each)
+    return lambda self, output, batch: Loss(output.sum(), len(output), next(turn))
 
 
 def unwrapped(module: nn.Module) -> Strategy:
@@ -93,6 +102,13 @@ def samples(*sizes: int) -> list[Any]:
         ("loss", lambda self, output, batch: Loss(output.sum(), batch[1]), "count of the Loss is Tensor (4) int64, no"),
         ("loss", lambda self, output, batch: Loss(output.sum(), -1), "the count of the Loss is -1, not 0 or more"),
         ("loss", lambda self, output, batch: Loss(output.sum().detach(), 4), "does not depend on the model's param"),
+        ("loss", with_sums([1, 2]), "task.loss: the sums of the Loss are [int, int]; give each name two numbers, such"),
+        ("loss", with_sums({"right": 3}), "task.loss: the sum 'right' is int; give each name two numbers, such as"),
+        ("loss", with_sums({"right": (1, 2, 3)}), "task.loss: the sum 'right' is (int, int, int); give each name two"),
+        ("loss", with_sums({"right": (torch.ones(4), 4)}), "the sum 'right' is (Tensor (4) float32, int); give each"),
+        ("loss", with_sums({"right": ("3", None)}), "the sum 'right' is (str, None); give each name two numbers"),
+        ("loss", with_sums({"grad_norm": (1, 2)}), "task.loss: 'grad_norm' cannot be the name of a sum; give letters"),
+        ("loss", with_sums({"top 5": (1, 2)}), "task.loss: 'top 5' cannot be the name of a sum; give letters, digits"),
         ("predict", lambda self, output, batch: output, "task.predict: returned Tensor (4, 2) float32; return a dict"),
         ("predict", lambda self, output, batch: {"a": output.sum()}, "task.predict: 'a' is Tensor () float32; give"),
         ("predict", lambda self, output, batch: {"a": np.ones(4)}, "task.predict: 'a' is ndarray (4) float64; give a"),
@@ -107,6 +123,29 @@ def test_wrong_return_values_are_refused(tmp_path: Path, method: str, change: Ca
     assert said in str(error.value)
     assert "\n" not in str(error.value)
     assert not lines(tmp_path / "run", "steps.jsonl") if (tmp_path / "run" / "steps.jsonl").exists() else True
+
+
+def test_names_of_sums_that_change(tmp_path: Path) -> None:
+    """The first two micro-batches have one: of the trial evaluation, and of the first step."""
+    sums = with_sums(*[{"right": (1, 2)}] * 3, None)
+    said = (
+        "task.loss: the names of the Loss's sums are none in a later micro-batch, but in the first one right; give the "
+        "same names each time, with (0, 0) where there is nothing to count"
+    )
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        fit(tmp_path / "run", {"loss": sums})
+
+
+@given(st.lists(st.tuples(st.integers(-(2**52), 2**52), st.integers(1, 2**52)), min_size=1, max_size=4))
+def test_sums_of_whole_numbers_are_exact(pairs: list[tuple[int, int]]) -> None:
+    """Also those that float32 cannot hold, as Python's numbers, as tensors, and one of each."""
+    sums = OwnSums(World(), ["a", "b", "c"])
+    for number, (total, count) in enumerate(pairs):
+        total, count = total // 4, count // 4  # no sum of four exceeds 2^52
+        first, second = torch.tensor(total), torch.tensor(count, dtype=torch.float64)
+        sums.add({"a": (total, count), "b": (first, second), "c": (first, count)}, last=number == len(pairs) - 1)
+    expected = [float(sum(pair[place] // 4 for pair in pairs)) for place in (0, 1)]
+    assert sums.result()[1].tolist() == [expected] * 3
 
 
 def test_rows_of_other_length_in_each_batch(tmp_path: Path) -> None:

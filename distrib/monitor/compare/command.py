@@ -17,15 +17,17 @@ from distrib.monitor.compare.runs import load_runs
 _WIDTH_OF_A_FILE = 400  # characters, if the output is no terminal
 
 
-def compare_runs(paths: Sequence[Path], out: Path) -> None:
+def compare_runs(paths: Sequence[Path], out: Path, checkpoint: str = "newest") -> None:
     """Compare runs with the first; print tables, and write a page to `out` and a .png beside it.
+
+    `checkpoint`: newest, best or a step, at which metrics and samples are shown.
 
     Raises RunDirError, ConfigError.
     """
     if out.suffix != ".html":
         raise ConfigError(f"--out {out}: the page is an .html file, for example {out.with_suffix('.html')}")
     require("compare", "distrib compare")
-    comparison = compare(load_runs(paths))
+    comparison = compare(load_runs(paths, checkpoint))
     picture = out.with_suffix(".png")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

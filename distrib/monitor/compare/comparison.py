@@ -226,11 +226,16 @@ def figures(run: Run) -> Figures:
         rate = run.global_batch_size * steps / float(clock.values[-1] - clock.values[0])
     return Figures(
         steps=max((int(curve.steps[-1]) for curve in run.curves.values() if len(curve.steps)), default=0),
-        final={key: float(curve.values[-1]) for key, curve in results.items()},
+        final={key: float(curve.values[place]) for key, curve in results.items() if (place := _place(run, curve)) >= 0},
         best=best,
         samples_per_second=rate,
         seconds=float(clock.values[-1]) if len(clock.steps) else 0.0,
     )
+
+
+def _place(run: Run, curve: Curve) -> int:
+    """Return the index of the curve's last point, up to the run's checkpoint if one was chosen; -1 if there is none."""
+    return (len(curve.steps) if run.at is None else int(np.searchsorted(curve.steps, run.at, "right"))) - 1
 
 
 def _show(value: Any) -> str:

@@ -1,7 +1,9 @@
 """Writes a comparison as one HTML file that needs no other file, and as a picture."""
 
 import base64
+import csv
 import hashlib
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from distrib.monitor.compare.comparison import Comparison
 from distrib.monitor.compare.runs import Curve, Run, Values
 
 POINTS = 2000  # drawn of a curve
+_LARGEST_SAMPLE = 4 << 20  # bytes of a file
 _FEW = 60  # points of a curve up to which each gets a marker
 _MOST_PANELS, _PANELS_IN_A_ROW = 6, 3
 _DASHES = ("solid", "dashed", "dotted", "dashdot", (0, (8, 2)))  # with ten colours, 50 looks
@@ -35,6 +38,7 @@ def write_page(comparison: Comparison, path: Path) -> None:
         runs=comparison.runs,
         data=_data(comparison),
         tables=[tables.divergences(comparison), tables.figures(comparison), tables.differences(comparison)],
+        samples=_samples(comparison),
         points=POINTS,
         scripts=scripts,
         hashes=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
@@ -116,6 +120,28 @@ def _data(comparison: Comparison) -> dict[str, Any]:
             for key in keys
         ],
     }
+
+
+def _samples(comparison: Comparison) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return each name of the runs' samples, and what to show of each run. Raises OSError."""
+    names = dict.fromkeys(name for run in comparison.runs for name in run.sample_files)
+    return [(name, [_shown(run.sample_files.get(name)) for run in comparison.runs]) for name in names]
+
+
+def _shown(path: Path | None) -> dict[str, Any]:
+    """Return what page.html shows of a sample's file: `after`, and one of `image`, `rows`, `text`. Raises OSError."""
+    if path is None:
+        return {}
+    after = next(int(part.removeprefix("step-")) for part in path.parts[::-1] if part.startswith("step-"))
+    if (size := path.stat().st_size) > _LARGEST_SAMPLE:
+        return {"after": after, "text": f"{path} has {size:,} bytes, too many for this page"}
+    content = path.read_bytes()
+    if path.suffix == ".png":
+        return {"after": after, "image": base64.b64encode(content).decode()}
+    text = content.decode("utf-8", "replace")
+    if path.suffix == ".csv":
+        return {"after": after, "rows": list(csv.reader(io.StringIO(text)))}
+    return {"after": after, "text": text}
 
 
 def _has(run: Run, key: str) -> bool:

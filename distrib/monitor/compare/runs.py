@@ -16,10 +16,12 @@ from distrib.config_yaml import flatten
 from distrib.data.prints import Fingerprint
 from distrib.errors import ConfigError, RunDirError
 from distrib.monitor.trackers.wandb_files import offline_folders, read_offline
+from distrib.run_folder.decisions import step_of
 from distrib.run_folder.files import read_lines
 from distrib.run_folder.folder import RunDir
 from distrib.run_folder.formats import EVALUATION, EVENT, STEP
-from distrib.run_folder.ledger import or_nan
+from distrib.run_folder.ledger import or_nan, own_numbers
+from distrib.run_folder.sample_files import names_of
 
 Steps: TypeAlias = npt.NDArray[np.int64]
 Values: TypeAlias = npt.NDArray[np.float64]
@@ -71,6 +73,8 @@ class Run:
     samples: Digests
     data: dict[str, Fingerprint | None] = field(default_factory=dict)  # by the set's name; empty if none is recorded
     trouble: tuple[str, ...] = ()  # what could not be read
+    at: int | None = None  # the steps done at the checkpoint that was asked for; None: at the end
+    sample_files: dict[str, Path] = field(default_factory=dict)  # the newest of each name, up to there
 
     @property
     def global_batch_size(self) -> int | None:
@@ -79,11 +83,11 @@ class Run:
         return size if isinstance(size, int) else None
 
 
-def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """Load runs, each with a name of its own. Raises RunDirError, ConfigError."""
+def load_runs(paths: Sequence[Path], checkpoint: str = "newest") -> list[Run]:
+    """Load runs, each with a name of its own. `checkpoint`: newest, best or a step. Raises RunDirError, ConfigError."""
     if len({path.resolve() for path in paths}) < max(2, len(paths)):
         raise RunDirError(f"{' '.join(map(str, paths))}: give two runs or more, each once")
-    runs = [_load(path) for path in paths]
+    runs = [_load(path, checkpoint) for path in paths]
     names = [run.name for run in runs]
     return [
         run if names.count(run.name) == 1 else replace(run, name=str(path))
@@ -91,23 +95,26 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     ]
 
 
-def _load(path: Path) -> Run:
+def _load(path: Path, checkpoint: str) -> Run:
     if not path.is_dir():
         raise RunDirError(f"{path}: no such folder; give run folders, for example runs/digits")
     if os.path.lexists(path / "config.yaml") or (path / "checkpoints").is_dir():
-        return _from_run_folder(path)
+        return _from_run_folder(path, checkpoint)
     if folders := offline_folders(path):
+        if checkpoint != "newest":
+            raise ConfigError(f"--checkpoint {checkpoint}: {path} is a folder of wandb, which has no checkpoints")
         return _from_wandb(folders)
     raise RunDirError(f"{path}: not a run: neither config.yaml of a run folder nor run-*.wandb of wandb is in it")
 
 
-def _from_run_folder(path: Path) -> Run:
+def _from_run_folder(path: Path, checkpoint: str) -> Run:
     run = RunDir(path)
     config = run.read_config()
     environment = run.environment_or_nothing() if run.has_begun() else {}
     columns = _columns(run, ("step", "loss", "lr", "grad_norm", "seconds", "samples"))
     done = [step + 1 for step in columns["step"]]
     curves = {f"train/{key}": Curve.of(done, columns[key]) for key in ("loss", "lr", "grad_norm")}
+    curves |= {key: Curve.of(done, values) for key, values in columns.items() if key.startswith("train/")}
     evals = list(read_lines(run.evals, EVALUATION, run.trouble))
     for key in dict.fromkeys(key for entry in evals for key in entry["metrics"]):
         having = [entry for entry in evals if key in entry["metrics"]]
@@ -116,7 +123,11 @@ def _from_run_folder(path: Path) -> Run:
     curves["perf/samples_per_second"] = Curve.of(
         done, [size / seconds if seconds else None for seconds in columns["seconds"]]
     )
-    state = _state(run)
+    state, at = _state(run), step_of(run, checkpoint)
+    sample_files: dict[str, Path] = {}
+    for entry in evals:
+        if at is None or entry["step"] <= at:
+            sample_files |= names_of(run.samples, entry)
     return Run(
         name=path.resolve().name,
         state=state,
@@ -128,15 +139,23 @@ def _from_run_folder(path: Path) -> Run:
         samples=Digests.of(done, columns["samples"]),
         data=environment.get("data") or {},
         trouble=tuple(run.take_trouble()),
+        at=at,
+        sample_files=sample_files,
     )
 
 
 def _columns(run: RunDir, keys: Sequence[str]) -> dict[str, list[Any]]:
-    """Return the ledger's values by key, in the order of the steps. If a step has two lines, the later one counts."""
+    """Return the ledger's values by key, in the order of the steps. If a step has two lines, the later one counts.
+
+    The task's own numbers (`train/NAME`) come too; None stands for lines that lack one.
+    """
     columns: dict[str, list[Any]] = {key: [] for key in keys}
-    for line in read_lines(run.steps, STEP, run.trouble):
+    for number, line in enumerate(read_lines(run.steps, STEP, run.trouble)):
+        own = own_numbers(line)
+        for key in own:
+            columns.setdefault(key, [None] * number)
         for key, column in columns.items():
-            column.append(line[key])
+            column.append(line[key] if key in keys else own.get(key))
     steps = np.array(columns["step"], dtype=np.int64)
     if (np.diff(steps) > 0).all():
         return columns

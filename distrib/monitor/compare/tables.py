@@ -58,7 +58,7 @@ def figures(comparison: Comparison) -> Table:
         results = []
         for key in keys:
             text = _number(found.final[key]) if key in found.final else ""
-            if key in found.best and found.best[key][0] != found.final[key]:
+            if key in found.best and found.best[key][0] != found.final.get(key):
                 text += f" ({_number(found.best[key][0])} at {found.best[key][1]:,})"
             results.append(text)
         rate = "" if found.samples_per_second is None else f"{found.samples_per_second:,.0f}"
@@ -66,7 +66,7 @@ def figures(comparison: Comparison) -> Table:
         speed = [rate, f"{found.seconds:,.1f}", str(run.restarts)]
         rows.append([run.name, run.state, f"{found.steps:,}", *results, *speed, *machine])
     columns = ["run", "state", "steps", *keys, "samples/s", "seconds", "restarts", "world_size", "strategy"]
-    note = "Each metric at the end; in brackets its best, where that was before, and after how many steps."
+    note = f"Each metric {_WHERE[comparison.runs[0].at is None]}; in brackets its best, and after how many steps."
     return Table("Figures", columns, rows, note)
 
 
@@ -88,6 +88,7 @@ def differences_in_short(comparison: Comparison) -> Table:
     return Table("Differences", ["key", "in", "value: runs"], rows, _NOTE)
 
 
+_WHERE = {True: "at the end", False: "at the chosen checkpoint"}
 _NOTE = "*: decides what is computed; a config's other keys, and the environment, change rounding at most."
 
 
