@@ -11,6 +11,8 @@ Start with:  distrib launch --processes 2 configs/digits.yaml
 
 The same run in one process:  distrib train configs/digits.yaml --run-dir runs/alone
 
+A task and a config for your own files:  distrib init --from csv table.csv
+
 On a cluster:  distrib submit configs/digits.yaml --nodes 2 --gpus-per-node 2 --time 4:00:00
 
 What the numbers come to, without running:  distrib explain configs/digits.yaml --processes 2
@@ -38,6 +40,10 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example optim.lr=0.01 train.epochs=2."),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/digits.")]
+RunFolders = Annotated[
+    list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, or folders that wandb left offline.")
+]
+FolderOfRuns = Annotated[Path, typer.Argument(metavar="[DIR]", help="A folder of runs.")]
 Checkpoint = Annotated[str, typer.Option("--checkpoint", metavar="newest|best|STEP", help="Which checkpoint.")]
 Moved = Annotated[
     list[str] | None,
@@ -62,6 +68,41 @@ SchedulerName = Annotated[
         show_default=False,
         show_envvar=False,
     ),
+]
+InitFiles = Annotated[list[str] | None, typer.Argument(metavar="[FILE|NAME]...", help="Your files.")]
+InitKind = Annotated[str | None, typer.Option("--from", metavar="csv|images|text|module", help="What they are.")]
+InitColumn = Annotated[
+    str | None, typer.Option("--column", help="Of a CSV file: what to predict.  [default: the last]")
+]
+InitName = Annotated[str | None, typer.Option("--name", help="Of the run and of the files.  [default: from your file]")]
+LaunchArguments = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CONFIG [KEY=VALUE]... | SCRIPT.py [ARGUMENT]...",
+        help="What `distrib train` takes, or a Python script of yours with its arguments.",
+    ),
+]
+NodeRank = Annotated[int | None, typer.Option(help="Which of the machines this is, from 0.")]
+ProcessesPerNode = Annotated[
+    int | None, typer.Option(help="On each of them.  [default: one for each GPU, else 1]", show_default=False)
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(help="How many to start.  [default: one for each accelerator, else 1]", show_default=False),
+]
+MaxRestarts = Annotated[
+    int,
+    typer.Option(help="After a crash start all again so many times, from the newest checkpoint.", min=0, max=10**6),
+]
+Grace = Annotated[
+    float,
+    typer.Option(
+        metavar="SECONDS", help="To save, from being asked to stop.", min=0, max=10**8, envvar="DISTRIB_GRACE"
+    ),
+]
+Port = Annotated[int | None, typer.Option(help="Where the processes meet.  [default: a free port]", show_default=False)]
+Rendezvous = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached, the same on all.")
 ]
 RendezvousKey = Annotated[
     str | None,

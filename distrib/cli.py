@@ -4,25 +4,12 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from distrib import __version__
-from distrib.arguments import (
-    HELP,
-    Checkpoint,
-    ConfigFile,
-    JoinTimeout,
-    Moved,
-    Overrides,
-    RendezvousKey,
-    RunDirOption,
-    RunFolder,
-    SchedulerName,
-    SchedulerOptions,
-    TimeOption,
-)
+from distrib import arguments as given
 from distrib.launching.command_line import LaunchCommand, run_app, show_sign_of_life
 from distrib.processes.exit import run_and_end, run_as_member
 from distrib.processes.tuning import no_collection
@@ -32,7 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help=HELP,
+    help=given.HELP,
 )
 
 
@@ -57,10 +44,27 @@ def _options(
 
 @app.command()
 @_as_member
+def init(
+    files: given.InitFiles = None,
+    kind: given.InitKind = None,
+    column: given.InitColumn = None,
+    name: given.InitName = None,
+) -> None:
+    """Write a task and a config that train as they stand: on your files, or on made-up points.
+
+    distrib init --from csv table.csv; --from images photos/; --from text book.txt; --from module net:Net data:Points
+    """
+    from distrib.init_command import write_start
+
+    write_start(kind, files or (), column, name)
+
+
+@app.command()
+@_as_member
 def train(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    run_dir: RunDirOption = None,
+    config: given.ConfigFile,
+    overrides: given.Overrides = None,
+    run_dir: given.RunDirOption = None,
     resume: Annotated[
         str,
         typer.Option(
@@ -70,7 +74,7 @@ def train(
         ),
     ] = "auto",
     fork: Annotated[bool, typer.Option("--fork", help="Begin a new run from another run's --resume PATH.")] = False,
-    moved: Moved = None,
+    moved: given.Moved = None,
     reset_optimizer: Annotated[
         bool,
         typer.Option("--reset-optimizer", help="With --fork: take the weights, and begin the optimizer's state anew."),
@@ -109,38 +113,17 @@ class _Launch(LaunchCommand):
 @_as_member
 def launch(
     context: typer.Context,
-    arguments: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="CONFIG [KEY=VALUE]... | SCRIPT.py [ARGUMENT]...",
-            help="What `distrib train` takes, or a Python script of yours with its arguments.",
-        ),
-    ],
-    processes: Annotated[
-        Optional[int],
-        typer.Option(help="How many to start.  [default: one for each accelerator, else 1]", show_default=False),
-    ] = None,
+    arguments: given.LaunchArguments,
+    processes: given.Processes = None,
     module: Annotated[bool, typer.Option("-m", help="Run a module of yours: -m MODULE [ARGUMENT]...")] = False,
-    max_restarts: Annotated[
-        int,
-        typer.Option(help="After a crash start all again so many times, from the newest checkpoint.", min=0, max=10**6),
-    ] = 0,
-    grace: Annotated[
-        float,
-        typer.Option(
-            metavar="SECONDS", help="To save, from being asked to stop.", min=0, max=10**8, envvar="DISTRIB_GRACE"
-        ),
-    ] = 30.0,
-    port: Annotated[
-        Optional[int], typer.Option(help="Where the processes meet.  [default: a free port]", show_default=False)
-    ] = None,
+    max_restarts: given.MaxRestarts = 0,
+    grace: given.Grace = 30.0,
+    port: given.Port = None,
     nodes: Annotated[int, typer.Option(help="Machines; start this command on each.", min=1)] = 1,
-    node_rank: Annotated[Optional[int], typer.Option(help="Which of the machines this is, from 0.")] = None,
-    rendezvous: Annotated[
-        Optional[str], typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached, the same on all.")
-    ] = None,
-    rendezvous_key: RendezvousKey = None,
-    join_timeout: JoinTimeout = 300.0,
+    node_rank: given.NodeRank = None,
+    rendezvous: given.Rendezvous = None,
+    rendezvous_key: given.RendezvousKey = None,
+    join_timeout: given.JoinTimeout = 300.0,
 ) -> None:
     """Start several training processes on this machine, and end them together.
 
@@ -170,19 +153,17 @@ def launch(
 @app.command()
 @_as_member
 def submit(
-    config: ConfigFile,
-    overrides: Overrides = None,
+    config: given.ConfigFile,
+    overrides: given.Overrides = None,
     nodes: Annotated[int, typer.Option(help="Machines.", min=1)] = 1,
     gpus_per_node: Annotated[int, typer.Option(help="On each of them.", min=0)] = 0,
-    processes_per_node: Annotated[
-        Optional[int], typer.Option(help="On each of them.  [default: one for each GPU, else 1]", show_default=False)
-    ] = None,
-    time: TimeOption = None,
+    processes_per_node: given.ProcessesPerNode = None,
+    time: given.TimeOption = None,
     grace: Annotated[int, typer.Option(metavar="SECONDS", help="To save, before the time is over.", min=1)] = 120,
-    option: SchedulerOptions = None,
-    scheduler: SchedulerName = None,
-    run_dir: RunDirOption = None,
-    moved: Moved = None,
+    option: given.SchedulerOptions = None,
+    scheduler: given.SchedulerName = None,
+    run_dir: given.RunDirOption = None,
+    moved: given.Moved = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script, and submit nothing.")] = False,
 ) -> None:
     """Train as a batch job, for example of SLURM, which saves and is requeued when its time is over."""
@@ -200,8 +181,8 @@ def submit(
 @app.command()
 @_as_member
 def explain(
-    config: ConfigFile,
-    overrides: Overrides = None,
+    config: given.ConfigFile,
+    overrides: given.Overrides = None,
     processes: Annotated[int, typer.Option(help="For how many processes.", min=1)] = 1,
 ) -> None:
     """Print what a config comes to: batches, steps, learning rates, memory, DeepSpeed's JSON. Trains nothing."""
@@ -215,10 +196,10 @@ def explain(
 @app.command()
 @_as_member
 def evaluate(
-    run: RunFolder,
+    run: given.RunFolder,
     processes: Annotated[int, typer.Option(help="How many share the work.", min=1)] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    checkpoint: Checkpoint = "newest",
+    checkpoint: given.Checkpoint = "newest",
 ) -> None:
     """Evaluate a checkpoint of a run on the whole evaluation sets. Changes nothing in its folder."""
     if processes > 1:
@@ -234,7 +215,7 @@ def evaluate(
 
 @app.command()
 @_as_member
-def watch(run: RunFolder) -> None:
+def watch(run: given.RunFolder) -> None:
     """Show a run as it goes on, or went, from its folder: from another terminal, or a cluster's login node."""
     from distrib.monitor.watch import watch_run
 
@@ -244,7 +225,7 @@ def watch(run: RunFolder) -> None:
 @app.command()
 @_as_member
 def ls(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="A folder of runs.")] = Path("runs"),
+    folder: given.FolderOfRuns = Path("runs"),
     sort: Annotated[str, typer.Option(metavar="KEY", help="A column, or a metric such as eval/loss.")] = "age",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
 ) -> None:
@@ -256,7 +237,7 @@ def ls(
 
 @app.command()
 @_as_member
-def verify(run: RunFolder) -> None:
+def verify(run: given.RunFolder) -> None:
     """Check a run's ledger against the order that its config means, and its checkpoints against the ledger."""
     from distrib.training.commands import verify_run
 
@@ -266,11 +247,9 @@ def verify(run: RunFolder) -> None:
 @app.command()
 @_as_member
 def compare(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, or folders that wandb left offline.")
-    ],
+    runs: given.RunFolders,
     out: Annotated[Path, typer.Option(help="The page; a .png is written beside it.")] = Path("comparison.html"),
-    checkpoint: Checkpoint = "newest",
+    checkpoint: given.Checkpoint = "newest",
 ) -> None:
     """Compare runs with the first: what differs, where they part and why, final, best and speed figures, curves."""
     from distrib.monitor.compare.command import compare_runs
@@ -281,9 +260,9 @@ def compare(
 @app.command()
 @_as_member
 def export(
-    run: RunFolder,
+    run: given.RunFolder,
     out: Annotated[Path, typer.Option(help="The folder to write them into.")],
-    checkpoint: Checkpoint = "newest",
+    checkpoint: given.Checkpoint = "newest",
 ) -> None:
     """Write the weights of a run's checkpoint: as model.safetensors, under the module's own names, for plain torch.
 

@@ -106,7 +106,7 @@ class Task:
         """
         return {}
 
-    def samples(self, rows: dict[str, Tensor]) -> "dict[str, Image | Text | Table]":
+    def samples(self, rows: dict[str, Tensor]) -> "Mapping[str, Image | Text | Table]":
         """Return what people are to look at after an evaluation, by name: images, texts, tables. Called on rank 0 only,
         with the rows that `metrics` gets, and with the name of the set if it takes a second argument."""
         return {}
