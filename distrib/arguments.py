@@ -1,5 +1,6 @@
 """The text of `distrib --help`, and arguments and options that several commands share."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -31,17 +32,46 @@ Where runs differ, and why:  distrib compare runs/digits runs/other
 
 Exit codes: 0 done, 1 failed, 2 the input is wrong (one line says what), 75 asked to stop: saved, start again."""
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
+
+def _offer(what: str) -> Callable[[typer.Context, str], list[str]]:
+    """Return that function of completion.py, which is imported when a user presses Tab, for an argument."""
+
+    def complete(ctx: typer.Context, incomplete: str) -> list[str]:
+        from distrib import completion
+
+        before = [word for name in ("overrides", "arguments") for word in ctx.params.get(name) or ()]
+        found: list[str] = getattr(completion, what)(before, incomplete)
+        return found
+
+    return complete
+
+
+ConfigFile = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.", autocompletion=_offer("configs")),
+]
 RunDirOption = Annotated[
     Path | None, typer.Option("--run-dir", help="The run folder.  [default: runs/NAME]", show_default=False)
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example optim.lr=0.01 train.epochs=2."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Overrides, for example optim.lr=0.01 train.epochs=2.",
+        autocompletion=_offer("overrides"),
+    ),
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/digits.")]
+RunFolder = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="A run folder, for example runs/digits.", autocompletion=_offer("run_folders")),
+]
 RunFolders = Annotated[
-    list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, or folders that wandb left offline.")
+    list[Path],
+    typer.Argument(
+        metavar="RUN RUN...",
+        help="Run folders, or folders that wandb left offline.",
+        autocompletion=_offer("run_folders"),
+    ),
 ]
 FolderOfRuns = Annotated[Path, typer.Argument(metavar="[DIR]", help="A folder of runs.")]
 Checkpoint = Annotated[str, typer.Option("--checkpoint", metavar="newest|best|STEP", help="Which checkpoint.")]
@@ -80,6 +110,7 @@ LaunchArguments = Annotated[
     typer.Argument(
         metavar="CONFIG [KEY=VALUE]... | SCRIPT.py [ARGUMENT]...",
         help="What `distrib train` takes, or a Python script of yours with its arguments.",
+        autocompletion=_offer("configs_and_scripts"),
     ),
 ]
 NodeRank = Annotated[int | None, typer.Option(help="Which of the machines this is, from 0.")]

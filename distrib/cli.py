@@ -16,7 +16,6 @@ from distrib.processes.tuning import no_collection
 
 app = typer.Typer(
     name="distrib",
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help=given.HELP,

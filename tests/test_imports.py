@@ -25,7 +25,7 @@ LAYERS = [
     {"strategies"},
     {"training"},
     {"starters"},
-    {"init_command"},
+    {"init_command", "completion"},
     {"cli", "arguments"},
 ]
 ONLY_IN = {
