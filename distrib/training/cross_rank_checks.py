@@ -74,6 +74,19 @@ def require_same_data(world: World, data: dict[str, Fingerprint | None]) -> None
                 )
 
 
+def require_same_rates(world: World, updates: list[int], rate: Callable[[int, float], float]) -> None:
+    """Raise ConfigError on every rank if a rank has another learning rate than rank 0 for one of these updates.
+    Collective."""
+    expected, *others = world.all_gather_object((world.name, [rate(update, 0.0) for update in updates]))
+    for name, rates in others:
+        for update, first, other in zip(updates, expected[1], rates, strict=True):
+            if other != first:
+                raise ConfigError(
+                    f"task.learning_rate: returned {first:g} for update {update} on {expected[0]}, and {other:g} on "
+                    f"{name}; return a function of update and num_updates alone"
+                )
+
+
 def require_same_copies(world: World, strategy: str, shards: dict[str, Shard]) -> None:
     """Raise TrainingError on every rank if a tensor that all ranks hold whole is not the same on all. Collective.
 

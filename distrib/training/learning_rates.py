@@ -28,7 +28,7 @@ def learning_rate(task: Task, config: Config, num_updates: int) -> LearningRate:
     def rate(update: int, base_rate: float) -> float:
         return _checked(task.learning_rate(update, num_updates), update)
 
-    for update in sorted({0, num_updates - 1, *range(0, num_updates, -(-num_updates // _TRIED))}):
+    for update in tried_updates(num_updates):
         first, second = (_tried(rate, update) for _ in range(2))
         if first != second:
             raise ConfigError(
@@ -36,6 +36,11 @@ def learning_rate(task: Task, config: Config, num_updates: int) -> LearningRate:
                 "of update and num_updates alone, so that a resumed run has the same rates"
             )
     return rate
+
+
+def tried_updates(num_updates: int) -> list[int]:
+    """Return the updates for which a task's own function is tried before the run starts."""
+    return sorted({0, num_updates - 1, *range(0, num_updates, -(-num_updates // _TRIED))})
 
 
 def has_its_own(task: Task) -> bool:

@@ -31,7 +31,7 @@ from distrib.task import Task
 from distrib.training import build, cross_rank_checks, probe, timing
 from distrib.training.engine import Engine
 from distrib.training.evaluations import Evaluations
-from distrib.training.learning_rates import learning_rate
+from distrib.training.learning_rates import has_its_own, learning_rate, tried_updates
 from distrib.training.loop import train_step
 from distrib.training.model_checks import check_module, refuse_optimizer
 from distrib.training.optimizers import ignored_keys
@@ -113,6 +113,9 @@ class Trainer:
         cross_rank_checks.require_same_config(self.world, self.config)
         data = build.fingerprints(self.train_dataset, self.evaluations.sets, self.config)
         cross_rank_checks.require_same_data(self.world, data)
+        if has_its_own(self.task):
+            updates = tried_updates(self.plan.num_steps)
+            cross_rank_checks.require_same_rates(self.world, updates, self.learning_rate)
         summary = self.world.on_rank_0(lambda: self._start(data))
         try:
             cross_rank_checks.require_shared(self.world, self.run.environment)

@@ -10,6 +10,7 @@ SHARDED_WORLDS = (1, 2, 4)
 LATE_WORLDS = (1, 2)
 SHARDED = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
 HSDP = {"name": "hsdp", "shard_size": 2}  # on four processes
+ON = [(count, name) for count in SHARDED_WORLDS for name in ("auto", *SHARDED)] + [(4, "hsdp")]
 MASKED = {"target": "tasks:Masked"}
 
 # test_parity
@@ -188,6 +189,8 @@ def _hsdp_cases() -> dict[str, dict[str, Any]]:
         for window in SHARDED_WINDOWS[optimizer]:
             parity = {**parity_config(optimizer, 4 * window * MICRO), "strategy": HSDP}
             found[f"hsdp-{optimizer}-{window}"] = parity
+    found["stops-hsdp"] = {**stop_config("auto"), "strategy": HSDP}
+    found["hsdp-pieces"] = {**_scheduled_cases()["auto-pieces"], "strategy": HSDP}
     found["hsdp-offload"] = _config(FEW, strategy={**HSDP, "offload": "all"})
     found["hsdp-kept"] = _config(FEW, strategy={**HSDP, "reshard_after_forward": False})
     found["hsdp-compressed"] = _config(FEW, strategy={**HSDP, "communication_dtype": "bf16"})

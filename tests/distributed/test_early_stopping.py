@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import PARITY_STEPS, SHARDED, SHARDED_WORLDS, STOP, STOP_EVERY
+from cases import ON, PARITY_STEPS, STOP, STOP_EVERY
 from conftest import lines, losses
 from tasks import Masked, own_sums, plain_batch, plain_loss
 from torch.nn import functional as F
@@ -57,8 +57,7 @@ def plain() -> tuple[list[float], list[tuple[int, float, int]], list[dict[str, f
     return train_losses, evaluations, own
 
 
-@pytest.mark.parametrize("strategy", ["auto", *SHARDED])
-@pytest.mark.parametrize("processes", SHARDED_WORLDS)
+@pytest.mark.parametrize(("processes", "strategy"), ON)
 def test_it_stops_as_the_plain_loop_does(world: Callable[[int], Path], processes: int, strategy: str) -> None:
     expected, evaluations, _ = plain()
     assert STOP_EVERY < len(expected) < PARITY_STEPS
@@ -78,8 +77,7 @@ def test_it_stops_as_the_plain_loop_does(world: Callable[[int], Path], processes
     assert kept == sorted({best[0], len(expected)})
 
 
-@pytest.mark.parametrize("strategy", ["auto", *SHARDED])
-@pytest.mark.parametrize("processes", SHARDED_WORLDS)
+@pytest.mark.parametrize(("processes", "strategy"), ON)
 def test_own_numbers_are_those_of_the_plain_loop(world: Callable[[int], Path], processes: int, strategy: str) -> None:
     """Of whole steps, over ranks and micro-batches. Whole numbers are summed exactly."""
     _, _, expected = plain()

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import SCHEDULED_STEPS, SHARDED, SHARDED_WORLDS
-from conftest import lines, losses
+import yaml
+from cases import ON, SCHEDULED_STEPS, SHARDED_WORLDS
+from conftest import Run, lines, losses, refused
 from tasks import Masked, plain_loss
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torchs
@@ -55,9 +56,9 @@ def plain_loop(name: str) -> tuple[list[float], list[float]]:
 
 @pytest.mark.filterwarnings("ignore")  # SequentialLR steps its parts in a way that torch itself warns of
 @pytest.mark.parametrize(
-    ("strategy", "name"), [("auto", "wsd"), *((strategy, "pieces") for strategy in ("auto", *SHARDED))]
+    ("processes", "strategy", "name"),
+    [*((count, "auto", "wsd") for count in SHARDED_WORLDS), *((*on, "pieces") for on in ON)],
 )
-@pytest.mark.parametrize("processes", SHARDED_WORLDS)
 def test_a_schedule_equals_torchs_under_every_strategy(
     world: Callable[[int], Path], processes: int, strategy: str, name: str
 ) -> None:
@@ -66,3 +67,16 @@ def test_a_schedule_equals_torchs_under_every_strategy(
     assert {line["verdict"] for line in lines(run)} == {"applied"}
     assert [line["lr"] for line in lines(run)] == pytest.approx(rates, rel=1e-9, abs=1e-12)
     np.testing.assert_allclose(losses(run), expected, rtol=TOLERANCE)
+
+
+def test_a_rate_that_depends_on_the_rank(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "import os\n\nimport tasks\n\n\nclass Own(tasks.Masked):\n"
+        "    def learning_rate(self, update, num_updates):\n        return 0.1 + int(os.environ['RANK']) * (update > 2)\n"
+    )
+    config = {"task": {"target": "own:Own"}, "data": {"global_batch_size": 4, "micro_batch_size": 2}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({**config, "train": {"steps": 5}}))
+    line = refused(run("distrib", "launch", "--processes", 2, "own.yaml"))
+    assert "task.learning_rate: returned 0.1 for update 3 on rank 0 of 2 on " in line
+    assert ", and 1.1 on rank 1 of 2 on " in line
+    assert line.endswith("; return a function of update and num_updates alone")
