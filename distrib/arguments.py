@@ -39,6 +39,12 @@ Overrides = Annotated[
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/digits.")]
 Checkpoint = Annotated[str, typer.Option("--checkpoint", metavar="newest|best|STEP", help="Which checkpoint.")]
+Weights = Annotated[
+    str, typer.Option("--weights", metavar="model|ema", help="The weights, or their average (train.ema).")
+]
+Runs = Annotated[
+    list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, or folders that wandb left offline.")
+]
 Moved = Annotated[
     list[str] | None,
     typer.Option(metavar="task.KEY=PATH", help="Resume with data at a new path, if they are the same data."),

@@ -19,9 +19,11 @@ from distrib.arguments import (
     RendezvousKey,
     RunDirOption,
     RunFolder,
+    Runs,
     SchedulerName,
     SchedulerOptions,
     TimeOption,
+    Weights,
 )
 from distrib.launching.command_line import LaunchCommand, run_app, show_sign_of_life
 from distrib.processes.exit import run_and_end, run_as_member
@@ -219,17 +221,18 @@ def evaluate(
     processes: Annotated[int, typer.Option(help="How many share the work.", min=1)] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     checkpoint: Checkpoint = "newest",
+    weights: Weights = "model",
 ) -> None:
     """Evaluate a checkpoint of a run on the whole evaluation sets. Changes nothing in its folder."""
     if processes > 1:
         from distrib.launching import local
 
-        options = ["--checkpoint", checkpoint, *(["--json"] if as_json else [])]
+        options = ["--checkpoint", checkpoint, "--weights", weights, *(["--json"] if as_json else [])]
         members = ["-m", "distrib", "evaluate", str(run), *options]
         sys.exit(local.launch(members, local.Options(processes)))
     from distrib.training.commands import evaluate_run
 
-    evaluate_run(run, as_json, checkpoint)
+    evaluate_run(run, as_json, checkpoint, weights)
 
 
 @app.command()
@@ -266,9 +269,7 @@ def verify(run: RunFolder) -> None:
 @app.command()
 @_as_member
 def compare(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, or folders that wandb left offline.")
-    ],
+    runs: Runs,
     out: Annotated[Path, typer.Option(help="The page; a .png is written beside it.")] = Path("comparison.html"),
 ) -> None:
     """Compare runs with the first: what differs, where they part and why, final, best and speed figures, curves."""
@@ -283,6 +284,7 @@ def export(
     run: RunFolder,
     out: Annotated[Path, typer.Option(help="The folder to write them into.")],
     checkpoint: Checkpoint = "newest",
+    weights: Weights = "model",
 ) -> None:
     """Write the weights of a run's checkpoint: as model.safetensors, under the module's own names, for plain torch.
 
@@ -290,7 +292,7 @@ def export(
     """
     from distrib.training.commands import export_run
 
-    export_run(run, out, checkpoint)
+    export_run(run, out, checkpoint, weights)
 
 
 def main() -> None:
