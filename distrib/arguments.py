@@ -75,6 +75,9 @@ RunFolders = Annotated[
 ]
 FolderOfRuns = Annotated[Path, typer.Argument(metavar="[DIR]", help="A folder of runs.")]
 Checkpoint = Annotated[str, typer.Option("--checkpoint", metavar="newest|best|STEP", help="Which checkpoint.")]
+Weights = Annotated[
+    str, typer.Option("--weights", metavar="model|ema", help="The weights, or their average (train.ema).")
+]
 Moved = Annotated[
     list[str] | None,
     typer.Option(metavar="task.KEY=PATH", help="Resume with data at a new path, if they are the same data."),

@@ -199,17 +199,18 @@ def evaluate(
     processes: Annotated[int, typer.Option(help="How many share the work.", min=1)] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     checkpoint: given.Checkpoint = "newest",
+    weights: given.Weights = "model",
 ) -> None:
     """Evaluate a checkpoint of a run on the whole evaluation sets. Changes nothing in its folder."""
     if processes > 1:
         from distrib.launching import local
 
-        options = ["--checkpoint", checkpoint, *(["--json"] if as_json else [])]
+        options = ["--checkpoint", checkpoint, "--weights", weights, *(["--json"] if as_json else [])]
         members = ["-m", "distrib", "evaluate", str(run), *options]
         sys.exit(local.launch(members, local.Options(processes)))
     from distrib.training.commands import evaluate_run
 
-    evaluate_run(run, as_json, checkpoint)
+    evaluate_run(run, as_json, checkpoint, weights)
 
 
 @app.command()
@@ -262,6 +263,7 @@ def export(
     run: given.RunFolder,
     out: Annotated[Path, typer.Option(help="The folder to write them into.")],
     checkpoint: given.Checkpoint = "newest",
+    weights: given.Weights = "model",
 ) -> None:
     """Write the weights of a run's checkpoint: as model.safetensors, under the module's own names, for plain torch.
 
@@ -269,7 +271,7 @@ def export(
     """
     from distrib.training.commands import export_run
 
-    export_run(run, out, checkpoint)
+    export_run(run, out, checkpoint, weights)
 
 
 def main() -> None:

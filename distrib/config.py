@@ -65,6 +65,14 @@ class OptimConfig(Section):
         return schedule_options.curve(self.schedule, self.warmup_steps, num_steps)
 
 
+class EmaConfig(Section):
+    """An exponential moving average of the weights, see training/ema.py."""
+
+    decay: Rate = 0.999
+    every_steps: PositiveInt = 1  # averaged at each so many-th update
+    start_step: NonNegativeInt = 0  # updates until which the average is the weights themselves
+
+
 class TrainConfig(Section):
     """Exactly one of `epochs` and `steps` sets the length of the run."""
 
@@ -75,6 +83,7 @@ class TrainConfig(Section):
     on_nonfinite: Literal["skip", "stop"] = "skip"
     max_skipped: PositiveInt = 100  # the run fails after so many skipped steps in a row
     stop: decision_options.StopConfig | None = None  # none: the run has its whole length
+    ema: EmaConfig | None = None
     determinism: Literal["fast", "bitwise"] = "fast"  # bitwise: same bits for any number of processes
     compile: Compile = False  # torch.compile each of the task's blocks, or the whole model
 
@@ -132,6 +141,7 @@ class EvalConfig(Section):
 
     every_steps: NonNegativeInt = 0
     at_start: bool = False  # also before the first step
+    weights: Literal["both", "model", "ema"] = "both"  # with train.ema: the weights, their average, or both
     sets: dict[str, EvalSetConfig] = Field(default_factory=dict)  # those of Task.eval_datasets that have another rhythm
 
 

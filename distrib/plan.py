@@ -18,6 +18,7 @@ class Memory:
     parameters: int
     gradients: int
     optimizer_state: int  # with the fp32 copy that ZeRO's stages 1 to 3 update
+    average: int = 0  # of the weights, with train.ema
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,12 @@ class RunPlan(BatchPlan):
             doubts.append(
                 f"optim.warmup_steps: {self.warmup_steps}, and the run has {self.num_steps} steps: the learning rate "
                 "never reaches optim.lr"
+            )
+        ema = config.train.ema
+        if ema is not None and ema.start_step + ema.every_steps > self.num_steps:
+            doubts.append(
+                f"train.ema: the first average would be made at update {ema.start_step + ema.every_steps}, and the run "
+                f"has {self.num_steps} steps: the average stays what it begins with"
             )
         return doubts
 

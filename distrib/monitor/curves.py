@@ -9,6 +9,8 @@ from distrib.run_folder.files import read_lines
 from distrib.run_folder.folder import RunDir
 from distrib.run_folder.formats import EVALUATION, STEP
 
+_LOSSES = ("eval/loss", "eval/ema/loss")
+
 
 def draw_curves(run: RunDir) -> None:
     """Draw the losses of steps.jsonl and evals.jsonl in one panel, and each metric in a panel of its own.
@@ -16,7 +18,7 @@ def draw_curves(run: RunDir) -> None:
     Lines that cannot be read are left out and reported in the run's `trouble`. Raises OSError.
     """
     steps, evals = list(read_lines(run.steps, STEP, run.trouble)), list(read_lines(run.evals, EVALUATION, run.trouble))
-    metrics = {key: None for entry in evals for key in entry["metrics"] if key != "eval/loss"}
+    metrics = {key: None for entry in evals for key in entry["metrics"] if key not in _LOSSES}
     width = 5.5 * (1 + len(metrics))
     figure = Figure(figsize=(width, 4), dpi=120)  # margins by hand: a layout engine draws everything twice
     figure.subplots_adjust(left=0.6 / width, right=1 - 0.2 / width, bottom=0.13, top=0.9, wspace=0.2)
@@ -24,7 +26,8 @@ def draw_curves(run: RunDir) -> None:
     losses, *others = panels[0]
     losses.plot([e["step"] + 1 for e in steps], [e["loss"] for e in steps], linewidth=0.8, label="train/loss")
     if evals:
-        losses.plot([e["step"] for e in evals], [e["metrics"].get("eval/loss") for e in evals], "o-", label="eval/loss")
+        for key in [key for key in _LOSSES if any(key in e["metrics"] for e in evals)]:
+            losses.plot([e["step"] for e in evals], [e["metrics"].get(key) for e in evals], "o-", label=key)
     losses.legend()
     for panel, key in zip(others, metrics, strict=True):
         panel.plot([e["step"] for e in evals], [e["metrics"].get(key) for e in evals], "o-", color="tab:green")

@@ -46,6 +46,8 @@ def print_plan(config: Config, strategy: str, plan: RunPlan, optimizer: str, rat
         rows["parameters, a rank"] = f"{plan.memory.parameters:,} bytes"
         rows["gradients, a rank"] = f"{plan.memory.gradients:,} bytes"
         rows["optimizer state, a rank"] = f"{plan.memory.optimizer_state:,} bytes"
+        if config.train.ema is not None:
+            rows["average of the weights, a rank"] = f"{plan.memory.average:,} bytes"
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)

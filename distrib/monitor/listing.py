@@ -202,7 +202,7 @@ def _print(rows: Sequence[Row]) -> None:
 
 def _main_metrics(row: Row) -> dict[str, Any]:
     """The losses, and the metric that decides which checkpoint is the best; --json has all."""
-    names = {"train/loss", "eval/loss", (row["best"] or {}).get("metric")}
+    names = {"train/loss", "eval/loss", "eval/ema/loss", (row["best"] or {}).get("metric")}
     return {name: value for name, value in row["metrics"].items() if name in names}
 
 

@@ -1,9 +1,10 @@
 """Checkpoints on disk, in one format that every strategy writes and reads.
 
 A checkpoint holds unsharded tensors, flattened, under names that do not depend on the strategy: `model.<name>` for
-parameters and buffers, `optimizer.<key>.<name>` for a parameter's optimizer state. Each rank writes the slices of them
-that it holds (called stretches in the manifest) into its own safetensors file. The manifest lists each slice's file and
-offset, and each file's size and SHA-256. A checkpoint is complete if it has a manifest, and valid if the digests match.
+parameters and buffers, `optimizer.<key>.<name>` for a parameter's optimizer state, `ema.<name>` for its average. Each
+rank writes the slices of them that it holds (called stretches in the manifest) into its own safetensors file. The
+manifest lists each slice's file and offset, and each file's size and SHA-256. A checkpoint is complete if it has a
+manifest, and valid if the digests match.
 
 Why not torch.distributed.checkpoint: docs/decisions/0007-checkpoints-are-stretches.md.
 """
@@ -27,6 +28,7 @@ from distrib.errors import CheckpointError, ConfigError, MismatchError
 from distrib.run_folder.manifest import MANIFEST, read_manifest, sealed, step_of, steps_of
 from distrib.sha256 import sha256_of
 
+AVERAGE = "ema."  # what the names of averages begin with
 _SMALL = 1 << 14  # elements; a smaller replicated tensor is written by one rank
 
 
@@ -243,7 +245,7 @@ def load(path: Path, manifest: dict[str, Any], shards: dict[str, Shard]) -> None
                 if first < last:
                     if file not in opened:
                         opened[file] = stack.enter_context(safe_open(path / file, framework="pt"))
-                    stretch = opened[file].get_slice(name)[first - offset : last - offset]
+                    stretch = opened[file].get_slice(entry.get("name", name))[first - offset : last - offset]
                     values[first - start : last - start] = stretch
             if values.numel() == 1 and not torch.equal(values, shared.setdefault(shard.tensor.data_ptr(), values)):
                 raise MismatchError(
@@ -252,6 +254,22 @@ def load(path: Path, manifest: dict[str, Any], shards: dict[str, Shard]) -> None
                 )
             with torch.no_grad():
                 shard.tensor.copy_(values.view(shard.tensor.shape))
+
+
+def averaged(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest with the average of the weights in place of the weights. Raises ConfigError if the checkpoint
+    has none."""
+    tensors = dict(manifest["tensors"])
+    for stored in [name for name in tensors if name.startswith(AVERAGE)]:
+        first = stored.removeprefix(AVERAGE)
+        name = f"model.{manifest['tied'].get(first, first)}"
+        tensors[name] = {**tensors[stored], "name": stored, "dtype": tensors[name]["dtype"]}
+    if tensors == manifest["tensors"]:
+        raise ConfigError(
+            f"--weights ema: {path} has no average of the weights, because its run was trained without train.ema; "
+            "leave --weights out, or train with train.ema"
+        )
+    return {**manifest, "tensors": tensors}
 
 
 def finish_file(path: Path) -> None:

@@ -8,19 +8,22 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from distrib.errors import CheckpointError, RunDirError
-from distrib.run_folder.checkpoint import finish_file, fsync, load, replicated, verify
+from distrib.run_folder.checkpoint import averaged, finish_file, fsync, load, replicated, verify
 from distrib.task import Task
 
 _WEIGHTS = "model.safetensors"
 
 
-def export(path: Path, folder: Path, task: Task | None = None) -> list[Path]:
-    """Let the task write the weights of the checkpoint at `path` into `folder`, completely or not at all.
+def export(path: Path, folder: Path, task: Task | None = None, ema: bool = False) -> list[Path]:
+    """Let the task write the weights of the checkpoint at `path`, or their average, into `folder`, completely or not at
+    all.
 
     Returns the written files. Raises RunDirError if one exists already, CheckpointError if the checkpoint is damaged or
-    a file cannot be written.
+    a file cannot be written, ConfigError if it has no average.
     """
     manifest = verify(path)
+    if ema:
+        manifest = averaged(path, manifest)
     _require_new(folder / _WEIGHTS)
     weights: dict[str, Tensor] = {}
     for name, entry in manifest["tensors"].items():

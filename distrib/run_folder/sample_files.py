@@ -1,4 +1,7 @@
-"""The files of `Task.samples` in a run folder: samples/step-NNNNNNNN/NAME.png, or step-NNNNNNNN/SET/NAME.png."""
+"""The files of `Task.samples` in a run folder: samples/step-NNNNNNNN/NAME.png, or step-NNNNNNNN/SET/NAME.png.
+
+Those of the average of the weights are in step-NNNNNNNN/ema.
+"""
 
 import os
 import re
@@ -10,15 +13,17 @@ from typing import Any
 from distrib.run_folder.files import writing
 
 _OF_A_STEP = re.compile(r"step-([0-9]{8,})")
-_PATH = re.compile(r"samples/step-[0-9]{8,}(/[A-Za-z0-9_-][A-Za-z0-9._-]*){1,2}")  # no other folder is read
+_PATH = re.compile(r"samples/step-[0-9]{8,}(/[A-Za-z0-9_-][A-Za-z0-9._-]*){1,3}")  # no other folder is read
 
 
-def write_samples(folder: Path, steps_done: int, name: str, files: dict[str, bytes]) -> list[str]:
-    """Write the files of an evaluation set under `folder`, and return their paths in the run folder. Raises WriteError.
+def write_samples(folder: Path, steps_done: int, within: str, files: dict[str, bytes]) -> list[str]:
+    """Write files under `folder`, and return their paths in the run folder. Raises WriteError.
+
+    `within`: the evaluation set's folder in that of the step.
 
     What a killed start has left there is replaced. The line of evals.jsonl comes after them, so what it names is there.
     """
-    target = folder / f"step-{steps_done:08d}" / name
+    target = folder / f"step-{steps_done:08d}" / within
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
         for file, content in files.items():
@@ -37,7 +42,8 @@ def rewind_samples(folder: Path, steps: int) -> None:
 
 
 def names_of(folder: Path, evaluation: dict[str, Any]) -> dict[str, Path]:
-    """Return the files of an evaluation that are there, by name: NAME, or SET/NAME. `folder`: that of all samples."""
+    """Return the files of an evaluation that are there, by name: NAME, SET/NAME or ema/NAME. `folder`: of all
+    samples."""
     found = {}
     for path in evaluation.get("samples", ()):
         if _PATH.fullmatch(path) and (file := folder.parent / path).is_file():

@@ -24,12 +24,11 @@ from distrib.run_folder import checkpoint
 from distrib.run_folder.checkpoint import Shard, named_state, replicated
 from distrib.strategies.compile import compile_forwards
 from distrib.strategies.memory import MakeOptimizer, optimizer_state, size_in_bytes
-from distrib.strategies.optimizer_state import require_same_state
+from distrib.strategies.optimizer_state import require_same_state, scales_itself
 from distrib.strategies.parameters import GradientWatch, trainable
 from distrib.strategies.step_sums import AllReducedSums
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_DEVICES_THAT_SCALE = ("cpu", "cuda")  # Metal's kernels ignored both until 2026 (pytorch/pytorch#186360)
 Number = TypeVar("Number", float, Tensor)  # known here, or on the device alone
 
 
@@ -88,6 +87,10 @@ class Strategy:
             optimizer_state=optimizer_state(make_optimizer, trained),
         )
 
+    def largest_shards(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Return what the fullest rank updates of each trained parameter. `module` as in `memory`."""
+        return dict(trainable(module))
+
     def describe(self) -> str:
         """Return what `distrib explain` prints below the plan."""
         return ""
@@ -126,7 +129,7 @@ class Strategy:
         self.optimizer = make_optimizer(trainable(self.module))
         groups = self.optimizer.param_groups
         self._parameters = [p for group in groups for p in group["params"] if p.requires_grad]
-        self._scales = _scales_itself(self.optimizer)
+        self._scales = scales_itself(self.optimizer)
 
     def accumulate(self, last: bool) -> AbstractContextManager[object]:
         """Return a context for forward and backward of a micro-batch. `last`: of the window, after which the gradients
@@ -254,6 +257,13 @@ class Strategy:
         """Return what this rank holds of a parameter, a buffer, or a tensor of a parameter's optimizer state."""
         return replicated(tensor)
 
+    def updated_shards(self) -> dict[str, Shard]:
+        """Return what the optimizer updates of each trained parameter on this rank, by name. They are views."""
+        return {name: self.shard_of(parameter) for name, parameter in trainable(self.module)}
+
+    def publish(self) -> None:
+        """Let forwards use what was written into the `updated_shards`. Collective."""
+
     def optimizer_states(self) -> Iterator[tuple[str, dict[str, Any], Callable[[Tensor], Shard | None]]]:
         """For each parameter: its name, the optimizer's state for it, and what cuts its shard from a tensor in it."""
         if self.optimizer is not None:
@@ -288,13 +298,3 @@ class Strategy:
             return torch.zeros((), device=self.world.device)
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         return norm
-
-
-def _scales_itself(optimizer: Any) -> bool:
-    """Return whether the optimizer divides by `grad_scale` and skips if `found_inf`, as torch's own fused ones do."""
-    return (
-        type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
-        and getattr(optimizer, "_step_supports_amp_scaling", False)
-        and not optimizer._optimizer_step_pre_hooks  # of the task, and to see the gradient that is applied
-        and optimizer.param_groups[0]["params"][0].device.type in _DEVICES_THAT_SCALE
-    )

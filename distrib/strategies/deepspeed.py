@@ -20,7 +20,7 @@ from distrib.run_folder.checkpoint import Shard, replicated
 from distrib.strategies import deepspeed_model
 from distrib.strategies.base import Number, Strategy
 from distrib.strategies.deepspeed_config import compile_config, offload_of, persistence_threshold
-from distrib.strategies.deepspeed_library import import_deepspeed, record_evaluation_apart
+from distrib.strategies.deepspeed_library import import_deepspeed, record_evaluation_apart, release_whole, unless
 from distrib.strategies.fsdp2 import not_gathered
 from distrib.strategies.memory import MakeOptimizer
 from distrib.strategies.parameters import make_contiguous, trainable
@@ -72,6 +72,11 @@ class ZeRO(Strategy):
         whole = persistence_threshold(self.options.deepspeed)
         return deepspeed_model.memory(module, self.stage, self.world.world_size, whole, make_optimizer)
 
+    def largest_shards(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        if not self.stage:
+            return super().largest_shards(module)
+        return deepspeed_model.largest_shards(module, self.world.world_size)
+
     def explain_error(self, error: Exception) -> str | None:
         if _OWN_BACKWARD.search(str(error)) or _is_deepspeeds(error):
             return (
@@ -107,7 +112,7 @@ class ZeRO(Strategy):
         self.watch.begin(module)
         if self.optimizer is not None and self.stage:
             engine.optimizer.torch_autocast_gradscaler = None
-            self.optimizer.step = self._unless_discarding(self.optimizer.step)  # type: ignore[method-assign]
+            self.optimizer.step = unless(lambda: self._discarding, self.optimizer.step)  # type: ignore[method-assign]
 
     def accumulate(self, last: bool) -> AbstractContextManager[object]:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -148,13 +153,10 @@ class ZeRO(Strategy):
     def load(self, path: Path, manifest: dict[str, Any], reset_optimizer: bool = False) -> None:
         super().load(path, manifest, reset_optimizer)
         if self.stage == 3:
-            parameters: list[Any] = list(self.module.parameters())
-            for parameter in parameters:
-                if self._sharded_optimizer is not None and parameter.requires_grad:
-                    flat, start, size = self._place_at_stage_3(parameter)
-                    flat.narrow(0, start, size).data.copy_(parameter.ds_tensor)
-            if whole := [parameter for parameter in parameters if parameter.ds_persist]:  # as it was before
-                whole[0].partition(whole)
+            for _, parameter in trainable(self.module) if self._sharded_optimizer is not None else ():
+                stretch, shard = self._stretches_at_stage_3(parameter)
+                stretch.copy_(shard)
+            release_whole(self.module)
         elif self.stage and self.optimizer is not None:
             for _, parameter in trainable(self.module):
                 if (mapping := vars(parameter)["_hp_mapping"]) is not None:
@@ -169,13 +171,30 @@ class ZeRO(Strategy):
         if self._sharded_optimizer is None or self.optimizer is None:
             yield from super().optimizer_states()
             return
+        for name, flat, cut in self._pieces():
+            if flat in self.optimizer.state:
+                yield name, self.optimizer.state[flat], cut
+
+    def updated_shards(self) -> dict[str, Shard]:
+        if self._sharded_optimizer is None:
+            return super().updated_shards()
+        return {name: own for name, flat, cut in self._pieces() if (own := cut(flat)) is not None}
+
+    def publish(self) -> None:
+        if self.stage == 3:
+            for _, parameter in trainable(self.module):
+                stretch, shard = self._stretches_at_stage_3(parameter)
+                shard.copy_(stretch)
+            release_whole(self.module)
+        elif self._sharded_optimizer is not None:
+            self._sharded_optimizer.update_lp_params()
+
+    def _pieces(self) -> Iterator[tuple[str, Tensor, Callable[[Tensor], Shard | None]]]:
+        """For each trained parameter: its name, the flat tensor it is updated in, and what cuts its shard from such."""
         names = {id(parameter): name for name, parameter in trainable(self.module)}
-        for number, group in enumerate(self._groups()):
+        for flat, group in zip(self._flat(), self._groups(), strict=True):
             for parameter in group:
-                flat = self._flat()[number]
-                if flat in self.optimizer.state:
-                    cut = functools.partial(self._cut, parameter, flat)
-                    yield names[id(parameter)], self.optimizer.state[flat], cut
+                yield names[id(parameter)], flat, functools.partial(self._cut, parameter, flat)
 
     def make_optimizer_state(self) -> None:
         if self._sharded_optimizer is None:
@@ -220,19 +239,16 @@ class ZeRO(Strategy):
         first = min(whole, self.world.rank * size)
         return Shard(stretch[: min(size, whole - first)], tuple(parameter.ds_shape), first)
 
+    def _stretches_at_stage_3(self, parameter: Any) -> tuple[Tensor, Tensor]:
+        """Return what this rank updates of `parameter`, and the shard that forwards gather."""
+        flat, start, size = self._place_at_stage_3(parameter)
+        return flat.narrow(0, start, size).data, parameter.ds_tensor.data
+
     def _place_at_stage_3(self, parameter: Any) -> tuple[Tensor, int, int]:
         """Return the flat tensor with the part of `parameter` that this rank updates, and the place of that part."""
         optimizer = self._sharded_optimizer
         group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         return self._flat()[group], start, size
-
-    def _unless_discarding(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap the optimizer's step, which DeepSpeed calls, because DeepSpeed cannot end a window without an update."""
-
-        def step_or_not(*args: Any, **kwargs: Any) -> Any:
-            return None if self._discarding else step(*args, **kwargs)
-
-        return step_or_not
 
 
 class ZeRO0(ZeRO):

@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -30,6 +31,22 @@ def import_deepspeed(world: World) -> Any:
     if world.use_cpu:
         vars(deepspeed.ops)["__compatible_ops__"] = {}
     return deepspeed
+
+
+def unless(condition: Callable[[], bool], step: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an optimizer's step, which DeepSpeed calls, because DeepSpeed cannot end a window without an update."""
+
+    def step_or_not(*args: Any, **kwargs: Any) -> Any:
+        return None if condition() else step(*args, **kwargs)
+
+    return step_or_not
+
+
+def release_whole(module: nn.Module) -> None:
+    """Let the next forward gather again the parameters that stage 3 keeps whole, because their shards were written."""
+    parameters: list[Any] = list(module.parameters())
+    if whole := [parameter for parameter in parameters if parameter.ds_persist]:
+        whole[0].partition(whole)
 
 
 def record_evaluation_apart(offload: Any, module: nn.Module) -> None:

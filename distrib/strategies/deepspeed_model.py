@@ -35,8 +35,7 @@ def memory(module: nn.Module, stage: int, world_size: int, whole: int, make_opti
     ZeRO cuts all parameters as one flat tensor. The optimizer updates a rank's shard of it in fp32. `whole`: at stage 3
     a rank also holds each parameter of up to this many elements whole.
     """
-    trained = trainable(module)
-    flat = {name: empty_like(p, math.ceil(p.numel() / world_size)) for name, p in trained}
+    trained, flat = trainable(module), largest_shards(module, world_size)
     shard = sum(p.numel() for p in flat.values()) * torch.float32.itemsize
     parameters = size_in_bytes(module.parameters())
     if stage == 3:
@@ -46,6 +45,11 @@ def memory(module: nn.Module, stage: int, world_size: int, whole: int, make_opti
         )
     gradients = size_in_bytes(p for _, p in trained) if stage == 1 else shard
     return Memory(parameters, gradients, shard + optimizer_state(make_optimizer, trained, flat))
+
+
+def largest_shards(module: nn.Module, world_size: int) -> dict[str, nn.Parameter]:
+    """Return what the fullest rank updates of each trained parameter at stage 1, 2 or 3."""
+    return {name: empty_like(p, math.ceil(p.numel() / world_size)) for name, p in trainable(module)}
 
 
 def _dtype_refusal(name: str, parameter: Tensor, stage: int, strategy: str) -> ConfigError:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from distrib.plan import Memory
@@ -69,14 +69,18 @@ class FSDP2(Strategy):
 
     def memory(self, module: nn.Module, make_optimizer: MakeOptimizer) -> Memory:
         """Count shards: each parameter is cut along its first dimension, and padded so that all shards are equal."""
-        rows = {name: math.ceil(p.shape[0] / self.shard_size) for name, p in module.named_parameters()}
-        trained = trainable(module)
-        shards = {name: empty_like(p, rows[name], *p.shape[1:]) for name, p in trained}
+        shards = self.largest_shards(module)
         return Memory(
-            parameters=sum(size_in_bytes([p[:1]]) * rows[name] for name, p in module.named_parameters()),
+            parameters=sum(size_in_bytes([p[:1]]) * self._rows(p) for p in module.parameters()),
             gradients=size_in_bytes(shards.values()),
-            optimizer_state=optimizer_state(make_optimizer, trained, shards),
+            optimizer_state=optimizer_state(make_optimizer, trainable(module), shards),
         )
+
+    def largest_shards(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        return {name: empty_like(p, self._rows(p), *p.shape[1:]) for name, p in trainable(module)}
+
+    def _rows(self, parameter: nn.Parameter) -> int:
+        return math.ceil(parameter.shape[0] / self.shard_size)
 
     def explain_error(self, error: Exception) -> str | None:
         if not any(part in str(error) for part in _NOT_GATHERED):
@@ -121,6 +125,11 @@ class FSDP2(Strategy):
         first = min(rows, shard * math.ceil(rows / self.shard_size))
         local = cast(DTensor, tensor.detach()).to_local()
         return Shard(local, tuple(tensor.shape), first * math.prod(others), copy, self.copies)
+
+    def publish(self) -> None:
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()  # some stay gathered after a forward
 
     def gradients(self) -> list[Tensor]:
         return [g.to_local() if isinstance(g, DTensor) else g for g in super().gradients()]

@@ -13,6 +13,11 @@ def size_in_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def averaged_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the average of such weights: at least fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def empty_like(parameter: nn.Parameter, *shape: int) -> nn.Parameter:
     """Return a parameter of another shape, for example a shard."""
     return nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device=parameter.device))

@@ -1,12 +1,25 @@
-"""Checks that a checkpoint holds the state of the same optimizer."""
+"""What distrib has to know of an optimizer: how it scales gradients, and whether a checkpoint holds its state."""
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distrib.errors import MismatchError
+
+_DEVICES_THAT_SCALE = ("cpu", "cuda")  # Metal's kernels ignored both until 2026 (pytorch/pytorch#186360)
+
+
+def scales_itself(optimizer: Any) -> bool:
+    """Return whether the optimizer divides by `grad_scale` and skips if `found_inf`, as torch's own fused ones do."""
+    return (
+        type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+        and getattr(optimizer, "_step_supports_amp_scaling", False)
+        and not optimizer._optimizer_step_pre_hooks  # of the task, and to see the gradient that is applied
+        and optimizer.param_groups[0]["params"][0].device.type in _DEVICES_THAT_SCALE
+    )
 
 
 def require_same_state(

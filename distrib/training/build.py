@@ -1,6 +1,7 @@
 """The parts of a run, made from its task and its config: what training, evaluating and explaining have in common."""
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from distrib.processes.world import World
 from distrib.run_folder import decisions
 from distrib.strategies import registry
 from distrib.strategies.base import Strategy
-from distrib.strategies.memory import MakeOptimizer
+from distrib.strategies.memory import MakeOptimizer, averaged_dtype
 from distrib.strategies.parameters import trainable
 from distrib.task import Task, load_task
 from distrib.tracebacks import first_line
@@ -118,6 +119,16 @@ def require_evaluations(config: Config, sets: Collection[str], task: Task) -> No
             raise ConfigError(
                 f"{key}, but {type(task).__name__} has no evaluation set (Task.eval_dataset); leave the key out"
             )
+    averages = config.train.ema is not None and evaluation.weights != "model"
+    if evaluation.weights == "ema" and not averages:
+        raise ConfigError(
+            "eval.weights: ema, but the run keeps no average of the weights; add train.ema, or leave it out"
+        )
+    if averages and "ema" in sets:
+        raise ConfigError(
+            "task.eval_datasets: a set is named ema, but eval/ema/… are the metrics of the average of the weights "
+            "(train.ema); give the set another name, or set eval.weights: model"
+        )
     for name in evaluation.sets:
         if name not in sets:
             known = ", ".join(sets) if all(sets) else "only one, without a name"
@@ -168,7 +179,11 @@ def memory(
         warn(f"the model is built in memory, as it cannot be built on torch's meta device: {first_line(error)}")
         module = task.model()
     strategy.check_model(module, task.blocks(module))
-    return strategy.memory(module, make_optimizer)
+    found = strategy.memory(module, make_optimizer)
+    if strategy.config.train.ema is None:
+        return found
+    shards = strategy.largest_shards(module).values()
+    return replace(found, average=sum(shard.numel() * averaged_dtype(shard.dtype).itemsize for shard in shards))
 
 
 def loading(config: Config, world: World) -> dict[str, Any]:
@@ -189,16 +204,20 @@ def evaluate(
     dataset: Dataset[Any],
     config: Config,
     name: str = "",
+    ema: bool = False,
     keep: Callable[[dict[str, bytes]], None] | None = None,
 ) -> dict[str, float]:
     """Return the metrics of the evaluation set `name` under the names that the run folder has for them. Collective.
 
-    `keep`: called on rank 0 with the files of the task's samples, if there are some."""
+    `ema`: whether the model has the average of the weights. `keep`: called on rank 0 with the files of the task's
+    samples, if there are some.
+    """
     batch_size, options = config.data.micro_batch_size, loading(config, engine.world)
     metrics = evaluation.evaluate(engine, task, dataset, batch_size, name, keep, **options)
-    return {metric_name(name, key): value for key, value in metrics.items()}
+    return {metric_name(name, key, ema): value for key, value in metrics.items()}
 
 
-def metric_name(name: str, key: str) -> str:
-    """Return the name of a metric of the evaluation set `name`: eval/KEY, or eval/NAME/KEY."""
-    return f"eval/{name}/{key}" if name else f"eval/{key}"
+def metric_name(name: str, key: str, ema: bool = False) -> str:
+    """Return the name of a metric of the evaluation set `name`: eval/KEY, or eval/NAME/KEY; of the average of the
+    weights eval/ema/KEY, or eval/ema/NAME/KEY."""
+    return "/".join(["eval", *(["ema"] if ema else []), *([name] if name else []), key])

@@ -18,6 +18,7 @@ from distrib.monitor.progress import format_metrics
 from distrib.plan import RunPlan
 from distrib.processes.world import World
 from distrib.run_folder import verify
+from distrib.run_folder.checkpoint import averaged
 from distrib.run_folder.earlier_starts import where_it_began
 from distrib.run_folder.export import export
 from distrib.run_folder.folder import RunDir
@@ -76,17 +77,19 @@ def explain_run(config: Config, processes: int, sources: Sequence[tuple[str, Any
         print_sources(sources)
 
 
-def evaluate_run(run_dir: str | Path, as_json: bool = False, which: str = "newest") -> dict[str, float]:
+def evaluate_run(
+    run_dir: str | Path, as_json: bool = False, which: str = "newest", weights: str = "model"
+) -> dict[str, float]:
     """Evaluate a run's checkpoint, newest, best or of a step, and print the metrics; changes nothing in its folder.
 
-    Raises RunDirError, ConfigError and CheckpointError.
+    `weights`: model, or ema for their average. Raises RunDirError, ConfigError and CheckpointError.
     """
-    run = RunDir(Path(run_dir).absolute())
+    run, ema = RunDir(Path(run_dir).absolute()), _is_average(weights)
     with where_it_began(run):
-        return _evaluate(run, Path(run_dir), as_json, which)
+        return _evaluate(run, Path(run_dir), as_json, which, ema)
 
 
-def _evaluate(run: RunDir, shown: Path, as_json: bool, which: str) -> dict[str, float]:
+def _evaluate(run: RunDir, shown: Path, as_json: bool, which: str, ema: bool) -> dict[str, float]:
     config = run.read_config()
     if config.task is None:
         raise ConfigError(f"{run.path}: the run's task was given in Python, so its config does not name it")
@@ -101,10 +104,10 @@ def _evaluate(run: RunDir, shown: Path, as_json: bool, which: str) -> dict[str, 
     strategy.wrap(module, task.blocks(module), None)
     engine = Engine(strategy, mixed_precision=config.train.mixed_precision, seed=config.seed)
     found = _chosen(run, world, which, sys.stderr if as_json else sys.stdout)
-    engine.load(found.path, found.manifest)
+    engine.load(found.path, averaged(found.path, found.manifest) if ema else found.manifest)
     metrics: dict[str, float] = {}
     for name, dataset in sets.items():
-        metrics.update(build.evaluate(engine, task, dataset, config, name))
+        metrics.update(build.evaluate(engine, task, dataset, config, name, ema))
     if world.is_rank_0:
         shown = shown / found.path.relative_to(run.path)
         samples = sum(len(dataset) for dataset in sets.values())  # type: ignore[arg-type, misc]
@@ -153,16 +156,23 @@ def _check_data(run: RunDir) -> str:
     return "data as at the run's start"
 
 
-def export_run(run_dir: str | Path, out: Path, which: str = "newest") -> None:
+def export_run(run_dir: str | Path, out: Path, which: str = "newest", weights: str = "model") -> None:
     """Write the weights of a run's checkpoint to `out` in the form that its task gives them, and name the files.
 
-    Raises RunDirError, ConfigError and CheckpointError.
+    `weights`: model, or ema for their average. Raises RunDirError, ConfigError and CheckpointError.
     """
-    run, folder = RunDir(Path(run_dir).absolute()), out.absolute()
+    run, folder, ema = RunDir(Path(run_dir).absolute()), out.absolute(), _is_average(weights)
     with where_it_began(run):
         task = _exporter(run.read_config())
-        for file in export(_chosen(run, World(), which).path, folder, task):
+        for file in export(_chosen(run, World(), which).path, folder, task, ema):
             print(out / file.relative_to(folder))
+
+
+def _is_average(weights: str) -> bool:
+    """Raises ConfigError for other weights than there are."""
+    if weights not in ("model", "ema"):
+        raise ConfigError(f"--weights: {weights} is not model or ema")
+    return weights == "ema"
 
 
 def _exporter(config: Config) -> Task:

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,17 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from distrib.config import EmaConfig
 from distrib.data.loader import DevicePrefetcher, Window
 from distrib.data.order import derive_seed
 from distrib.errors import ConfigError
-from distrib.run_folder.checkpoint import named_state
+from distrib.run_folder.checkpoint import Shard, named_state
 from distrib.strategies.base import DTYPES, Strategy
 from distrib.strategies.errors import explain
 from distrib.strategies.step_sums import StepSums
 from distrib.task import Loss, Task
 from distrib.training.buffers import Buffers
+from distrib.training.ema import WeightAverage
 from distrib.training.own_sums import OwnSums
 from distrib.training.step_log import Clock, PendingStep
 from distrib.training.task_checks import check_loss
@@ -63,10 +65,12 @@ class Engine:
         mixed_precision: str = "no",
         max_grad_norm: float | None = None,
         seed: int = 0,
+        ema: EmaConfig | None = None,
         warn: Callable[[str], None] = lambda _: None,
         asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`warn`: called with a message, once for each buffer that forward changes in a way that is lost.
+        """`ema`: how to average the weights; None: no average is kept.
+        `warn`: called with a message, once for each buffer that forward changes in a way that is lost.
         `asked_to_stop`: whether this rank was; the others learn of it with the step's sums."""
         self.strategy = strategy
         self.world = strategy.world
@@ -89,7 +93,8 @@ class Engine:
         self._generators = [torch.default_generator.manual_seed]
         if self.device.type != "cpu":  # not run here: see docs/not-run-here.md
             self._generators.append(torch.get_device_module(self.device).manual_seed)
-        self.buffers = Buffers(self.world, self.module, warn)
+        self.buffers, self.warn = Buffers(self.world, self.module, warn), warn
+        self.average = None if ema is None else WeightAverage(strategy, ema)
         self.clock = Clock()
         self.asked_to_stop = asked_to_stop
         self._own_sums: OwnSums | None = None  # made in the first backward, which knows their names
@@ -180,6 +185,11 @@ class Engine:
         self.clock.lap("optimizer")
         return step
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return a context in which forwards use the average of the weights. Collective."""
+        assert self.average is not None, "give the engine `ema`"
+        return self.average.in_use()
+
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint's manifest holds in addition to the shards."""
         scale = self.loss_scale
@@ -190,12 +200,19 @@ class Engine:
             "tied": tied,
         }
 
+    def shards(self) -> dict[str, Shard]:
+        """Return what this rank writes into a checkpoint."""
+        shards = self.strategy.shards()
+        return shards if self.average is None else {**shards, **self.average.shards()}
+
     def load(self, path: Path, manifest: dict[str, Any], reset_optimizer: bool = False) -> None:
-        """Load a checkpoint, without the optimizer's state if `reset_optimizer`.
+        """Load a checkpoint, if `reset_optimizer` without the optimizer's state and the average of the weights.
 
         Raises MismatchError if it was saved with another model or optimizer.
         """
         self.strategy.load(path, manifest, reset_optimizer)
+        if self.average is not None and not self.average.load(path, manifest, begin=reset_optimizer):
+            self.warn(f"{path} has no average of the weights; the average begins with its weights (train.ema)")
         if (scale := manifest["loss_scale"]) is not None and self.mixed_precision == "fp16":
             self.loss_scale = LossScale(scale["value"], scale["updates"])
 
@@ -229,6 +246,8 @@ class Engine:
         else:
             self.strategy.discard()
         self.buffers.finish(applied=math.isfinite(grad_norm))
+        if self.average is not None:
+            self.average.update(applied=math.isfinite(grad_norm))
         return PendingStep(sums, grad_norm, lr, value, self._own_result())
 
     def _update_on_device(self, sums: Tensor, lr: float) -> PendingStep:
@@ -236,6 +255,8 @@ class Engine:
         self.clock.lap("forward_backward")
         grad_norm = self.strategy.update(StepSums.factor(sums), self.max_grad_norm)
         self.buffers.finish(applied=grad_norm.isfinite())
+        if self.average is not None:
+            self.average.update(applied=grad_norm.isfinite())
         return PendingStep(sums.clone(), grad_norm, lr, None, self._own_result())
 
     def _own_result(self) -> tuple[list[str], Tensor] | None:

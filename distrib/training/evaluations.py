@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,10 @@ class Evaluations:
         self.longest_seconds = 0.0
         own = {name: one.every_steps for name, one in config.eval.sets.items()}
         self._every_steps = dict.fromkeys(sets, config.eval.every_steps) | own
+        # Whether to evaluate the average of the weights; each of these in turn.
+        self._ema = {"model": (False,), "ema": (True,), "both": (False, True)}[config.eval.weights]
+        if config.train.ema is None:
+            self._ema = (False,)
         self._lines: list[Evaluation] = []
         self.plateau_factor = 1.0  # of the learning rate, by `optim.plateau`
 
@@ -51,18 +56,20 @@ class Evaluations:
             found: list[str] | None = []
             for name, dataset in self.sets.items():
                 keys = probe.trial_evaluation(engine, self.task, dataset, self.config, self.log, name)
-                found = None if keys is None or found is None else [*found, *(build.metric_name(name, k) for k in keys)]
+                found = None if keys is None or found is None else [*found, *self._names(name, keys)]
             if found:
                 decisions.require_metrics(self.config, found)
 
     def evaluate(self, engine: Engine, steps_done: int, names: Iterable[str]) -> None:
         """Evaluate these sets, and write a line of evals.jsonl. Raises ConfigError if a decision lacks its metric."""
-        started, metrics, count = time.perf_counter(), dict[str, float](), 0
-        files: list[str] = []  # of samples, on rank 0
-        for name in names:
-            keep = partial(self._keep_samples, steps_done, name, files)
-            metrics.update(build.evaluate(engine, self.task, self.sets[name], self.config, name, keep))
-            count += len(self.sets[name])  # type: ignore[arg-type]
+        started, metrics = time.perf_counter(), dict[str, float]()
+        names, files = list(names), list[str]()  # the latter: of samples, on rank 0
+        for ema in self._ema:
+            with engine.averaged() if ema else nullcontext():
+                for name in names:
+                    keep = partial(self._keep_samples, steps_done, ["ema", name] if ema else [name], files)
+                    metrics.update(build.evaluate(engine, self.task, self.sets[name], self.config, name, ema, keep))
+        count = sum(len(self.sets[name]) for name in names)  # type: ignore[arg-type, misc]
         seconds = time.perf_counter() - started
         self.longest_seconds = max(self.longest_seconds, seconds)
         self.log.evaluation(steps_done, count, metrics, seconds, files)
@@ -71,9 +78,9 @@ class Evaluations:
         if len(self._sets_of(self._lines[-1])) == len(self.sets):
             decisions.require_metrics(self.config, metrics)
 
-    def _keep_samples(self, steps_done: int, name: str, written: list[str], files: dict[str, bytes]) -> None:
+    def _keep_samples(self, steps_done: int, folder: list[str], written: list[str], files: dict[str, bytes]) -> None:
         """Write the files of samples, and add their paths in the run folder to `written`. Raises WriteError."""
-        written += write_samples(self.log.run.samples, steps_done, name, files)
+        written += write_samples(self.log.run.samples, steps_done, "/".join(folder), files)
 
     def end(self, engine: Engine, steps_done: int) -> None:
         """Evaluate the sets that were not due at the step after which the run stops."""
@@ -108,4 +115,8 @@ class Evaluations:
 
     def _sets_of(self, line: Evaluation) -> list[str]:
         """Return the names of the sets that were evaluated for a line of evals.jsonl."""
-        return [name for name in self.sets if build.metric_name(name, "loss") in line["metrics"]]
+        return [name for name in self.sets if not line["metrics"].keys().isdisjoint(self._names(name, ["loss"]))]
+
+    def _names(self, name: str, keys: Iterable[str]) -> list[str]:
+        """Return the names in evals.jsonl of these metrics of a set."""
+        return [build.metric_name(name, key, ema) for ema in self._ema for key in keys]

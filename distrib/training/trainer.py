@@ -151,6 +151,7 @@ class Trainer:
             mixed_precision=self.config.train.mixed_precision,
             max_grad_norm=self.config.train.max_grad_norm,
             seed=self.config.seed,
+            ema=self.config.train.ema,
             warn=self.run_log.warn,
             asked_to_stop=lambda: self.preemption.asked,
         )
@@ -256,7 +257,7 @@ class Trainer:
             **self.step_log.state(),
             **engine.state(),
         }
-        shards = engine.strategy.shards()
+        shards = engine.shards()
         if not type(self.strategy).__module__.startswith("distrib."):  # distrib's own are tested, and this takes time
             cross_rank_checks.require_same_copies(self.world, self.strategy.name, shards)
         saver.save(steps_done, shards, manifest, self.evaluations.best_steps)

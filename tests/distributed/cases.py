@@ -27,6 +27,15 @@ CLIP = {"sgd": None, "adamw": 0.5}
 STOP: dict[str, Any] = {"patience": 3, "min_delta": 0.01}
 STOP_EVERY = 3
 
+# test_ema
+EMA_STEPS = 30
+EMAS: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "late": {"decay": 0.9, "every_steps": 2, "start_step": 3},
+    "fast": {"decay": 0.5},
+    "none": {"decay": 0.0},
+}
+
 # test_schedules
 SCHEDULED_STEPS = 30
 SCHEDULED: dict[str, dict[str, Any]] = {
@@ -77,6 +86,7 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         found.update(_strategy_cases())
     if world in SHARDED_WORLDS:
         found.update(_scheduled_cases())
+        found.update(_ema_cases(world))
         found.update({f"bitwise-{precision}": config for precision, config in BITWISE.items()})
         found.update(_buffer_cases(world))
     if world == 4:
@@ -98,10 +108,14 @@ def resumed(world: int) -> list[str]:
         return [
             *(f"{name}-pieces" for name in ("auto", *SHARDED)),
             *(f"{name}-{precision}" for name in ("ddp", *SHARDED) for precision in PRECISIONS),
+            *(f"ema-late-{name}" for name in ("auto", *SHARDED)),
+            *(f"ema-fp16-{name}" for name in ("auto", *SHARDED)),
             *("ddp-static", "stream-0", "stream-2", "buffers-ddp", "buffers-zero1", "buffers-fsdp2"),
             *("bitwise-formats", "zero2-formats", "fsdp2-formats"),
         ]
-    return [*(f"{name}-no" for name in ("ddp", *SHARDED)), "hsdp-no", "hsdp-fp16"] if world == 4 else []
+    if world == 4:
+        return [*(f"{name}-no" for name in ("ddp", *SHARDED)), "hsdp-no", "hsdp-fp16", "ema-late-hsdp", "ema-fp16-hsdp"]
+    return []
 
 
 def moved(world: int) -> list[tuple[str, str]]:
@@ -143,6 +157,29 @@ def stop_config(strategy: str) -> dict[str, Any]:
         "eval": {"every_steps": STOP_EVERY},
         "checkpoint": {"every_steps": 0, "keep": 1, "best": {"metric": "eval/right", "mode": "max"}},
     }
+
+
+def _ema_cases(world: int) -> dict[str, dict[str, Any]]:
+    """Return the runs that average their weights. One has steps that are skipped, and saves each step."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("auto", *SHARDED, *(["hsdp"] if world == 4 else [])):
+        strategy = HSDP if name == "hsdp" else {"name": name}
+        for key, ema in EMAS.items():
+            found[f"ema-{key}-{name}"] = {
+                **parity_config("sgd", 16),
+                "train": {"steps": EMA_STEPS, "ema": ema},
+                "strategy": strategy,
+                "eval": {"every_steps": EVERY if key == "late" else 0},
+                "checkpoint": {"every_steps": EVERY, "keep": 9},
+            }
+        if world > 1:
+            mishap = _mishap("fp16-inf", strategy)
+            found[f"ema-fp16-{name}"] = {
+                **mishap,
+                "train": {**mishap["train"], "ema": {"decay": 0.8, "every_steps": 2, "start_step": 1}},
+                "checkpoint": {"every_steps": 1, "keep": FEW},
+            }
+    return found
 
 
 def _scheduled_cases() -> dict[str, dict[str, Any]]:

@@ -32,9 +32,9 @@ RANKS, STEPS = 2, 40
 CONFIG: dict[str, Any] = {
     "seed": 1,
     "data": {"global_batch_size": 16, "micro_batch_size": 4},
-    "train": {"steps": STEPS, "max_grad_norm": 1.0},
+    "train": {"steps": STEPS, "max_grad_norm": 1.0, "ema": {"decay": 0.9, "every_steps": 2, "start_step": 5}},
     "eval": {"every_steps": 5},
-    "checkpoint": {"every_steps": 3, "keep": 2, "best": {}},
+    "checkpoint": {"every_steps": 3, "keep": 2, "best": {"metric": "eval/ema/loss"}},
 }
 
 

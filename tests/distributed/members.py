@@ -56,7 +56,8 @@ def engine(task: Task, config: Config, world: World, *, training: bool, max_grad
     module = build.model(task, 0)
     make_optimizer = build.optimizer_maker(task, config) if training else None
     strategy.wrap(module, task.blocks(module), make_optimizer)
-    return Engine(strategy, max_grad_norm=max_grad_norm)
+    ema = config.train.ema if training else None
+    return Engine(strategy, max_grad_norm=max_grad_norm, ema=ema)
 
 
 def evaluations(world: World) -> dict[str, dict[str, str]]:
@@ -81,7 +82,7 @@ def memory(world: World) -> dict[str, dict[str, int]]:
         strategy: dict[str, Any] = HSDP if name == "hsdp" else {"name": name}
         if name in ("zero1", "zero2", "zero3"):  # otherwise DeepSpeed's default bucket of 2 GB would dominate
             strategy["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 100_000}}
-        config = Config.from_dict({"train": {"steps": 2}, "strategy": strategy, "data": _data(world)})
+        config = Config.from_dict({"train": {"steps": 2, "ema": {}}, "strategy": strategy, "data": _data(world)})
         task = Large(blocks=3)
         dataset = task.train_dataset()
         before = live_bytes()
@@ -95,7 +96,9 @@ def memory(world: World) -> dict[str, dict[str, int]]:
             "planned_parameters": plan.parameters,
             "planned_gradients": plan.gradients,
             "planned_optimizer_state": plan.optimizer_state,
+            "planned_average": plan.average,
             "parameters": parameter_bytes(trained),
+            "average": average_bytes(trained),
             "all": live_bytes() - before,
         }
         del trained
@@ -185,6 +188,12 @@ def parameter_bytes(trained: Engine) -> int:
     parameters = list(trained.module.parameters())
     shards = [parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor")]
     return storage_bytes([local(parameter) for parameter in parameters] + shards)
+
+
+def average_bytes(trained: Engine) -> int:
+    """Return the bytes of what this rank holds of the average of the weights."""
+    assert trained.average is not None
+    return storage_bytes([shard.tensor for shard in trained.average.shards().values()])
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ def test_a_schedule_equals_torchs_under_every_strategy(
 def test_a_rate_that_depends_on_the_rank(run: Run, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "import os\n\nimport tasks\n\n\nclass Own(tasks.Masked):\n"
-        "    def learning_rate(self, update, num_updates):\n        return 0.1 + int(os.environ['RANK']) * (update > 2)\n"
+        "    def learning_rate(self, update, num_updates):\n"
+        "        return 0.1 + int(os.environ['RANK']) * (update > 2)\n"
     )
     config = {"task": {"target": "own:Own"}, "data": {"global_batch_size": 4, "micro_batch_size": 2}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({**config, "train": {"steps": 5}}))

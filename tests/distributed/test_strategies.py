@@ -87,7 +87,8 @@ def test_memory_of_a_rank_matches_the_plan(world: Callable[[int], Path], process
     for rank in range(processes):
         found = results(world(processes), rank)["memory"][strategy]
         assert found["parameters"] == pytest.approx(found["planned_parameters"], rel=0.05)
-        planned = found["planned_parameters"] + found["planned_optimizer_state"]
+        assert found["average"] == pytest.approx(found["planned_average"], rel=0.05)
+        planned = found["planned_parameters"] + found["planned_optimizer_state"] + found["planned_average"]
         if strategy in ("ddp", "zero3"):  # their buckets for gradients stay
             planned += found["planned_gradients"]
         assert found["all"] == pytest.approx(planned, rel=0.05)

@@ -18,7 +18,8 @@ CONFIG: dict[str, Any] = {
     "task": {"target": "tasks:Masked", "dropout": 0.1},
     "data": {"global_batch_size": 16, "micro_batch_size": 4},
     "optim": {"name": "adamw", "lr": 0.01},
-    "train": {"steps": 12, "max_grad_norm": 1.0},
+    "train": {"steps": 12, "max_grad_norm": 1.0, "ema": {"decay": 0.9}},
+    "eval": {"every_steps": 4},
     "checkpoint": {"every_steps": 5, "keep": 9},
 }
 
