@@ -27,7 +27,7 @@ STOP: dict[str, Any] = {"patience": 3, "min_delta": 0.01}
 STOP_EVERY = 3
 
 # test_ema
-EMA_STEPS = 30
+EMA_STEPS = 20
 EMAS: dict[str, dict[str, Any]] = {
     "usual": {},
     "late": {"decay": 0.9, "every_steps": 2, "start_step": 3},
