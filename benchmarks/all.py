@@ -4,7 +4,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("peers", "overhead", "strategies", "compiling", "bitwise", "tracking", "saving", "resuming", "late_resume")
+SCRIPTS = (
+    "peers",
+    "overhead",
+    "strategies",
+    "compiling",
+    "bitwise",
+    "ema",
+    "tracking",
+    "saving",
+    "resuming",
+    "late_resume",
+)
 
 
 def main() -> None:

@@ -27,7 +27,10 @@ BLOCKS, STEPS = 11, 8
 
 
 class Bytes(Task):
-    """Predicts the next byte of Python's library with a transformer of 3.3 million parameters."""
+    """Predicts the next byte of Python's library with a transformer, by default of 3.3 million parameters."""
+
+    def __init__(self, width: int = WIDTH, depth: int = DEPTH) -> None:
+        self.width, self.depth = width, depth
 
     def train_dataset(self) -> TensorDataset:
         folder = Path(sysconfig.get_paths()["stdlib"])
@@ -36,8 +39,9 @@ class Bytes(Task):
         return TensorDataset(tokens[:, :-1], tokens[:, 1:])
 
     def model(self) -> nn.Module:
-        layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
-        return nn.Sequential(nn.Embedding(256, WIDTH), nn.TransformerEncoder(layer, DEPTH), nn.Linear(WIDTH, 256))
+        width = self.width
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        return nn.Sequential(nn.Embedding(256, width), nn.TransformerEncoder(layer, self.depth), nn.Linear(width, 256))
 
     def loss(self, output: Tensor, batch: Any) -> Loss:
         total = F.cross_entropy(output.flatten(0, 1), batch[1].flatten(), reduction="sum")

@@ -13,7 +13,7 @@ NonNegativeInt = Annotated[int, Field(ge=0, le=_EXACT)]
 PositiveInt = Annotated[int, Field(gt=0, le=_EXACT)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]  # within fp32
 PositiveFloat = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
-_MOST_MEANT = ("name", "target", "epochs", "steps", "every_steps", "wandb")
+_MOST_MEANT = ("name", "target", "epochs", "steps", "decay", "every_steps", "wandb")
 
 
 class Section(BaseModel):
@@ -47,9 +47,12 @@ def explain(error: ValidationError, root: type[BaseModel], more_keys: Callable[[
 
 def meant_key(location: tuple[int | str, ...], value: object, root: type[BaseModel]) -> str:
     """The key of a section that somebody means who gives the section a value, for example strategy=ddp."""
-    section = _section(root, str(location[0]))
+    section: type[BaseModel] | None = root
+    for part in location:
+        section = None if section is None else _section(section, str(part))
     meant = [key for key in _MOST_MEANT if section is not None and key in section.model_fields]
-    return f", did you mean {' or '.join(f'{location[0]}.{key}={value}' for key in meant)}?" if meant else ""
+    dotted = ".".join(str(part) for part in location)
+    return f", did you mean {' or '.join(f'{dotted}.{key}={value}' for key in meant)}?" if meant else ""
 
 
 def nearest(key: str, allowed: Iterable[str], elsewhere: Callable[[], Iterable[str]] = tuple) -> str:

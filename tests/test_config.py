@@ -94,7 +94,7 @@ STEPS = "train: {steps: 1}\n"
         (STEPS, ("train.ema.decay=-0.1",), ["train.ema.decay: -0.1", "greater than or equal to 0"]),
         (STEPS, ("train.ema.every_steps=0",), ["train.ema.every_steps: 0", "greater than 0"]),
         (STEPS, ("train.ema.start_step=-1",), ["train.ema.start_step: -1", "greater than or equal to 0"]),
-        (STEPS, ("train.ema=0.99",), ["train.ema: 0.99 is a value, and train.ema is a section"]),
+        (STEPS, ("train.ema=0.99",), ["train.ema: 0.99 is a value, and train.ema is", "train.ema.decay=0.99"]),
         (STEPS, ("train.ema.deccay=0.99",), ["train.ema.deccay: unknown key", "train.ema.decay?"]),
         (STEPS, ("eval.weights=average",), ["eval.weights: 'average'", "'both', 'model' or 'ema'"]),
         (STEPS, ("strategy.name=dpp",), ["strategy.name: 'dpp'", "'auto', 'single', 'ddp', 'zero0'"]),

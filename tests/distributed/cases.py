@@ -28,7 +28,7 @@ STOP: dict[str, Any] = {"patience": 3, "min_delta": 0.01}
 STOP_EVERY = 3
 
 # test_ema
-EMA_STEPS = 30
+EMA_STEPS = 20
 EMAS: dict[str, dict[str, Any]] = {
     "usual": {},
     "late": {"decay": 0.9, "every_steps": 2, "start_step": 3},
@@ -75,6 +75,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 SCALARS = ("ddp", "zero0", "zero1", "zero2")  # the others cannot shard a scalar parameter
 COMPRESSED = ("ddp", "zero0", "zero2", "zero3", "fsdp2")
+EMA_OPTIONS = [name for name, option in OPTIONS.items() if not option.get("activation_checkpointing")]
 
 
 def cases(world: int) -> dict[str, dict[str, Any]]:
@@ -179,6 +180,10 @@ def _ema_cases(world: int) -> dict[str, dict[str, Any]]:
                 "train": {**mishap["train"], "ema": {"decay": 0.8, "every_steps": 2, "start_step": 1}},
                 "checkpoint": {"every_steps": 1, "keep": FEW},
             }
+    if world == 2:
+        found.update(
+            {f"ema-late-{name}": {**found["ema-late-auto"], "strategy": OPTIONS[name]} for name in EMA_OPTIONS}
+        )
     return found
 
 
@@ -283,7 +288,7 @@ def _buffer_cases(world: int) -> dict[str, dict[str, Any]]:
 # test_bitwise: eight micro-batches a step, by precision
 BITWISE = {
     precision: {
-        **_config(FEW, mixed_precision=precision, determinism="bitwise"),
+        **_config(FEW, mixed_precision=precision, determinism="bitwise", ema={"decay": 0.9}),
         "data": {"global_batch_size": 32, "micro_batch_size": 4},
     }
     for precision in PRECISIONS

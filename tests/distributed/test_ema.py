@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from cases import EMA_STEPS, EMAS, EVERY, FEW, SHARDED, SHARDED_WORLDS
+from cases import EMA_OPTIONS, EMA_STEPS, EMAS, EVERY, FEW, SHARDED, SHARDED_WORLDS
 from conftest import Run, check, check_same, interrupted, lines, losses, ranks, start, steps_done, tensors, until
 from tasks import Masked, plain_loss
 from torch import Tensor
@@ -97,6 +97,11 @@ def test_the_average_is_the_plain_loops(world: Callable[[int], Path], processes:
 @pytest.mark.parametrize("name", EMAS)
 def test_the_average_under_hsdp(world: Callable[[int], Path], name: str) -> None:
     check_average(world(4) / f"ema-{name}-hsdp", name)
+
+
+@pytest.mark.parametrize("option", EMA_OPTIONS)
+def test_the_average_with_options(world: Callable[[int], Path], option: str) -> None:
+    check_average(world(2) / f"ema-late-{option}", "late")
 
 
 def test_the_cases_differ(world: Callable[[int], Path]) -> None:

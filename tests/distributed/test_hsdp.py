@@ -92,7 +92,8 @@ def test_memory_is_what_the_plan_says(four: Path) -> None:
         memory = results(four, rank)["memory"]
         found, fsdp2 = memory["hsdp"], memory["fsdp2"]
         assert found["parameters"] == pytest.approx(found["planned_parameters"], rel=0.05)
-        planned = found["planned_parameters"] + found["planned_optimizer_state"]
+        planned = found["planned_parameters"] + found["planned_optimizer_state"] + found["planned_average"]
+        assert found["average"] == pytest.approx(found["planned_average"], rel=0.05)
         assert found["all"] == pytest.approx(planned, rel=0.05)
         assert found["parameters"] == pytest.approx(2 * fsdp2["parameters"], rel=0.05)  # half as many ranks share it
 

@@ -1,0 +1,89 @@
+"""Measures what `train.ema` costs: the time of a step whose weights are averaged, relative to one without, in the same
+processes.
+
+python benchmarks/ema.py                 measure, write results/DATE-ema.json and .md
+python benchmarks/ema.py --only zero2    print the time under one strategy
+"""
+
+import argparse
+from itertools import islice
+from pathlib import Path
+
+import torch
+from alternating import AlternatingTrainer, Loop, measure, write_results
+from bitwise import LENGTH, Bytes
+from torch import nn
+
+from distrib import Config
+from distrib.strategies import registry
+from distrib.training.engine import Engine
+from distrib.training.loop import train_step
+
+PROCESSES, TARGET = 2, 1.05
+STRATEGIES = ("ddp", "zero2")
+WIDTH, DEPTH = 528, 6  # 20 million parameters
+GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE = 32, 16
+BLOCKS, STEPS = 11, 4
+
+
+class Without:
+    """distrib's own loop, which keeps no average."""
+
+    def __init__(self, trainer: "AveragingTrainer", twin: nn.Module) -> None:
+        strategy = registry.create(trainer.config, trainer.world)
+        strategy.wrap(twin, [], trainer.make_optimizer)
+        self.engine, self.task = Engine(strategy), trainer.task
+        self.windows = trainer.uninterrupted.windows(0)
+
+    def run_block(self, block: int) -> None:
+        for window in islice(self.windows, STEPS):
+            self.loss = torch.tensor(train_step(self.engine, self.task, window, self.engine.base_rate).read().loss)
+
+
+class AveragingTrainer(AlternatingTrainer):
+    blocks_timed, steps_a_block = BLOCKS, STEPS
+    learned = 4.0  # of 5.5, the loss of guessing a byte
+
+    def other_loop(self, twin: nn.Module) -> Loop:
+        return Without(self, twin)
+
+
+def run_member(folder: Path, strategy: str) -> None:
+    config = Config.from_dict(
+        {
+            "name": "ema",
+            "data": {"global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": MICRO_BATCH_SIZE},
+            "optim": {"name": "adamw", "lr": 0.0005},
+            "tracking": {"wandb": "off"},  # see tracking.py
+            "train": {"steps": (1 + BLOCKS) * STEPS + 1, "ema": {"decay": 0.999}},
+            "strategy": {"name": strategy},
+        }
+    )
+    trainer = AveragingTrainer(Bytes(WIDTH, DEPTH), config, folder / "run")
+    trainer.fit()
+    trainer.finish_member(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="the time a step that averaging the weights takes")
+    parser.add_argument("--only", choices=STRATEGIES, help="print the time under one strategy, and write no results")
+    parser.add_argument("--member", nargs=2, metavar=("FOLDER", "STRATEGY"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.member is not None:
+        run_member(Path(arguments.member[0]), arguments.member[1])
+        return
+    if arguments.only is not None:
+        case = measure(__file__, PROCESSES, TARGET, arguments.only)
+        print(case["medians"], case["ratio"])
+        return
+    cases = {strategy: measure(__file__, PROCESSES, TARGET, strategy) for strategy in STRATEGIES}
+    what = (
+        f"Next byte of Python's library, transformer of 20 million parameters with AdamW, {LENGTH} bytes a sample, "
+        f"global batch {GLOBAL_BATCH_SIZE} on {PROCESSES} processes; the weights are averaged after each step. Medians "
+        f"of {BLOCKS} alternating blocks of {STEPS} steps, and of the ratios of neighbouring blocks."
+    )
+    write_results("ema", "The price of an average of the weights", what, "strategy", "without", cases)
+
+
+if __name__ == "__main__":
+    main()
