@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from distrib.errors import ConfigError
 from distrib.targets import build
@@ -77,6 +77,15 @@ class Task:
         `eval_dataset`, whose metrics are `eval/…`."""
         dataset = self.eval_dataset()
         return {} if dataset is None else {"": dataset}
+
+    def collate(self, samples: list[Any]) -> Any:
+        """Make a batch of samples: those of one micro-batch, or of a batch of an evaluation. By default torch's
+        default_collate.
+
+        Runs in the worker processes, if there are some. The batch may hold tensors, strings and other objects, nested
+        in lists, tuples and dicts; what has a `.to(device)` is moved to the device.
+        """
+        return default_collate(samples)
 
     def model(self) -> nn.Module:
         """Return the module to train, with its initial weights. torch's generators have the config's seed."""

@@ -6,13 +6,14 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from distrib.data.loader import DevicePrefetcher, Read, Window, data_loader, train_windows
+from distrib.data.loader import DevicePrefetcher, Read, Window, collated, data_loader, train_windows
 from distrib.data.sampler import DistributedSampler, MicroBatch
 from distrib.errors import CheckpointError, ConfigError
 from distrib.extras import require
@@ -48,7 +49,8 @@ class Source:
         first = np.arange(self.plan.micro_batch_size, dtype=np.uint64)
         # If the run has workers, one of them reads: later workers must not inherit a file that the dataset opens.
         workers = min(1, self.loading["num_workers"])
-        loader = data_loader(self.dataset, [MicroBatch(first, first)], seed=self.seed, num_workers=workers)
+        options = {"num_workers": workers, "collate": self.loading.get("collate")}
+        loader = data_loader(self.dataset, [MicroBatch(first, first)], seed=self.seed, **options)
         return next(iter(loader)).batch
 
     def state(self) -> list[Any] | None:
@@ -119,6 +121,8 @@ class Stream(Source):
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # a warning for torchdata's authors
         size, per_rank = self.plan.micro_batch_size, self.plan.grad_accum_steps
         options = {**self.loading, "worker_init_fn": shield_worker}
+        if (collate := options.pop("collate", None)) is not None:
+            options["collate_fn"] = partial(collated, collate)
         if not options["num_workers"]:
             options.update(prefetch_factor=None, worker_init_fn=None)
         self._loader = StatefulDataLoader(self.dataset, size, drop_last=True, **options)

@@ -171,7 +171,7 @@ def memory(
     return strategy.memory(module, make_optimizer)
 
 
-def loading(config: Config, world: World) -> dict[str, Any]:
+def loading(config: Config, world: World, task: Task) -> dict[str, Any]:
     """How a DataLoader reads. Raises ConfigError if its workers could not be reached."""
     temporary.check_length(config.data.num_workers)
     if config.data.num_workers:
@@ -180,12 +180,13 @@ def loading(config: Config, world: World) -> dict[str, Any]:
         "num_workers": config.data.num_workers,
         "prefetch_factor": config.data.prefetch_factor,
         "pin_memory": not world.use_cpu,
+        "collate": None if type(task).collate is Task.collate else task.collate,
     }
 
 
 def evaluate(engine: Engine, task: Task, dataset: Dataset[Any], config: Config, name: str = "") -> dict[str, float]:
     """Return the metrics of the evaluation set `name` under the names that the run folder has for them. Collective."""
-    batch_size, options = config.data.micro_batch_size, loading(config, engine.world)
+    batch_size, options = config.data.micro_batch_size, loading(config, engine.world, task)
     metrics = evaluation.evaluate(engine, task, dataset, batch_size, name, **options)
     return {metric_name(name, key): value for key, value in metrics.items()}
 

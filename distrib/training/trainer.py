@@ -83,7 +83,7 @@ class Trainer:
         self.plan = RunPlan.complete(config, self.strategy.batches, num_samples)
         require_steps_left(self.origin, self.plan.num_steps)
         self.learning_rate = learning_rate(task, config, self.plan.num_steps)
-        loading = build.loading(config, self.world)
+        loading = build.loading(config, self.world, task)
         self.source = source(self.train_dataset, self.plan, self.world, config.seed, loading)
         self.module = build.model(task, config.seed)
         self.blocks = build.blocks(task, self.module, self.strategy)
