@@ -1,7 +1,7 @@
 """`Task`, the class a user writes (data, model, loss, metrics), and `Loss`, which its `loss` method returns."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,9 +64,18 @@ class Task:
         """
 
     def train_dataset(self) -> Dataset[Any]:
-        """Return the samples to train on: a dataset with `__len__`, or an IterableDataset that each rank reads a
-        different part of."""
+        """Return the samples to train on: a dataset with `__len__`, such as a `distrib.data.Mixture`, or an
+        IterableDataset that each rank reads a different part of."""
         raise NotImplementedError(f"{type(self).__name__} has no train_dataset()")
+
+    def sample_weights(self) -> Sequence[float] | Tensor | None:
+        """Return a weight for each sample of `train_dataset()`, which was called before. By default None: each sample
+        is read once an epoch.
+
+        With weights, samples are drawn with replacement, each with a probability proportional to its weight. An epoch
+        has as many draws as there are samples.
+        """
+        return None
 
     def eval_dataset(self) -> Dataset[Any] | None:
         """Return the samples to evaluate on, or None for no evaluation."""

@@ -87,7 +87,8 @@ def train_windows(
     sampler: DistributedSampler, prefetcher: DevicePrefetcher | None = None, **loading: Any
 ) -> Iterator[Window]:
     """Yield one window for each step from the sampler's `start` to its `stop`. `loading` as for `data_loader`."""
-    reads: Iterator[Read] = iter(data_loader(sampler.dataset, sampler.micro_batches(), seed=sampler.seed, **loading))
+    loading = {**loading, "seed": sampler.seed, "epoch_size": 1 if sampler.order.samples_recur else sampler.size}
+    reads: Iterator[Read] = iter(data_loader(sampler.dataset, sampler.micro_batches(), **loading))
     if prefetcher is not None:
         reads = prefetcher.read(reads)
     length = sampler.num_samples // sampler.micro_batch_size
@@ -104,14 +105,16 @@ def data_loader(
     prefetch_factor: int = 2,
     pin_memory: bool = False,
     collate: Collate | None = None,
+    epoch_size: int | None = None,
 ) -> DataLoader[Read]:
     """Return a DataLoader that yields a Read for each micro-batch, in order.
 
     If the dataset has `__getitems__`, it is called with the indices of the whole micro-batch. If it returns a list of
     samples, they are collated as usual; anything else is used as the batch. A plain TensorDataset is indexed directly.
-    `collate`: the task's, instead of torch's default_collate.
+    `collate`: the task's, instead of torch's default_collate. `epoch_size`: as for SampleReader.
     """
-    return batch_loader(SampleReader(dataset, seed, collate), micro_batches, num_workers, prefetch_factor, pin_memory)
+    reader = SampleReader(dataset, seed, collate, epoch_size)
+    return batch_loader(reader, micro_batches, num_workers, prefetch_factor, pin_memory)
 
 
 def batch_loader(
@@ -153,11 +156,14 @@ def _one_line_refusals(reads: Iterator[Read]) -> Iterator[Read]:
 class SampleReader(Dataset[Any]):
     """Reads a micro-batch, with generators seeded for each sample. Runs in the worker processes, if there are some."""
 
-    def __init__(self, dataset: Dataset[Any], seed: int, collate: Collate | None = None) -> None:
+    def __init__(
+        self, dataset: Dataset[Any], seed: int, collate: Collate | None = None, epoch_size: int | None = None
+    ) -> None:
+        """`epoch_size`: after so many positions a sample has other random numbers; by default the dataset's length."""
         self.dataset = dataset
         self.seed = seed
         self.collate = collate
-        self.size = len(dataset)  # type: ignore[arg-type]
+        self.size = epoch_size or len(dataset)  # type: ignore[arg-type]
         self.fetch: Callable[[list[int]], Any] | None = getattr(dataset, "__getitems__", None)
         plain = isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__
         direct = plain and collate is None

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from distrib.data.loader import DevicePrefetcher, Read, Window, collated, data_loader, train_windows
+from distrib.data.order import Order
 from distrib.data.sampler import DistributedSampler, MicroBatch
 from distrib.errors import CheckpointError, ConfigError
 from distrib.extras import require
@@ -24,6 +25,8 @@ from distrib.processes.world import World
 
 class Source:
     """Reads a dataset with `__len__`. The global batches are the same for any number of processes."""
+
+    order: Order | None = None  # by default a permutation for each epoch
 
     def __init__(self, dataset: Dataset[Any], plan: RunPlan, world: World, seed: int, loading: dict[str, Any]) -> None:
         """`loading`: keyword arguments of `data_loader`."""
@@ -41,6 +44,7 @@ class Source:
             seed=self.seed,
             start=start,
             stop=self.plan.num_steps,
+            order=self.order,
         )
         return train_windows(sampler, prefetcher, **self.loading)
 
@@ -155,10 +159,19 @@ class Stream(Source):
                 )
 
 
-def source(dataset: Dataset[Any], plan: RunPlan, world: World, seed: int, loading: dict[str, Any]) -> Source:
-    """Return a Stream for an IterableDataset, else a Source."""
+def source(
+    dataset: Dataset[Any],
+    plan: RunPlan,
+    world: World,
+    seed: int,
+    loading: dict[str, Any],
+    order: Order | None = None,
+) -> Source:
+    """Return a Stream for an IterableDataset, else a Source. `order`: of the samples, as build.order returns it."""
     kind = Stream if isinstance(dataset, IterableDataset) else Source
-    return kind(dataset, plan, world, seed, loading)
+    found = kind(dataset, plan, world, seed, loading)
+    found.order = order
+    return found
 
 
 def require_stream_reader() -> None:

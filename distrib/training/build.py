@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from distrib import targets
 from distrib.config import Config
 from distrib.data.fingerprint import fingerprint
+from distrib.data.order import Order
 from distrib.data.prints import Fingerprint
 from distrib.data.seeding import seeded
 from distrib.errors import ConfigError, DistribError
@@ -25,9 +26,10 @@ from distrib.strategies.memory import MakeOptimizer
 from distrib.strategies.parameters import trainable
 from distrib.task import Task, load_task
 from distrib.tracebacks import first_line
-from distrib.training import cross_rank_checks, evaluation
+from distrib.training import cross_rank_checks, evaluation, orders
 from distrib.training.engine import Engine
 from distrib.training.optimizers import build_optimizer
+from distrib.training.orders import check_weights
 from distrib.training.task_checks import check_blocks, check_dataset, check_eval_datasets, check_model, check_optimizer
 
 
@@ -86,11 +88,13 @@ def blocks(task: Task, module: nn.Module, strategy: Strategy) -> list[nn.Module]
     return found
 
 
-def train_dataset(task: Task, seed: int) -> tuple[Dataset[Any], int | None]:
-    """And how many samples it has; a stream (an IterableDataset) does not say. Raises ConfigError."""
-    with seeded("train_dataset", seed):
+def train_dataset(task: Task, config: Config) -> tuple[Dataset[Any], Order | None]:
+    """And the order in which a run reads its samples; None for a stream (an IterableDataset). Raises ConfigError."""
+    with seeded("train_dataset", config.seed):
         dataset = check_dataset(task.train_dataset(), "train_dataset")
-    return dataset, None if isinstance(dataset, IterableDataset) else len(dataset)  # type: ignore[arg-type]
+    with seeded("sample_weights", config.seed):
+        weights = check_weights(task.sample_weights(), dataset)
+    return dataset, orders.order(dataset, weights, config)
 
 
 def eval_datasets(task: Task, seed: int) -> dict[str, Dataset[Any]]:
@@ -130,14 +134,20 @@ def require_evaluations(config: Config, sets: Collection[str], task: Task) -> No
             )
 
 
-def fingerprints(train: Dataset[Any], sets: dict[str, Dataset[Any]], config: Config) -> dict[str, Fingerprint | None]:
-    """Of all sets, by the name of the method that returned them; None for a stream and for no evaluation."""
+def fingerprints(
+    train: Dataset[Any], order: Order | None, sets: dict[str, Dataset[Any]], config: Config
+) -> dict[str, Fingerprint | None]:
+    """Of all sets, by the name of the method that returned them; None for a stream and for no evaluation. That of the
+    training set holds its `order` too, if that is no permutation."""
     found: dict[str, Dataset[Any] | None] = {"train_dataset": train}
     for name, dataset in sets.items():
         found[f"eval_datasets {name}" if name else "eval_dataset"] = dataset
     if not sets:
         found["eval_dataset"] = None
-    return {name: fingerprint(dataset, config.seed, config.data.num_workers) for name, dataset in found.items()}
+    prints = {name: fingerprint(dataset, config.seed, config.data.num_workers) for name, dataset in found.items()}
+    if (own := prints["train_dataset"]) is not None and order is not None and (record := order.record()) is not None:
+        own["order"] = record
+    return prints
 
 
 def optimizer_maker(task: Task, config: Config) -> MakeOptimizer:

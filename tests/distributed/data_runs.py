@@ -12,7 +12,7 @@ from distrib import Config, Trainer, World
 from distrib.training import build
 
 STEPS, EVERY = 24, 9
-TASKS = {"ragged": "data_tasks:Ragged"}
+TASKS = {"ragged": "data_tasks:Ragged", "weighted": "data_tasks:Weighted", "mixed": "data_tasks:Mixed"}
 STRATEGIES = ("auto", *SHARDED)
 
 

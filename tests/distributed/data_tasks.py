@@ -6,8 +6,10 @@ import torch
 from tasks import LENGTH, Masked
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 from distrib import Loss
+from distrib.data import Mixture
 
 
 class Ragged(Masked):
@@ -52,6 +54,22 @@ class Ragged(Masked):
         lengths = [len(row) for row in rows["tokens"]]
         assert lengths == [sample["targets"][1]["length"] for sample in self._samples(2)[: len(lengths)]]
         return {"sum": float(sum((place + 1) * int(row.sum()) for place, row in enumerate(rows["tokens"])))}
+
+
+class Weighted(Masked):
+    """Draws its samples by weights, of which every seventh is 0."""
+
+    def sample_weights(self) -> Any:
+        return [float(number % 7) for number in range(self.samples)]
+
+
+class Mixed(Masked):
+    """Mixes the first 31 samples of Masked and the others."""
+
+    def train_dataset(self) -> Any:
+        samples = super().train_dataset()
+        first, rest = (TensorDataset(*samples[part]) for part in (slice(31), slice(31, None)))
+        return Mixture({"first": (first, 0.7), "rest": (rest, 0.3)})
 
 
 def padded_loss(model: nn.Module, samples: list[dict[str, Any]]) -> Tensor:

@@ -1,4 +1,5 @@
-"""Runs whose samples are collated by the task, equal to a plain loop under every strategy on 1, 2 and 4 processes."""
+"""Runs whose samples are collated by the task, drawn by weights and so on: equal to a plain loop under every strategy
+on 1, 2 and 4 processes."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -8,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Run, check, check_same, interrupted, lines, losses, no_process_left, starter
-from data_runs import EVERY, STEPS, STRATEGIES, TASKS
+from data_runs import EVERY, STEPS, STRATEGIES, TASKS, values
 from data_tasks import Ragged, padded_loss
+from tasks import Masked
+from torch.nn import functional as F
 
-from distrib.data.order import sample_indices
+from distrib import Config
+from distrib.data.order import Order
 from distrib.run_folder.verify import verify_run
+from distrib.training import build
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("data-runs")]
 WORLDS = (1, 2, 4)
@@ -40,17 +45,30 @@ def positions_of(step: int) -> "np.ndarray":
     return np.arange(step * 16, (step + 1) * 16, dtype=np.uint64)
 
 
+def order_of(task: str) -> Order:
+    """Return the order of the task's samples, made in this process."""
+    config = Config.from_dict(values(task))
+    found = build.train_dataset(build.task(config), config)[1]
+    assert found is not None
+    return found
+
+
 @cache
 def plain_losses(task: str) -> list[float]:
     """Train with a plain PyTorch loop in one process, which takes the whole global batch at once. Only the data order
     is distrib's."""
     torch.manual_seed(7)
-    model = Ragged().model()
+    model = Masked().model()
     update = torch.optim.SGD(model.parameters(), lr=0.5)
-    found, ragged = [], Ragged().train_dataset()
+    found, order, samples = [], order_of(task), Masked().train_dataset()
+    ragged = Ragged().train_dataset()
     for step in range(STEPS):
-        indices = sample_indices(positions_of(step), len(ragged), 7).tolist()
-        loss = padded_loss(model, [ragged[index] for index in indices])
+        indices = order.indices(positions_of(step)).tolist()
+        if task == "ragged":
+            loss = padded_loss(model, [ragged[index] for index in indices])
+        else:
+            tokens, targets = samples[indices]
+            loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=-100)
         update.zero_grad()
         loss.backward()
         update.step()
@@ -68,7 +86,7 @@ def test_every_step_of_every_strategy_equals_the_plain_loops(
         np.testing.assert_allclose(losses(run), plain_losses(task), rtol=TOLERANCE, err_msg=strategy)
         assert {line["verdict"] for line in lines(run)} == {"applied"}
         assert [line["samples"] for line in lines(run)] == [line["samples"] for line in lines(made(1) / f"{task}-auto")]
-        assert verify_run(run).samples == STEPS * 16
+        assert verify_run(run, order_of(task)).samples == STEPS * 16
 
 
 @pytest.mark.parametrize("task", TASKS)
