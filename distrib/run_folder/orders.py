@@ -3,6 +3,7 @@
 import numpy as np
 
 from distrib.config import Config
+from distrib.data.limit import Limited
 from distrib.data.mixture import Mixed
 from distrib.data.order import Order, Positions, digest
 from distrib.plan import RunPlan
@@ -24,7 +25,13 @@ def recorded(run: RunDir, plan: RunPlan, config: Config) -> Order | None:
         return Mixed(order["names"], order["sizes"], order["shares"], config.seed)
     if order is not None:
         return None
-    return _Positions(0, config.seed) if plan.num_samples is None else Order(plan.num_samples, config.seed)
+    if plan.num_samples is None:
+        return _Positions(0, config.seed)
+    whole = Order(plan.num_samples, config.seed)
+    length = data.get("length", None if config.data.limit else plan.num_samples)
+    if length is None:
+        return None
+    return whole if length == plan.num_samples else Limited(whole, length)
 
 
 def digest_of(order: Order, plan: RunPlan, step: int) -> str:

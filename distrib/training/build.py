@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from distrib import targets
 from distrib.config import Config
 from distrib.data.fingerprint import fingerprint
+from distrib.data.limit import limited
 from distrib.data.order import Order
 from distrib.data.prints import Fingerprint
 from distrib.data.seeding import seeded
@@ -97,16 +98,16 @@ def train_dataset(task: Task, config: Config) -> tuple[Dataset[Any], Order | Non
     return dataset, orders.order(dataset, weights, config)
 
 
-def eval_datasets(task: Task, seed: int) -> dict[str, Dataset[Any]]:
+def eval_datasets(task: Task, config: Config) -> dict[str, Dataset[Any]]:
     """Return the evaluation sets by name; that of `Task.eval_dataset` has the name "". Raises ConfigError if one has no
     length or no samples."""
-    with seeded("eval_dataset", seed):
+    with seeded("eval_dataset", config.seed):
         found = check_eval_datasets(task.eval_datasets())
     for name, dataset in found.items():
         method = f"eval_datasets: {name}" if name else "eval_dataset"
         if len(check_dataset(dataset, method)) == 0:  # type: ignore[arg-type]
             raise ConfigError(f"task.{method}: it has no samples; {'leave it out' if name else 'return None'}")
-    return found
+    return {name: limited(dataset, config.eval.limit, config.seed) for name, dataset in found.items()}
 
 
 def require_evaluations(config: Config, sets: Collection[str], task: Task) -> None:

@@ -49,7 +49,7 @@ def explain_run(config: Config, processes: int, sources: Sequence[tuple[str, Any
     _, order = build.train_dataset(task, config)
     if order is None:
         require_stream_reader()
-    build.require_evaluations(config, build.eval_datasets(task, config.seed), task)
+    build.require_evaluations(config, build.eval_datasets(task, config), task)
     plan = RunPlan.complete(config, strategy.batches, None if order is None else order.size)
     rate_of = learning_rate(task, config, plan.num_steps)
     make, made = build.optimizer_maker(task, config), []
@@ -93,7 +93,7 @@ def _evaluate(run: RunDir, shown: Path, as_json: bool, which: str) -> dict[str, 
         raise ConfigError(f"{run.path}: the run's task was given in Python, so its config does not name it")
     task, world = build.task(config), World.detect()
     build.prepare(task, config, world)
-    sets = build.eval_datasets(task, config.seed)
+    sets = build.eval_datasets(task, config)
     if not sets:
         raise ConfigError(f"task.target: {config.task.target} has no eval_dataset, so there is nothing to evaluate on")
     strategy = registry.for_evaluation(config, world)
@@ -160,7 +160,7 @@ def _check_data(run: RunDir) -> str:
     try:
         task = build.task(config)
         train, order = build.train_dataset(task, config)
-        data = build.fingerprints(train, order, build.eval_datasets(task, config.seed), config)
+        data = build.fingerprints(train, order, build.eval_datasets(task, config), config)
     except Exception as error:
         if not isinstance(error, DistribError | OSError) and is_ours(error):
             raise

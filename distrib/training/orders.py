@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from distrib.config import Config
+from distrib.data.limit import Limited, chosen
 from distrib.data.mixture import Mixture
 from distrib.data.order import Order
 from distrib.data.shapes import describe
@@ -16,12 +17,27 @@ from distrib.errors import ConfigError
 
 
 def order(dataset: Dataset[Any], weights: NDArray[np.float64] | None, config: Config) -> Order | None:
-    """Return the order of a training set; None for a stream. `weights`: those of `check_weights`."""
-    if isinstance(dataset, IterableDataset):
-        return None
-    if isinstance(dataset, Mixture):
-        return dataset.order(config.seed)
-    return Order(len(dataset), config.seed) if weights is None else Weighted(weights, config.seed)  # type: ignore[arg-type]
+    """Return the order of a training set; None for a stream. `weights`: as `check_weights` returns them.
+
+    Raises ConfigError.
+    """
+    limit, seed, name = config.data.limit, config.seed, type(dataset).__name__
+    if isinstance(dataset, IterableDataset | Mixture):
+        if limit is not None:
+            kind = "a Mixture" if isinstance(dataset, Mixture) else f"a stream ({name})"
+            raise ConfigError(
+                f"data.limit: {limit}, but the training set is {kind}; leave it out, and give fewer train.steps"
+            )
+        return dataset.order(seed) if isinstance(dataset, Mixture) else None
+    size = len(dataset)  # type: ignore[arg-type]
+    if limit is None or limit >= size:
+        return Order(size, seed) if weights is None else Weighted(weights, seed)
+    if weights is None:
+        return Limited(Order(limit, seed), size)
+    own = weights[chosen(np.arange(limit, dtype=np.uint64), size, seed).astype(np.int64)]
+    if not own.any():
+        raise ConfigError(f"data.limit: {limit}, and the weights of all samples that it leaves are 0; give more")
+    return Limited(Weighted(own, seed), size)
 
 
 def check_weights(value: Any, dataset: Dataset[Any]) -> NDArray[np.float64] | None:

@@ -78,7 +78,7 @@ class Trainer:
         self.config = config = self.strategy.config
         build.prepare(task, config, self.world)
         self.train_dataset, self.order = build.train_dataset(task, config)
-        eval_datasets = build.eval_datasets(task, config.seed)
+        eval_datasets = build.eval_datasets(task, config)
         build.require_evaluations(config, eval_datasets, task)
         self.plan = RunPlan.complete(config, self.strategy.batches, None if self.order is None else self.order.size)
         require_steps_left(self.origin, self.plan.num_steps)

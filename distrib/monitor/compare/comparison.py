@@ -23,7 +23,8 @@ _EVALUATED = ("eval", "val", "test")  # prefixes of metrics that have a best val
 _EVALUATED_LOSSES = ("eval/loss", "val/loss", "val_loss", "test/loss", "test_loss")
 _OUT_OF_PROPORTION = 10  # an evaluation's loss that differs by this many times more than any step's is no rounding
 _LAST = sys.maxsize  # after every step
-_DECIDE_ORDER = ("seed", "data.global_batch_size", "training_samples")  # of the samples, if the code is the same
+# Keys that decide the order of the samples, if the code is the same.
+_DECIDE_ORDER = ("seed", "data.global_batch_size", "data.limit", "training_samples")
 _ACT_THROUGH_RATE = ("optim.schedule.", "optim.warmup_steps.", "train.steps.", "train.epochs.")
 _MOST_REASONS = 5
 _NOT_RECORDED = "not recorded"
