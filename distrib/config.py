@@ -45,6 +45,7 @@ class DataConfig(Section):
     micro_batch_size: PositiveInt = 16
     num_workers: Annotated[int, Field(ge=0, le=4096)] = 0
     prefetch_factor: Annotated[int, Field(gt=0, le=65536)] = 2  # micro-batches each worker reads ahead
+    limit: PositiveInt | None = None  # train on so many of the samples; none: on all
 
 
 class OptimConfig(Section):
@@ -142,6 +143,7 @@ class EvalConfig(Section):
     every_steps: NonNegativeInt = 0
     at_start: bool = False  # also before the first step
     weights: Literal["both", "model", "ema"] = "both"  # with train.ema: the weights, their average, or both
+    limit: PositiveInt | None = None  # evaluate on so many samples of each set; none: on all
     sets: dict[str, EvalSetConfig] = Field(default_factory=dict)  # those of Task.eval_datasets that have another rhythm
 
 

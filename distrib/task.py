@@ -1,7 +1,7 @@
 """`Task`, the class a user writes (data, model, loss, metrics), and `Loss`, which its `loss` method returns."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from distrib.errors import ConfigError
 from distrib.targets import build
@@ -69,9 +69,18 @@ class Task:
         """
 
     def train_dataset(self) -> Dataset[Any]:
-        """Return the samples to train on: a dataset with `__len__`, or an IterableDataset that each rank reads a
-        different part of."""
+        """Return the samples to train on: a dataset with `__len__`, such as a `distrib.data.Mixture`, or an
+        IterableDataset that each rank reads a different part of."""
         raise NotImplementedError(f"{type(self).__name__} has no train_dataset()")
+
+    def sample_weights(self) -> Sequence[float] | Tensor | None:
+        """Return a weight for each sample of `train_dataset()`, which was called before. By default None: each sample
+        is read once an epoch.
+
+        With weights, samples are drawn with replacement, each with a probability proportional to its weight. An epoch
+        has as many draws as there are samples.
+        """
+        return None
 
     def eval_dataset(self) -> Dataset[Any] | None:
         """Return the samples to evaluate on, or None for no evaluation."""
@@ -82,6 +91,15 @@ class Task:
         `eval_dataset`, whose metrics are `eval/…`."""
         dataset = self.eval_dataset()
         return {} if dataset is None else {"": dataset}
+
+    def collate(self, samples: list[Any]) -> Any:
+        """Make a batch of samples: those of one micro-batch, or of a batch of an evaluation. By default torch's
+        default_collate.
+
+        Runs in the worker processes, if there are some. The batch may hold tensors, strings and other objects, nested
+        in lists, tuples and dicts; what has a `.to(device)` is moved to the device.
+        """
+        return default_collate(samples)
 
     def model(self) -> nn.Module:
         """Return the module to train, with its initial weights. torch's generators have the config's seed."""

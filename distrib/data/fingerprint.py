@@ -49,7 +49,14 @@ class _PrintReader(SampleReader):
 
     def __getitems__(self, micro_batch: MicroBatch) -> Read:
         try:
-            found: Print = sample_print(super().__getitems__(micro_batch).batch)
+            return Read(micro_batch, sample_print(super().__getitems__(micro_batch).batch))
+        except Exception:
+            return self._uncollated(micro_batch)
+
+    def _uncollated(self, micro_batch: MicroBatch) -> Read:
+        """Read a sample that only the task's collate takes. Its print does not depend on what collate does."""
+        try:
+            found: Print = sample_print(SampleReader(self.dataset, self.seed, list).__getitems__(micro_batch).batch)
         except Exception:  # training reports a sample that cannot be read, if it ever reaches it
             found = UNKNOWN
         return Read(micro_batch, found)

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -14,6 +14,13 @@ from distrib.data.sampler import DistributedSampler, MicroBatch
 from distrib.data.shapes import describe
 from distrib.errors import ConfigError
 from distrib.processes.lifetimes import shield_worker, starting_workers
+from distrib.tracebacks import summary, users_lines
+
+Collate: TypeAlias = Callable[[list[Any]], Any]
+_COLLATING = 0xC0  # separates the seed of a micro-batch's collate from the seeds of its samples
+_IN_WORKER = (
+    f"\n{ConfigError.__module__}.{ConfigError.__name__}: "  # torch puts a worker's traceback before the message
+)
 
 
 class Read(NamedTuple):
@@ -80,7 +87,8 @@ def train_windows(
     sampler: DistributedSampler, prefetcher: DevicePrefetcher | None = None, **loading: Any
 ) -> Iterator[Window]:
     """Yield one window for each step from the sampler's `start` to its `stop`. `loading` as for `data_loader`."""
-    reads: Iterator[Read] = iter(data_loader(sampler.dataset, sampler.micro_batches(), seed=sampler.seed, **loading))
+    loading = {**loading, "seed": sampler.seed, "epoch_size": 1 if sampler.order.samples_recur else sampler.size}
+    reads: Iterator[Read] = iter(data_loader(sampler.dataset, sampler.micro_batches(), **loading))
     if prefetcher is not None:
         reads = prefetcher.read(reads)
     length = sampler.num_samples // sampler.micro_batch_size
@@ -96,13 +104,17 @@ def data_loader(
     num_workers: int = 0,
     prefetch_factor: int = 2,
     pin_memory: bool = False,
+    collate: Collate | None = None,
+    epoch_size: int | None = None,
 ) -> DataLoader[Read]:
     """Return a DataLoader that yields a Read for each micro-batch, in order.
 
     If the dataset has `__getitems__`, it is called with the indices of the whole micro-batch. If it returns a list of
     samples, they are collated as usual; anything else is used as the batch. A plain TensorDataset is indexed directly.
+    `collate`: the task's, instead of torch's default_collate. `epoch_size`: as for SampleReader.
     """
-    return batch_loader(SampleReader(dataset, seed), micro_batches, num_workers, prefetch_factor, pin_memory)
+    reader = SampleReader(dataset, seed, collate, epoch_size)
+    return batch_loader(reader, micro_batches, num_workers, prefetch_factor, pin_memory)
 
 
 def batch_loader(
@@ -130,19 +142,32 @@ class _Loader(DataLoader[Read]):
         if not self.num_workers:
             return super().__iter__()
         with starting_workers():
-            return super().__iter__()
+            return _one_line_refusals(super().__iter__())
+
+
+def _one_line_refusals(reads: Iterator[Read]) -> Iterator[Read]:
+    """Yield what workers read. A ConfigError that one of them raised keeps its message, without the worker's frames."""
+    try:
+        yield from reads
+    except ConfigError as error:
+        raise ConfigError(str(error).partition(_IN_WORKER)[2].strip() or str(error)) from None
 
 
 class SampleReader(Dataset[Any]):
     """Reads a micro-batch, with generators seeded for each sample. Runs in the worker processes, if there are some."""
 
-    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+    def __init__(
+        self, dataset: Dataset[Any], seed: int, collate: Collate | None = None, epoch_size: int | None = None
+    ) -> None:
+        """`epoch_size`: after so many positions a sample has other random numbers; by default the dataset's length."""
         self.dataset = dataset
         self.seed = seed
-        self.size = len(dataset)  # type: ignore[arg-type]
+        self.collate = collate
+        self.size = epoch_size or len(dataset)  # type: ignore[arg-type]
         self.fetch: Callable[[list[int]], Any] | None = getattr(dataset, "__getitems__", None)
         plain = isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__
-        self.tensors: tuple[Tensor, ...] | None = dataset.tensors if plain else None  # type: ignore[attr-defined]
+        direct = plain and collate is None
+        self.tensors: tuple[Tensor, ...] | None = dataset.tensors if direct else None  # type: ignore[attr-defined]
 
     def __getitems__(self, micro_batch: MicroBatch) -> Read:
         if self.tensors is not None:
@@ -151,15 +176,18 @@ class SampleReader(Dataset[Any]):
         if self.fetch is not None:
             self._seed_for(micro_batch.positions[0], micro_batch.indices[0])
             batch = self.fetch(micro_batch.indices.tolist())
-            return Read(micro_batch, self._collated(batch) if isinstance(batch, list) else batch)
+            return Read(micro_batch, self._collated(micro_batch, batch) if isinstance(batch, list) else batch)
         samples = []
         for position, index in zip(*micro_batch, strict=True):
             self._seed_for(position, index)
             samples.append(self.dataset[int(index)])
-        return Read(micro_batch, self._collated(samples))
+        return Read(micro_batch, self._collated(micro_batch, samples))
 
-    def _collated(self, samples: list[Any]) -> Any:
+    def _collated(self, micro_batch: MicroBatch, samples: list[Any]) -> Any:
         """Collate samples. Raises ConfigError if they cannot be collated."""
+        if self.collate is not None:
+            self._seed_for(micro_batch.positions[0], micro_batch.indices[0], _COLLATING)
+            return collated(self.collate, samples)
         try:
             return default_collate(samples)
         except (TypeError, RuntimeError, KeyError, ValueError):
@@ -168,16 +196,33 @@ class SampleReader(Dataset[Any]):
             found = f"one is {shown[0]}" + ("" if other is None else f", another {shown[other]}")
             raise ConfigError(
                 f"task: the samples of {type(self.dataset).__name__} cannot be collated into a batch: {found}; give "
-                "tensors or numbers, of the same shape in all samples (pad them), or let the dataset's "
-                "__getitems__(indices) return whole batches"
+                "tensors or numbers, of the same shape in all samples (pad them), or define Task.collate(samples)"
             ) from None
 
-    def _seed_for(self, position: Positions, index: Positions) -> None:
+    def _seed_for(self, position: Positions, index: Positions, *purpose: int) -> None:
         """Seed the generators from (seed, epoch, index), so that they do not depend on which process reads when."""
-        seed = derive_seed(self.seed, int(position) // self.size, int(index))
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed also seeds devices, and takes 100 times as long
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
+        seed_generators(derive_seed(self.seed, int(position) // self.size, int(index), *purpose))
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the generators that a dataset may draw from: torch's, Python's and numpy's."""
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed also seeds devices, and takes 100 times as long
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def collated(collate: Collate, samples: list[Any]) -> Any:
+    """Call the task's collate. Raises ConfigError if it fails or returns nothing."""
+    try:
+        batch = collate(samples)
+    except ConfigError:
+        raise
+    except Exception as error:
+        failed = f"task.collate failed on {len(samples)} samples, the first is {describe(samples[0])}"
+        raise ConfigError(f"{failed}\n{users_lines(error) or summary(error)}") from None
+    if batch is None:
+        raise ConfigError("task.collate: returned None; return the batch that forward and loss take")
+    return batch
 
 
 def _identity(read: Any) -> Any:

@@ -6,7 +6,7 @@ cycle walking (Black and Rogaway, 2002) for values that are not below `size`. No
 dataset with 10^12 samples costs no more than step 0.
 """
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,20 +42,41 @@ def sample_indices(positions: Positions, size: int, seed: int, shuffle: bool = T
     return _permute(offsets, size, epochs, seed) if shuffle else offsets
 
 
+class Order:
+    """The sample at each position of a run: a function of the position, and so the same for any number of processes.
+
+    By default each epoch is a permutation of its own.
+    """
+
+    samples_recur = False  # whether an epoch may have a sample twice; then each time it has its own random numbers
+
+    def __init__(self, size: int, seed: int, shuffle: bool = True) -> None:
+        """`size`: the number of positions in an epoch."""
+        self.size, self.seed, self.shuffle = size, seed, shuffle
+
+    def indices(self, positions: Positions) -> Positions:
+        """Return the dataset index at each of the run's positions."""
+        return sample_indices(positions, self.size, self.seed, self.shuffle)
+
+    def record(self) -> dict[str, Any] | None:
+        """Return what identifies the order besides size and seed, for environment.json; None for a permutation."""
+        return None
+
+
 def digest(positions: Positions, indices: Positions) -> int:
     """Return a 64-bit digest of (position, index) pairs. It ignores order: digests of disjoint parts add modulo
     2^64."""
-    return int(_mix(positions * _WEYL + indices).sum(dtype=np.uint64))
+    return int(mix(positions * _WEYL + indices).sum(dtype=np.uint64))
 
 
 def _permute(offsets: Positions, size: int, epochs: Positions, seed: int) -> Positions:
     bits = (size - 1).bit_length()
     if bits < 2:  # a Feistel network needs two halves
-        swapped = _mix(epochs ^ np.uint64(derive_seed(seed))) >> np.uint64(63)
+        swapped = mix(epochs ^ np.uint64(derive_seed(seed))) >> np.uint64(63)
         order: Positions = (offsets + swapped) % np.uint64(size)
         return order
     rounds = _ROUNDS if bits > _SMALL_BITS else _ROUNDS_IF_SMALL
-    keys = [_mix(epochs ^ np.uint64(derive_seed(seed, number))) for number in range(rounds)]
+    keys = [mix(epochs ^ np.uint64(derive_seed(seed, number))) for number in range(rounds)]
     values: Positions = _feistel(offsets, bits, keys)
     while (outside := np.flatnonzero(values >= size)).size:
         values[outside] = _feistel(values[outside], bits, [key[outside] for key in keys])
@@ -68,13 +89,13 @@ def _feistel(values: Positions, bits: int, keys: list[Positions]) -> Positions:
     left, right = values >> wide, values & ((one << wide) - one)
     width, other = narrow, wide  # of left and right; they swap every round
     for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & ((one << width) - one))
+        left, right = right, left ^ (mix(right ^ key) & ((one << width) - one))
         width, other = other, width
     joined: Positions = (left << other) | right
     return joined
 
 
-def _mix(values: Positions) -> Positions:
+def mix(values: Positions) -> Positions:
     """splitmix64's finalizer, elementwise."""
     golden, shift, first, second_shift, second, last_shift = _STEPS
     values = values * golden

@@ -8,7 +8,7 @@ import numpy as np
 import torch.utils.data
 from torch.utils.data import Dataset
 
-from distrib.data.order import Positions, sample_indices
+from distrib.data.order import Order, Positions
 
 _CHUNK = 4096  # positions computed at once, which makes the cost per step negligible
 
@@ -45,10 +45,13 @@ class DistributedSampler(torch.utils.data.DistributedSampler[Any]):
         shuffle: bool = True,
         start: int = 0,
         stop: int,
+        order: Order | None = None,
     ) -> None:
+        """`order`: by default a permutation for each epoch, or the dataset's order without `shuffle`."""
         super().__init__(dataset, num_replicas, rank, shuffle, seed)
         assert global_batch_size % (micro_batch_size * num_replicas) == 0, "RunPlan refuses such a config"
-        self.size = len(dataset)  # type: ignore[arg-type]
+        self.order = order or Order(len(dataset), seed, shuffle)  # type: ignore[arg-type]
+        self.size = self.order.size
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.num_samples = global_batch_size // num_replicas  # for this rank and each step
@@ -70,7 +73,7 @@ class DistributedSampler(torch.utils.data.DistributedSampler[Any]):
         for first in range(self.start, self.stop, steps_at_once):
             steps = np.arange(first, min(first + steps_at_once, self.stop), dtype=np.uint64)
             positions = (steps[:, None] * np.uint64(self.global_batch_size) + within).reshape(-1)
-            indices = sample_indices(positions, self.size, self.seed, self.shuffle)
+            indices = self.order.indices(positions)
             shape = (-1, self.micro_batch_size)
             yield from map(MicroBatch, positions.reshape(shape), indices.reshape(shape))
 

@@ -10,7 +10,10 @@ import torch
 from distrib.data.order import derive_seed
 
 # Each kind of call has its own seed, derived from its index here, so no call shifts the draws of another. Append only.
-_CALLS = ("task", "prepare", "train_dataset", "eval_dataset", "model", "optimizer", "metrics", "observers", "samples")
+_CALLS = (
+    *("task", "prepare", "train_dataset", "eval_dataset", "model", "optimizer", "metrics", "observers"),
+    *("samples", "sample_weights"),
+)
 _MARK = 0x7A5C  # separates these seeds from others that are derived from the config's seed
 
 

@@ -6,13 +6,15 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from distrib.data.loader import DevicePrefetcher, Read, Window, data_loader, train_windows
+from distrib.data.loader import DevicePrefetcher, Read, Window, collated, data_loader, train_windows
+from distrib.data.order import Order
 from distrib.data.sampler import DistributedSampler, MicroBatch
 from distrib.errors import CheckpointError, ConfigError
 from distrib.extras import require
@@ -23,6 +25,8 @@ from distrib.processes.world import World
 
 class Source:
     """Reads a dataset with `__len__`. The global batches are the same for any number of processes."""
+
+    order: Order | None = None  # by default a permutation for each epoch
 
     def __init__(self, dataset: Dataset[Any], plan: RunPlan, world: World, seed: int, loading: dict[str, Any]) -> None:
         """`loading`: keyword arguments of `data_loader`."""
@@ -40,6 +44,7 @@ class Source:
             seed=self.seed,
             start=start,
             stop=self.plan.num_steps,
+            order=self.order,
         )
         return train_windows(sampler, prefetcher, **self.loading)
 
@@ -48,7 +53,8 @@ class Source:
         first = np.arange(self.plan.micro_batch_size, dtype=np.uint64)
         # If the run has workers, one of them reads: later workers must not inherit a file that the dataset opens.
         workers = min(1, self.loading["num_workers"])
-        loader = data_loader(self.dataset, [MicroBatch(first, first)], seed=self.seed, num_workers=workers)
+        options = {"num_workers": workers, "collate": self.loading.get("collate")}
+        loader = data_loader(self.dataset, [MicroBatch(first, first)], seed=self.seed, **options)
         return next(iter(loader)).batch
 
     def state(self) -> list[Any] | None:
@@ -119,6 +125,8 @@ class Stream(Source):
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # a warning for torchdata's authors
         size, per_rank = self.plan.micro_batch_size, self.plan.grad_accum_steps
         options = {**self.loading, "worker_init_fn": shield_worker}
+        if (collate := options.pop("collate", None)) is not None:
+            options["collate_fn"] = partial(collated, collate)
         if not options["num_workers"]:
             options.update(prefetch_factor=None, worker_init_fn=None)
         self._loader = StatefulDataLoader(self.dataset, size, drop_last=True, **options)
@@ -151,10 +159,19 @@ class Stream(Source):
                 )
 
 
-def source(dataset: Dataset[Any], plan: RunPlan, world: World, seed: int, loading: dict[str, Any]) -> Source:
-    """Return a Stream for an IterableDataset, else a Source."""
+def source(
+    dataset: Dataset[Any],
+    plan: RunPlan,
+    world: World,
+    seed: int,
+    loading: dict[str, Any],
+    order: Order | None = None,
+) -> Source:
+    """Return a Stream for an IterableDataset, else a Source. `order`: of the samples, as build.order returns it."""
     kind = Stream if isinstance(dataset, IterableDataset) else Source
-    return kind(dataset, plan, world, seed, loading)
+    found = kind(dataset, plan, world, seed, loading)
+    found.order = order
+    return found
 
 
 def require_stream_reader() -> None:

@@ -118,6 +118,7 @@ class Data(TypedDict):
 
     length: Count
     samples: dict[str, Print | str]
+    order: NotRequired[dict[str, Any]]  # that of the training set, if it is no permutation
 
 
 class TaskOf(TypedDict):

@@ -96,10 +96,20 @@ def _differing(what: str, before: dict[str, Any], now: dict[str, Any]) -> list[s
     return found
 
 
+def order_difference(found: Fingerprint, expected: Fingerprint, reference: str) -> str | None:
+    """Describe how the orders of two fingerprints differ, or return None."""
+    now, then = (one.get("order") or {"by": "a permutation"} for one in (found, expected))
+    if now["by"] != then["by"]:
+        return f"is ordered by {now['by']}, not by {then['by']} as {reference}"
+    return None if now == then else f"has other {now['by']} than {reference}"
+
+
 def difference(found: Fingerprint | None, expected: Fingerprint | None, reference: str) -> str | None:
     """Describe the first difference between two fingerprints, or return None. `reference`: what `expected` is from."""
     if found is None or expected is None:
         return None
+    if (text := order_difference(found, expected, reference)) is not None:
+        return text
     if found["length"] != expected["length"]:
         return f"has {found['length']} samples, not {expected['length']} as {reference}"
     for place, wanted in expected["samples"].items():

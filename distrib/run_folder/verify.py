@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from distrib.config import Config
-from distrib.data.order import digest, sample_indices
+from distrib.data.order import Order
 from distrib.errors import CheckpointError, DamagedFileError, LedgerError, and_more
 from distrib.plan import RunPlan
-from distrib.run_folder import checkpoint, decisions, formats, ledger, repair
+from distrib.run_folder import checkpoint, decisions, formats, ledger, orders, repair
 from distrib.run_folder.files import read_lines
 from distrib.run_folder.folder import RunDir
 from distrib.run_folder.manifest import steps_of
@@ -21,18 +19,21 @@ _MOST_SHOWN = 5
 
 @dataclass(frozen=True)
 class Verified:
-    """The counts of what was verified. `set_aside`: damaged files that a resume has renamed."""
+    """The counts of what was verified. `set_aside`: damaged files that a resume has renamed. `unknown`: steps whose
+    samples do not follow from the run folder alone."""
 
     steps: int
     of_steps: int  # number of steps in the config, or after which the run has stopped
     samples: int
     checkpoints: int
     set_aside: list[str]
+    unknown: int = 0
 
 
-def verify_run(path: Path) -> Verified:
+def verify_run(path: Path, order: Order | None = None) -> Verified:
     """Compare each line of the ledger with the data order of the config, and each checkpoint with the ledger.
 
+    `order`: that of a run with weights, which the run folder does not hold. Without it, their samples are not compared.
     Raises LedgerError with all problems, CheckpointError if only checkpoints have problems, RunDirError if the path is
     not a run folder.
     """
@@ -46,7 +47,8 @@ def verify_run(path: Path) -> Verified:
     problems = _check_small_files(run, config)
     manifests, damaged = _check_checkpoints(run)
     chains = run.anchors()
-    steps, in_order = min(chains), 0
+    steps, in_order, unknown = min(chains), 0, 0
+    order = order or orders.recorded(run, plan, config)
     try:
         for line in ledger.walk(run.steps, run.anchors()):
             problem = line.problem
@@ -54,7 +56,9 @@ def verify_run(path: Path) -> Verified:
                 steps = line.entry["step"] + 1
                 chains[steps] = line.entry.get("chain", "")
                 in_order += 1
-                problem = problem or _check_position(line.entry, plan, config)
+                expected = None if order is None else orders.digest_of(order, plan, line.entry["step"])
+                unknown += expected is None
+                problem = problem or _check_position(line.entry, plan, expected)
             if problem:
                 problems.append(f"{run.steps} line {line.number}: {problem}")
     except DamagedFileError as error:
@@ -72,7 +76,7 @@ def verify_run(path: Path) -> Verified:
         message = and_more(problems + damaged, _MOST_SHOWN, "; ", "; and")
         raise (LedgerError if problems else CheckpointError)(message)
     aside = sorted(file.name for file in path.glob("*.damaged-*"))
-    return Verified(steps, end, in_order * plan.global_batch_size, len(manifests), aside)
+    return Verified(steps, end, (in_order - unknown) * plan.global_batch_size, len(manifests), aside, unknown)
 
 
 def _check_small_files(run: RunDir, config: Config) -> list[str]:
@@ -103,20 +107,12 @@ def _check_checkpoints(run: RunDir) -> tuple[list[tuple[Path, dict[str, Any]]], 
     return whole, damaged
 
 
-def _check_position(entry: dict[str, Any], plan: RunPlan, config: Config) -> str | None:
-    """Compare the samples and epoch of a ledger line with the config. Return what is wrong, or None."""
+def _check_position(entry: dict[str, Any], plan: RunPlan, expected: str | None) -> str | None:
+    """Compare the samples and epoch of a ledger line with the config. Return what is wrong, or None. `expected`: the
+    digest of the samples; None if it is not known."""
     step = entry["step"]
-    expected = _expected_digest(step, plan, config.seed)
-    if entry["samples"] != expected:
+    if expected is not None and entry["samples"] != expected:
         return f"step {step} read samples with the digest {entry['samples']}; by the config it is {expected}"
     if entry["epoch"] != plan.epoch(step):
         return f"step {step} is in epoch {plan.epoch(step)}, not {entry['epoch']}"
     return None
-
-
-def _expected_digest(step: int, plan: RunPlan, seed: int) -> str:
-    """Return the digest of the samples of a step, over all ranks."""
-    positions = np.arange(plan.global_batch_size, dtype=np.uint64) + np.uint64(step * plan.global_batch_size)
-    # A sample of a stream has no index, so its position is used.
-    indices = positions if plan.num_samples is None else sample_indices(positions, plan.num_samples, seed)
-    return f"{digest(positions, indices):016x}"

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from distrib import targets
 from distrib.config import Config
 from distrib.data.fingerprint import fingerprint
+from distrib.data.limit import limited
+from distrib.data.order import Order
 from distrib.data.prints import Fingerprint
 from distrib.data.seeding import seeded
 from distrib.errors import ConfigError, DistribError
@@ -26,9 +28,10 @@ from distrib.strategies.memory import MakeOptimizer, averaged_dtype
 from distrib.strategies.parameters import trainable
 from distrib.task import Task, load_task
 from distrib.tracebacks import first_line
-from distrib.training import cross_rank_checks, evaluation
+from distrib.training import cross_rank_checks, evaluation, orders
 from distrib.training.engine import Engine
 from distrib.training.optimizers import build_optimizer
+from distrib.training.orders import check_weights
 from distrib.training.task_checks import check_blocks, check_dataset, check_eval_datasets, check_model, check_optimizer
 
 
@@ -87,23 +90,25 @@ def blocks(task: Task, module: nn.Module, strategy: Strategy) -> list[nn.Module]
     return found
 
 
-def train_dataset(task: Task, seed: int) -> tuple[Dataset[Any], int | None]:
-    """And how many samples it has; a stream (an IterableDataset) does not say. Raises ConfigError."""
-    with seeded("train_dataset", seed):
+def train_dataset(task: Task, config: Config) -> tuple[Dataset[Any], Order | None]:
+    """And the order in which a run reads its samples; None for a stream (an IterableDataset). Raises ConfigError."""
+    with seeded("train_dataset", config.seed):
         dataset = check_dataset(task.train_dataset(), "train_dataset")
-    return dataset, None if isinstance(dataset, IterableDataset) else len(dataset)  # type: ignore[arg-type]
+    with seeded("sample_weights", config.seed):
+        weights = check_weights(task.sample_weights(), dataset)
+    return dataset, orders.order(dataset, weights, config)
 
 
-def eval_datasets(task: Task, seed: int) -> dict[str, Dataset[Any]]:
+def eval_datasets(task: Task, config: Config) -> dict[str, Dataset[Any]]:
     """Return the evaluation sets by name; that of `Task.eval_dataset` has the name "". Raises ConfigError if one has no
     length or no samples."""
-    with seeded("eval_dataset", seed):
+    with seeded("eval_dataset", config.seed):
         found = check_eval_datasets(task.eval_datasets())
     for name, dataset in found.items():
         method = f"eval_datasets: {name}" if name else "eval_dataset"
         if len(check_dataset(dataset, method)) == 0:  # type: ignore[arg-type]
             raise ConfigError(f"task.{method}: it has no samples; {'leave it out' if name else 'return None'}")
-    return found
+    return {name: limited(dataset, config.eval.limit, config.seed) for name, dataset in found.items()}
 
 
 def require_evaluations(config: Config, sets: Collection[str], task: Task) -> None:
@@ -141,14 +146,20 @@ def require_evaluations(config: Config, sets: Collection[str], task: Task) -> No
             )
 
 
-def fingerprints(train: Dataset[Any], sets: dict[str, Dataset[Any]], config: Config) -> dict[str, Fingerprint | None]:
-    """Of all sets, by the name of the method that returned them; None for a stream and for no evaluation."""
+def fingerprints(
+    train: Dataset[Any], order: Order | None, sets: dict[str, Dataset[Any]], config: Config
+) -> dict[str, Fingerprint | None]:
+    """Of all sets, by the name of the method that returned them; None for a stream and for no evaluation. That of the
+    training set holds its `order` too, if that is no permutation."""
     found: dict[str, Dataset[Any] | None] = {"train_dataset": train}
     for name, dataset in sets.items():
         found[f"eval_datasets {name}" if name else "eval_dataset"] = dataset
     if not sets:
         found["eval_dataset"] = None
-    return {name: fingerprint(dataset, config.seed, config.data.num_workers) for name, dataset in found.items()}
+    prints = {name: fingerprint(dataset, config.seed, config.data.num_workers) for name, dataset in found.items()}
+    if (own := prints["train_dataset"]) is not None and order is not None and (record := order.record()) is not None:
+        own["order"] = record
+    return prints
 
 
 def optimizer_maker(task: Task, config: Config) -> MakeOptimizer:
@@ -186,7 +197,7 @@ def memory(
     return replace(found, average=sum(shard.numel() * averaged_dtype(shard.dtype).itemsize for shard in shards))
 
 
-def loading(config: Config, world: World) -> dict[str, Any]:
+def loading(config: Config, world: World, task: Task) -> dict[str, Any]:
     """How a DataLoader reads. Raises ConfigError if its workers could not be reached."""
     temporary.check_length(config.data.num_workers)
     if config.data.num_workers:
@@ -195,6 +206,7 @@ def loading(config: Config, world: World) -> dict[str, Any]:
         "num_workers": config.data.num_workers,
         "prefetch_factor": config.data.prefetch_factor,
         "pin_memory": not world.use_cpu,
+        "collate": None if type(task).collate is Task.collate else task.collate,
     }
 
 
@@ -212,7 +224,7 @@ def evaluate(
     `ema`: whether the model has the average of the weights. `keep`: called on rank 0 with the files of the task's
     samples, if there are some.
     """
-    batch_size, options = config.data.micro_batch_size, loading(config, engine.world)
+    batch_size, options = config.data.micro_batch_size, loading(config, engine.world, task)
     metrics = evaluation.evaluate(engine, task, dataset, batch_size, name, keep, **options)
     return {metric_name(name, key, ema): value for key, value in metrics.items()}
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from distrib.config import Config
+from distrib.data.order import Order
 from distrib.data.seeding import seeded
 from distrib.data.source import require_stream_reader
 from distrib.errors import ConfigError, DistribError, RunDirError
@@ -46,11 +47,11 @@ def explain_run(config: Config, processes: int, sources: Sequence[tuple[str, Any
     strategy = registry.resolve(config, World(world_size=processes, launcher="distrib"))
     config = strategy.config
     build.prepare(task, config, World())
-    _, num_samples = build.train_dataset(task, config.seed)
-    if num_samples is None:
+    _, order = build.train_dataset(task, config)
+    if order is None:
         require_stream_reader()
-    build.require_evaluations(config, build.eval_datasets(task, config.seed), task)
-    plan = RunPlan.complete(config, strategy.batches, num_samples)
+    build.require_evaluations(config, build.eval_datasets(task, config), task)
+    plan = RunPlan.complete(config, strategy.batches, None if order is None else order.size)
     rate_of = learning_rate(task, config, plan.num_steps)
     make, made = build.optimizer_maker(task, config), []
 
@@ -95,7 +96,7 @@ def _evaluate(run: RunDir, shown: Path, as_json: bool, which: str, ema: bool) ->
         raise ConfigError(f"{run.path}: the run's task was given in Python, so its config does not name it")
     task, world = build.task(config), World.detect()
     build.prepare(task, config, world)
-    sets = build.eval_datasets(task, config.seed)
+    sets = build.eval_datasets(task, config)
     if not sets:
         raise ConfigError(f"task.target: {config.task.target} has no eval_dataset, so there is nothing to evaluate on")
     strategy = registry.for_evaluation(config, world)
@@ -119,10 +120,14 @@ def _evaluate(run: RunDir, shown: Path, as_json: bool, which: str, ema: bool) ->
 
 def verify_run(run_dir: str | Path) -> None:
     """Check a run's ledger, checkpoints and data, and say so. Raises LedgerError, CheckpointError, RunDirError."""
-    found = verify.verify_run(Path(run_dir))
     run = RunDir(Path(run_dir).absolute())
     with where_it_began(run):
+        order = _order_of_task(run)
+    found = verify.verify_run(Path(run_dir), order)
+    with where_it_began(run):
         data = _check_data(run)
+    if found.unknown:
+        data = f"the samples of {found.unknown:,} steps not checked, {data}"
     ended = "all" if found.steps == found.of_steps else "so far"
     print(
         f"{run_dir}: {found.steps} of {found.of_steps} steps, {ended} in order, {found.samples:,} samples where they "
@@ -130,6 +135,19 @@ def verify_run(run_dir: str | Path) -> None:
     )
     if found.set_aside:
         print(f"{run_dir}: found damaged and set aside when the run went on: {', '.join(found.set_aside)}")
+
+
+def _order_of_task(run: RunDir) -> Order | None:
+    """Return the order of the samples that the task gives, if the run needs it, can be made here and is the run's."""
+    recorded = (run.environment_or_nothing().get("data") or {}).get("train_dataset") or {}
+    if (recorded.get("order") or {}).get("by") != "weights":
+        return None
+    try:
+        config = run.read_config()
+        _, order = build.train_dataset(build.task(config), config)
+    except Exception:  # _check_data reports it
+        return None
+    return order if order is not None and order.record() == recorded["order"] else None
 
 
 def _check_data(run: RunDir) -> str:
@@ -144,8 +162,8 @@ def _check_data(run: RunDir) -> str:
         return "data not checked: the task was given in Python"
     try:
         task = build.task(config)
-        train, _ = build.train_dataset(task, config.seed)
-        data = build.fingerprints(train, build.eval_datasets(task, config.seed), config)
+        train, order = build.train_dataset(task, config)
+        data = build.fingerprints(train, order, build.eval_datasets(task, config), config)
     except Exception as error:
         if not isinstance(error, DistribError | OSError) and is_ours(error):
             raise

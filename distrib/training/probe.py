@@ -55,7 +55,7 @@ def trial_evaluation(
     """
     batch_size = config.data.micro_batch_size
     size = min(2 * batch_size, len(dataset))  # type: ignore[arg-type]
-    loading = build.loading(config, engine.world)
+    loading = build.loading(config, engine.world, task)
     loading["num_workers"] = min(1, loading["num_workers"])
     with trial():
         collect = evaluation.predict(engine, task, dataset, size, batch_size, **loading)

@@ -77,14 +77,14 @@ class Trainer:
         self.strategy = registry.resolve(config, self.world)
         self.config = config = self.strategy.config
         build.prepare(task, config, self.world)
-        self.train_dataset, num_samples = build.train_dataset(task, config.seed)
-        eval_datasets = build.eval_datasets(task, config.seed)
+        self.train_dataset, self.order = build.train_dataset(task, config)
+        eval_datasets = build.eval_datasets(task, config)
         build.require_evaluations(config, eval_datasets, task)
-        self.plan = RunPlan.complete(config, self.strategy.batches, num_samples)
+        self.plan = RunPlan.complete(config, self.strategy.batches, None if self.order is None else self.order.size)
         require_steps_left(self.origin, self.plan.num_steps)
         self.learning_rate = learning_rate(task, config, self.plan.num_steps)
-        loading = build.loading(config, self.world)
-        self.source = source(self.train_dataset, self.plan, self.world, config.seed, loading)
+        loading = build.loading(config, self.world, task)
+        self.source = source(self.train_dataset, self.plan, self.world, config.seed, loading, self.order)
         self.module = build.model(task, config.seed)
         self.blocks = build.blocks(task, self.module, self.strategy)
         check_module(self.module, self.strategy, self.blocks)
@@ -111,7 +111,7 @@ class Trainer:
         """
         self.world.connect(self.config.strategy.timeout)
         cross_rank_checks.require_same_config(self.world, self.config)
-        data = build.fingerprints(self.train_dataset, self.evaluations.sets, self.config)
+        data = build.fingerprints(self.train_dataset, self.order, self.evaluations.sets, self.config)
         cross_rank_checks.require_same_data(self.world, data)
         if has_its_own(self.task):
             updates = tried_updates(self.plan.num_steps)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from distrib.errors import and_more
 from distrib.monitor.compare.runs import Curve, Run, Steps, Values
 from distrib.monitor.metrics import lower_is_better
-from distrib.run_folder.identity import difference
+from distrib.run_folder.identity import difference, order_difference
 
 # The relative difference that rounding alone can cause between two losses. For fp32 it is what this project promises
 # between numbers of processes (tests/distributed/test_parity.py); for bf16 and fp16 it is one rounding to their bits.
@@ -23,7 +23,8 @@ _EVALUATED = ("eval", "val", "test")  # prefixes of metrics that have a best val
 _EVALUATED_LOSSES = ("eval/loss", "val/loss", "val_loss", "test/loss", "test_loss")
 _OUT_OF_PROPORTION = 10  # an evaluation's loss that differs by this many times more than any step's is no rounding
 _LAST = sys.maxsize  # after every step
-_DECIDE_ORDER = ("seed", "data.global_batch_size", "training_samples")  # of the samples, if the code is the same
+# Keys that decide the order of the samples, if the code is the same.
+_DECIDE_ORDER = ("seed", "data.global_batch_size", "data.limit", "training_samples")
 _ACT_THROUGH_RATE = ("optim.schedule.", "optim.warmup_steps.", "train.steps.", "train.epochs.")
 _MOST_REASONS = 5
 _NOT_RECORDED = "not recorded"
@@ -183,6 +184,7 @@ def _cause(first: Run, other: Run, parted: int, by_order: bool, began_by_roundin
     if by_order:
         cause, reasons = "data order", {key: change for key, change in config.items() if key in _DECIDE_ORDER}
         if "training_samples" in reasons or not reasons:  # the cause of that
+            reasons |= _order_changes(first, other)
             reasons |= {key: change for key, change in config.items() if key.startswith("task.")} or code
         unknown = "nothing recorded explains it: distrib verify shows which run is not in order"
     elif config or data or code:
@@ -205,6 +207,12 @@ def _data_changes(first: Run, other: Run, evaluated: bool) -> dict[str, str]:
         if name == "train_dataset" or evaluated
     }
     return {key: change for key, change in found.items() if change is not None}
+
+
+def _order_changes(first: Run, other: Run) -> dict[str, str]:
+    ours, theirs = (run.data.get("train_dataset") for run in (first, other))
+    text = order_difference(theirs, ours, f"in {first.name}") if ours and theirs else None
+    return {} if text is None else {"task.train_dataset": text}
 
 
 def figures(run: Run) -> Figures:
@@ -234,7 +242,7 @@ def figures(run: Run) -> Figures:
 
 
 def _place(run: Run, curve: Curve) -> int:
-    """Return the index of the curve's last point, up to the run's checkpoint if one was chosen; -1 if there is none."""
+    """Return the index of the curve's last point, up to the run's checkpoint if one was chosen; -1: there is none."""
     return (len(curve.steps) if run.at is None else int(np.searchsorted(curve.steps, run.at, "right"))) - 1
 
 
