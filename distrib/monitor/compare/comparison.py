@@ -228,10 +228,9 @@ def figures(run: Run) -> Figures:
             place = int(np.nanargmin(curve.values) if lower_is_better(key) else np.nanargmax(curve.values))
             best[key] = (float(curve.values[place]), int(curve.steps[place]))
     clock = run.seconds
-    rate = None
+    rate = None  # without the first step, which is slow everywhere
     if run.global_batch_size is not None and len(clock.steps) > 1 and clock.values[-1] > clock.values[0]:
-        steps = int(clock.steps[-1] - clock.steps[0])  # without the first, which is slow everywhere
-        rate = run.global_batch_size * steps / float(clock.values[-1] - clock.values[0])
+        rate = run.global_batch_size * int(clock.steps[-1] - clock.steps[0]) / float(clock.values[-1] - clock.values[0])
     return Figures(
         steps=max((int(curve.steps[-1]) for curve in run.curves.values() if len(curve.steps)), default=0),
         final={key: float(curve.values[place]) for key, curve in results.items() if (place := _place(run, curve)) >= 0},
