@@ -85,7 +85,7 @@ class Trainer:
         self.learning_rate = learning_rate(task, config, self.plan.num_steps)
         loading = build.loading(config, self.world)
         self.source = source(self.train_dataset, self.plan, self.world, config.seed, loading)
-        self.module = build.model(task, config.seed)
+        self.module = build.model(task, config)
         self.blocks = build.blocks(task, self.module, self.strategy)
         check_module(self.module, self.strategy, self.blocks)
         if config.train.compile:
