@@ -19,11 +19,12 @@ from distrib.config_section import PositiveInt as PositiveInt
 from distrib.config_section import Section, explain
 from distrib.config_yaml import one_line
 from distrib.errors import ConfigError
+from distrib.optim_groups import GroupConfig
+from distrib.optim_groups import Rate as Rate
 
 MixedPrecision: TypeAlias = Literal["no", "bf16", "fp16"]
 Compile: TypeAlias = Literal[False, "blocks", "model"]
 _LONGEST_NAME = 200  # characters
-Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TaskConfig(Section):
@@ -60,6 +61,7 @@ class OptimConfig(Section):
     schedule: schedule_options.Key = "constant"
     warmup_steps: NonNegativeInt = 0
     plateau: decision_options.PlateauConfig | None = None  # a further factor of the rate
+    groups: Annotated[tuple[GroupConfig, ...], Field(strict=False)] = ()  # parameters with other values; the first fits
 
     def curve(self, num_steps: int) -> schedule_options.Curve:
         """The factor of the rate, update by update. Raises ConfigError if the schedule does not fit into the run."""

@@ -12,6 +12,11 @@ from distrib.errors import MismatchError
 _DEVICES_THAT_SCALE = ("cpu", "cuda")  # Metal's kernels ignored both until 2026 (pytorch/pytorch#186360)
 
 
+def members_of(optimizer: Any) -> list[Any]:
+    """Return the optimizers that it is made of: those of several classes, or itself."""
+    return getattr(optimizer, "members", [optimizer])
+
+
 def scales_itself(optimizer: Any) -> bool:
     """Return whether the optimizer divides by `grad_scale` and skips if `found_inf`, as torch's own fused ones do."""
     return (

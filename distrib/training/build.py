@@ -18,6 +18,7 @@ from distrib.data.prints import Fingerprint
 from distrib.data.seeding import seeded
 from distrib.errors import ConfigError, DistribError
 from distrib.monitor.observer import Observer
+from distrib.optim_groups import REST, GroupConfig, group_of, require_members
 from distrib.plan import Memory
 from distrib.processes import temporary
 from distrib.processes.world import World
@@ -66,10 +67,22 @@ def prepare(task: Task, config: Config, world: World) -> None:
             cross_rank_checks.on_each_machine(world, task.prepare)
 
 
-def model(task: Task, seed: int) -> nn.Module:
-    """With the initial weights that belong to `seed`."""
-    with seeded("model", seed):
-        return check_model(task.model())
+def model(task: Task, config: Config) -> nn.Module:
+    """With the initial weights that belong to the config's seed. Raises ConfigError."""
+    with seeded("model", config.seed):
+        module = check_model(task.model())
+    _freeze(module, config.optim.groups)
+    return module
+
+
+def _freeze(module: nn.Module, groups: Sequence[GroupConfig]) -> None:
+    """Take the gradient from the parameters of groups with `freeze`. Raises ConfigError if a group has no parameter."""
+    named = list(module.named_parameters())
+    require_members(groups, [(name, parameter.ndim) for name, parameter in named])
+    for name, parameter in named:
+        place = group_of(groups, name, parameter.ndim)
+        if place != REST and groups[place].freeze:
+            parameter.requires_grad_(False)
 
 
 def blocks(task: Task, module: nn.Module, strategy: Strategy) -> list[nn.Module]:
@@ -183,12 +196,14 @@ def memory(
     try:
         with torch.device("meta"):
             module = task.model()
+        _freeze(module, strategy.config.optim.groups)
         make_optimizer(trainable(module))
     except DistribError:
         raise
     except Exception as error:
         warn(f"the model is built in memory, as it cannot be built on torch's meta device: {first_line(error)}")
         module = task.model()
+        _freeze(module, strategy.config.optim.groups)
     strategy.check_model(module, task.blocks(module))
     found = strategy.memory(module, make_optimizer)
     if strategy.config.train.ema is None:

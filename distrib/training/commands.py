@@ -54,9 +54,11 @@ def explain_run(config: Config, processes: int, sources: Sequence[tuple[str, Any
     plan = RunPlan.complete(config, strategy.batches, None if order is None else order.size)
     rate_of = learning_rate(task, config, plan.num_steps)
     make, made = build.optimizer_maker(task, config), []
+    own = type(task).optimizer is not Task.optimizer
 
     def make_optimizer(params: list[tuple[str, nn.Parameter]]) -> Optimizer:
         made.append(make(params))
+        refuse_optimizer(made[-1], strategy, own)  # before it is asked for its state
         return made[-1]
 
     def warn(line: str) -> None:
@@ -64,8 +66,6 @@ def explain_run(config: Config, processes: int, sources: Sequence[tuple[str, Any
 
     with seeded("model", config.seed):
         memory = build.memory(task, strategy, make_optimizer, warn)
-    own = type(task).optimizer is not Task.optimizer
-    refuse_optimizer(made[-1], strategy, own)
     if own and (ignored := ignored_keys(config.optim, made[-1])):
         raise ConfigError(ignored)
     optimizer = describe_optimizer(made[-1])
@@ -100,7 +100,7 @@ def _evaluate(run: RunDir, shown: Path, as_json: bool, which: str, ema: bool) ->
     if not sets:
         raise ConfigError(f"task.target: {config.task.target} has no eval_dataset, so there is nothing to evaluate on")
     strategy = registry.for_evaluation(config, world)
-    module = build.model(task, config.seed)
+    module = build.model(task, config)
     world.connect()
     strategy.wrap(module, task.blocks(module), None)
     engine = Engine(strategy, mixed_precision=config.train.mixed_precision, seed=config.seed)

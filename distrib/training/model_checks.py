@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from distrib.errors import ConfigError
 from distrib.run_folder.checkpoint import named_state
 from distrib.strategies.base import Strategy
+from distrib.strategies.optimizer_state import members_of
 from distrib.strategies.parameters import refusal, trainable
 
 
@@ -40,11 +41,13 @@ def check_module(module: nn.Module, strategy: Strategy, blocks: list[nn.Module])
 
 def refuse_optimizer(optimizer: Optimizer, strategy: Strategy, own: bool) -> None:
     """Raise ConfigError if the optimizer cannot update the strategy's shards. `own`: the task made it."""
-    classes = {kind.__name__.lower() for kind in type(optimizer).__mro__}
-    if classes & set(strategy.refused_optimizers):
-        key = "task.optimizer" if own else "optim.name"
+    for member in members_of(optimizer):
+        classes = {kind.__name__.lower() for kind in type(member).__mro__}
+        if not classes & set(strategy.refused_optimizers):
+            continue
+        key = "task.optimizer" if own else "optim.name" if member is optimizer else "optim.groups"
         raise ConfigError(
-            f"{key}: {type(optimizer).__name__} cannot update the shards of {strategy.name}; take another optimizer, "
+            f"{key}: {type(member).__name__} cannot update the shards of {strategy.name}; take another optimizer, "
             "or strategy.name ddp"
         )
 

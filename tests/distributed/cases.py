@@ -10,6 +10,7 @@ SHARDED_WORLDS = (1, 2, 4)
 LATE_WORLDS = (1, 2)
 SHARDED = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
 HSDP = {"name": "hsdp", "shard_size": 2}  # on four processes
+GROUPED = [*((name, "classes") for name in ("auto", *SHARDED)), ("auto", "muon"), ("zero0", "muon")]
 ON = [(count, name) for count in SHARDED_WORLDS for name in ("auto", *SHARDED)] + [(4, "hsdp")]
 MASKED = {"target": "tasks:Masked"}
 
@@ -50,6 +51,16 @@ SCHEDULED: dict[str, dict[str, Any]] = {
     },
 }
 
+# test_groups: the first group that fits
+GROUPS: dict[str, list[dict[str, Any]]] = {
+    "classes": [
+        {"match": "2.0.weight", "freeze": True},
+        {"match": "*.bias", "name": "sgd", "lr": 0.5, "momentum": 0.9, "weight_decay": 0.01},
+        {"match": ["0.*", "nothing*"], "lr": 0.02, "weight_decay": 0.0},
+    ],
+    "muon": [{"match": "[12].*", "ndim": 2, "name": "muon", "lr": 0.02}],
+}
+
 # test_verdicts and test_strategies
 STEPS = 40
 FEW, EVERY = 12, 5
@@ -87,6 +98,8 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         found.update(_strategy_cases())
     if world in SHARDED_WORLDS:
         found.update(_scheduled_cases())
+        found.update({f"{name}-{groups}": _grouped(groups, {"name": name}) for name, groups in GROUPED})
+        found["bitwise-muon"] = _grouped("muon", {}, determinism="bitwise")
         found.update(_ema_cases(world))
         found.update({f"bitwise-{precision}": config for precision, config in BITWISE.items()})
         found.update(_buffer_cases(world))
@@ -111,6 +124,7 @@ def resumed(world: int) -> list[str]:
             *(f"{name}-{precision}" for name in ("ddp", *SHARDED) for precision in PRECISIONS),
             *(f"ema-late-{name}" for name in ("auto", *SHARDED)),
             *(f"ema-fp16-{name}" for name in ("auto", *SHARDED)),
+            *(f"{name}-classes" for name in ("auto", *SHARDED)),
             *("ddp-static", "stream-0", "stream-2", "buffers-ddp", "buffers-zero1", "buffers-fsdp2"),
             *("bitwise-formats", "zero2-formats", "fsdp2-formats"),
         ]
@@ -199,6 +213,12 @@ def _scheduled_cases() -> dict[str, dict[str, Any]]:
     }
 
 
+def _grouped(groups: str, strategy: dict[str, Any], **train: Any) -> dict[str, Any]:
+    """Return a run with `optim.groups`."""
+    config = _config(FEW, task=MASKED, strategy=strategy, **train)
+    return {**config, "optim": {"lr": 0.01, "weight_decay": 0.1, "betas": [0.8, 0.99], "groups": GROUPS[groups]}}
+
+
 def _strategy_cases() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name in ("ddp", *SHARDED):
@@ -232,6 +252,7 @@ def _hsdp_cases() -> dict[str, dict[str, Any]]:
             parity = {**parity_config(optimizer, 4 * window * MICRO), "strategy": HSDP}
             found[f"hsdp-{optimizer}-{window}"] = parity
     found["stops-hsdp"] = {**stop_config("auto"), "strategy": HSDP}
+    found["hsdp-classes"] = _grouped("classes", HSDP)
     found["hsdp-pieces"] = {**_scheduled_cases()["auto-pieces"], "strategy": HSDP}
     found["hsdp-offload"] = _config(FEW, strategy={**HSDP, "offload": "all"})
     found["hsdp-kept"] = _config(FEW, strategy={**HSDP, "reshard_after_forward": False})

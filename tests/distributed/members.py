@@ -53,7 +53,7 @@ def go_on_under_another_strategy(folder: Path, world: World) -> None:
 
 def engine(task: Task, config: Config, world: World, *, training: bool, max_grad_norm: float | None = None) -> Engine:
     strategy = registry.resolve(config, world)
-    module = build.model(task, 0)
+    module = build.model(task, config)
     make_optimizer = build.optimizer_maker(task, config) if training else None
     strategy.wrap(module, task.blocks(module), make_optimizer)
     ema = config.train.ema if training else None

@@ -1,0 +1,73 @@
+"""`optim.groups`: parameters by their names, with other values or classes, or frozen, as in a plain PyTorch loop."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import EVERY, FEW, GROUPED, SHARDED, SHARDED_WORLDS
+from conftest import losses, tensors
+from tasks import Masked, plain_loss
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("worlds")]
+BATCH, SEED = 16, 3
+TOLERANCE = 1e-5  # see test_parity
+
+
+@cache
+def plain_loop(groups: str) -> list[float]:
+    """Return the losses of a plain loop in one process. Only the data order is distrib's."""
+    task = Masked()
+    data = task.train_dataset()
+    torch.manual_seed(SEED)
+    model = task.model()
+    named = dict(model.named_parameters())
+    optimizers: list[Any]
+    if groups == "muon":
+        matrices = [named.pop(name) for name in ("1.0.weight", "2.1.weight")]
+        optimizers = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1)]
+        rest: list[Any] = [{"params": list(named.values())}]
+    else:
+        named.pop("2.0.weight").requires_grad_(False)
+        biases = [named.pop(name) for name in ("1.0.bias", "2.0.bias", "2.1.bias")]
+        optimizers = [torch.optim.SGD(biases, lr=0.5, momentum=0.9, weight_decay=0.01)]
+        rest = [{"params": [named.pop("0.weight")], "lr": 0.02, "weight_decay": 0.0}, {"params": list(named.values())}]
+    optimizers.append(torch.optim.AdamW(rest, lr=0.01, weight_decay=0.1, betas=(0.8, 0.99)))
+    found = []
+    for step in range(FEW):
+        loss = plain_loss(model, data, step, BATCH, SEED)
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize(("strategy", "groups"), GROUPED)
+@pytest.mark.parametrize("processes", SHARDED_WORLDS)
+def test_groups_equal_a_plain_loop(world: Callable[[int], Path], processes: int, strategy: str, groups: str) -> None:
+    np.testing.assert_allclose(losses(world(processes) / f"{strategy}-{groups}"), plain_loop(groups), rtol=TOLERANCE)
+
+
+def test_hsdp_and_bitwise(world: Callable[[int], Path]) -> None:
+    np.testing.assert_allclose(losses(world(4) / "hsdp-classes"), plain_loop("classes"), rtol=TOLERANCE)
+    alone = losses(world(1) / "bitwise-muon")
+    np.testing.assert_allclose(alone, plain_loop("muon"), rtol=TOLERANCE)
+    assert [losses(world(count) / "bitwise-muon") for count in (2, 4)] == [alone, alone]
+
+
+@pytest.mark.parametrize("strategy", ["auto", *SHARDED])
+def test_a_frozen_parameter_has_no_state_and_stays(world: Callable[[int], Path], strategy: str) -> None:
+    run = world(2) / f"{strategy}-classes"
+    first, last = tensors(run, EVERY), tensors(run)
+    np.testing.assert_array_equal(first["model.2.0.weight"], np.ones(32))
+    np.testing.assert_array_equal(last["model.2.0.weight"], np.ones(32))
+    assert not any(name.startswith("optimizer.") and name.endswith("2.0.weight") for name in last)
+    assert "optimizer.momentum_buffer.1.0.bias" in last
+    assert "optimizer.exp_avg.1.0.weight" in last
+    assert "optimizer.exp_avg.1.0.bias" not in last

@@ -1,0 +1,126 @@
+"""`optim.groups` in one process: what is refused before training, what explain shows, and Task.decays."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import Run, check, refused
+from torch import nn
+
+from distrib import Config
+from distrib.training.optimizers import build_optimizer
+
+CONFIG: dict[str, Any] = {
+    "task": {"target": "tasks:Masked"},
+    "data": {"global_batch_size": 16, "micro_batch_size": 4},
+    "optim": {"name": "adamw", "lr": 0.01, "weight_decay": 0.1, "betas": [0.8, 0.9]},
+    "train": {"steps": 2},
+}
+
+
+def write(folder: Path, groups: Any, **optim: Any) -> None:
+    config = {**CONFIG, "optim": {**CONFIG["optim"], **optim, "groups": groups}}
+    (folder / "c.yaml").write_text(yaml.safe_dump(config))
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        (
+            [{"match": "1.0.wieght"}],
+            "optim.groups.0.match: 1.0.wieght matches no parameter of the model, did you",
+        ),
+        (
+            [{"match": "head*"}],
+            "optim.groups.0.match: head* matches no parameter of the model; there are 0.",
+        ),
+        ([{"match": "*.bias", "ndim": 2}], "optim.groups.0.match: *.bias matches no parameter with ndim 2"),
+        (
+            [{"match": "*"}, {"match": "0.*"}],
+            "optim.groups.1.match: 0.* matches only parameters of earlier groups (0.weight is in optim.",
+        ),
+        (
+            [{"match": "*.bias", "name": "sdg"}],
+            "optim.groups.0.name: 'sdg' is not a class of torch.optim, did you mean SGD?",
+        ),
+        ([{"match": "*.bias", "name": "lbfgs"}], "optim.groups.0.name: LBFGS evaluates the loss several times a step"),
+        (
+            [{"match": "*.bias", "name": "sgd", "betas": [0.1, 0.2]}],
+            "optim.groups.0.betas: SGD has no betas; leave",
+        ),
+        ([{"match": "*.bias", "options": {"epsilon": 1}}], "optim.groups.0.options.epsilon: not an option of AdamW: "),
+        ([{"match": "*.bias", "name": "muon"}], "optim: Muon refuses its arguments: Muon only supports 2D parameters"),
+        ([{"match": "*", "freeze": True}], "task.model: Sequential has no parameter to train"),
+        ([{"lr": 0.1}], "optim.groups.0.match: "),
+        ([{"match": []}], "optim.groups.0.match: "),
+        ([{"match": "*.bias", "rate": 0.1}], "optim.groups.0.rate: unknown key"),
+        ([{"match": "*.bias", "lr": -1}], "optim.groups.0.lr: -1: input should be greater than or equal to 0"),
+        ({"match": "*.bias"}, "optim.groups: "),
+    ],
+)
+def test_bad_groups(run: Run, tmp_path: Path, groups: Any, said: str) -> None:
+    write(tmp_path, groups)
+    assert said in refused(run("distrib", "train", "c.yaml"))
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp2"])
+def test_muon_is_refused_where_matrices_are_cut(run: Run, tmp_path: Path, strategy: str) -> None:
+    write(tmp_path, [{"match": "*.weight", "ndim": 2, "name": "muon"}])
+    for command in (("launch", "c.yaml", "--processes", 2), ("explain", "c.yaml", "--processes", 2)):
+        line = refused(run("distrib", *command, f"strategy.name={strategy}"))
+        assert f"optim.groups: Muon cannot update the shards of {strategy}; take another optimizer" in line
+
+
+def test_a_task_with_its_own_optimizer(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump({**CONFIG, "task": {"target": "tasks:Groups"}, "optim": {"groups": [{"match": "*.bias"}]}})
+    )
+    assert "does not do what the config says: groups are given" in refused(run("distrib", "train", "c.yaml"))
+
+
+def test_explain_lists_them(run: Run, tmp_path: Path) -> None:
+    write(
+        tmp_path, [{"match": ["*.bias", "0.*"], "lr": 0.02}, {"match": "2.1.weight", "name": "sgd", "weight_decay": 0}]
+    )
+    said = " ".join(check(run("distrib", "explain", "c.yaml", COLUMNS="200")).split())
+    assert "AdamW, lr 0.01, weight_decay 0.1 for the rest (544 parameters)" in said
+    assert "lr 0.02, weight_decay 0.1 for *.bias, 0.* (251 parameters)" in said
+    assert "SGD, lr 0.01 for 2.1.weight (352 parameters)" in said
+
+
+def test_what_a_group_takes_from_the_section_and_decays() -> None:
+    """Another class has its own defaults. Task.decays is asked where a group has no weight_decay of its own."""
+    optim = {**CONFIG["optim"], "options": {"eps": 1e-4}}
+    groups = [
+        {"match": "0.*"},
+        {"match": "1.weight", "name": "muon", "lr": 0.5},
+        {"match": "1.bias", "name": "AdamW", "weight_decay": 0.3, "options": {}},
+    ]
+    config = Config.from_dict({**CONFIG, "optim": {**optim, "groups": groups}}).optim
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2), nn.Linear(2, 2))
+    made = build_optimizer(config, list(model.named_parameters()), lambda name, _: not name.endswith("bias"))
+    found = {
+        name: group
+        for group in made.param_groups
+        for name, parameter in model.named_parameters()
+        if any(parameter is one for one in group["params"])
+    }
+    assert {name: group["weight_decay"] for name, group in found.items()} == {
+        "0.weight": 0.1,
+        "0.bias": 0.0,
+        "1.weight": 0.1,
+        "1.bias": 0.3,
+        "2.weight": 0.1,
+        "2.bias": 0.0,
+    }
+    assert (found["1.weight"]["momentum"], found["1.weight"]["lr"]) == (0.95, 0.5)  # Muon's own
+    assert [found[name]["eps"] for name in ("0.weight", "1.bias")] == [1e-4, 1e-8]
+    assert [found[name]["betas"] for name in ("0.weight", "1.bias")] == [(0.8, 0.9)] * 2
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    made.step()
+    assert all((old != new).all() for old, new in zip(before, model.parameters(), strict=True))
+    assert {"exp_avg", "momentum_buffer"} <= {key for state in made.state.values() for key in state}
