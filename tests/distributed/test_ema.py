@@ -104,6 +104,15 @@ def test_the_average_with_options(world: Callable[[int], Path], option: str) -> 
     check_average(world(2) / f"ema-late-{option}", "late")
 
 
+@pytest.mark.parametrize(("processes", "strategy"), [(2, "zero3"), (4, "fsdp2"), (4, "hsdp")], ids=str)
+def test_evaluate_takes_the_average(world: Callable[[int], Path], run: Run, processes: int, strategy: str) -> None:
+    folder = world(processes) / f"ema-late-{strategy}"
+    found = {key: value for key, value in lines(folder, "evals.jsonl")[-1]["metrics"].items() if "/ema/" in key}
+    for on in (1, 2):
+        said = check(run("distrib", "evaluate", folder, "--weights", "ema", "--json", "--processes", on))
+        assert json.loads(said.splitlines()[-1])["metrics"] == pytest.approx(found)
+
+
 def test_the_cases_differ(world: Callable[[int], Path]) -> None:
     """An average that is wrong would be another one."""
     found = {name: tensors(world(1) / f"ema-{name}-auto") for name in EMAS}
