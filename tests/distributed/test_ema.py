@@ -87,14 +87,14 @@ def check_average(run: Path, name: str) -> None:
         assert {"eval/right", "eval/ema/right"} <= line["metrics"].keys()
 
 
-@pytest.mark.parametrize("name", EMAS)
 @pytest.mark.parametrize("strategy", ["auto", *SHARDED])
 @pytest.mark.parametrize("processes", SHARDED_WORLDS)
-def test_the_average_is_the_plain_loops(world: Callable[[int], Path], processes: int, strategy: str, name: str) -> None:
-    check_average(world(processes) / f"ema-{name}-{strategy}", name)
+def test_the_average_is_the_plain_loops(world: Callable[[int], Path], processes: int, strategy: str) -> None:
+    for name in EMAS if strategy in ("auto", "zero2") else ("usual", "late"):
+        check_average(world(processes) / f"ema-{name}-{strategy}", name)
 
 
-@pytest.mark.parametrize("name", EMAS)
+@pytest.mark.parametrize("name", ["usual", "late"])
 def test_the_average_under_hsdp(world: Callable[[int], Path], name: str) -> None:
     check_average(world(4) / f"ema-{name}-hsdp", name)
 
