@@ -22,8 +22,8 @@ from distrib.training.loop import train_step
 PROCESSES, TARGET = 2, 1.05
 STRATEGIES = ("ddp", "zero2")
 WIDTH, DEPTH = 528, 6  # 20 million parameters
-GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE = 32, 16
-BLOCKS, STEPS = 11, 4
+GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE = 16, 8
+BLOCKS, STEPS = 25, 2
 
 
 class Without:
