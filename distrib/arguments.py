@@ -1,4 +1,4 @@
-"""The text of `distrib --help`, and arguments and options that several commands share."""
+"""The text of `distrib --help`, and arguments and options of the commands."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -17,6 +17,11 @@ from distrib.schedule_options import known_keys as schedule_keys
 from distrib.strategy_options import known_keys as strategy_keys
 
 _SUFFIXES = (".yaml", ".yml")
+# Those of torch.optim; importing torch would take seconds.
+OPTIMIZERS = (
+    *("adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "asgd", "muon", "nadam", "radam", "rmsprop"),
+    *("rprop", "sgd", "sparseadam"),
+)
 _IN_A_RUN_FOLDER = ("config.yaml", "checkpoints")
 
 
@@ -67,7 +72,7 @@ def _paths(incomplete: str, usual: str, wanted: Any) -> list[str]:
 
 def _values() -> dict[str, list[str]]:
     """Return each key of the config, dotted, and its values, if they are a few words."""
-    names = {"strategy.name": list(OWN[STRATEGIES]), "optim.schedule": list(SCHEDULES)}
+    names = {"strategy.name": list(OWN[STRATEGIES]), "optim.schedule": list(SCHEDULES), "optim.name": list(OPTIMIZERS)}
     return {**dict(_walk(Config, "")), **{key: [] for key in (*strategy_keys(), *schedule_keys())}, **names}
 
 

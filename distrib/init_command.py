@@ -3,13 +3,15 @@
 import csv
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from distrib import config_yaml
 from distrib.errors import ConfigError, did_you_mean
+from distrib.tracebacks import first_line
 
 _USAGE = {  # what follows --from, and what else it needs
     "csv": "a CSV file, such as table.csv",
@@ -18,6 +20,7 @@ _USAGE = {  # what follows --from, and what else it needs
     "module": "your module and your dataset, as net:Net data:Points, and a dataset to evaluate on, if there is one",
 }
 _FEWEST = 20  # samples
+_LONGEST_NAME = 100  # characters
 _MOST_CLASSES = 20  # of whole numbers; a column with more different ones is predicted as a number
 _STOP = {"metric": "eval/loss", "patience": 10}
 _BEST = {"metric": "eval/loss", "mode": "min"}
@@ -57,7 +60,14 @@ def write_start(kind: str | None, given: Sequence[str], column: str | None, name
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be written: {error.strerror}") from None
     what = f"the task is {module}.py, its arguments and all else are in {name}.yaml" if source else f"see {name}.yaml"
-    print(f"{what}; train with:\n\n    distrib launch --processes 2 {name}.yaml\n")
+    print(f"{what}; train with:\n\n    distrib launch --processes {_processes()} {name}.yaml\n")
+
+
+def _processes() -> int:
+    """Return two, or one on a machine with one accelerator: a process needs one of its own."""
+    import torch
+
+    return min(2, torch.accelerator.device_count() or 2)
 
 
 def _for_files(kind: str | None, module: str, path: str, column: str | None) -> tuple[dict[str, Any], str]:
@@ -75,6 +85,8 @@ def _first(module: str) -> tuple[dict[str, Any], str]:
 
 
 def _for_csv(module: str, path: str, column: str | None) -> tuple[dict[str, Any], str]:
+    from distrib.starters.table import Table, known
+
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
@@ -95,7 +107,7 @@ def _for_csv(module: str, path: str, column: str | None) -> tuple[dict[str, Any]
     for number, row in enumerate(rows, start=2):
         if None in row or None in row.values():
             raise ConfigError(f"{path}: row {number} has more or fewer values than the first line has names")
-    answers = [answer for row in rows if (answer := row[column].strip())]
+    answers = [answer for row in rows if (answer := known(row[column]))]
     _require_enough(path, len(answers), f"rows with a value of {column}")
     kind = "number" if _are_numbers(answers) else "class"
     classes = len(set(answers))
@@ -103,15 +115,25 @@ def _for_csv(module: str, path: str, column: str | None) -> tuple[dict[str, Any]
         raise ConfigError(f"{path}: all rows have the same {column}; there is nothing to learn")
     if kind == "class" and classes > len(answers) / 2:
         raise ConfigError(
-            f"{path}: {column} has {classes} different texts in {len(answers)} rows, too many to predict as "
+            f"{path}: {column} has {classes} different values in {len(answers)} rows, too many to predict as "
             "classes; choose another with --column"
         )
+    made = Table(path, column, kind)
+    if not made.inputs.numel():
+        raise ConfigError(
+            f"{path}: no column can be used to predict {column}: {', '.join(made.left_out)} have one value, or too "
+            "many different texts"
+        )
+    without = f"; without {', '.join(made.left_out)}: one value, or too many different texts" if made.left_out else ""
+    print(f"{column} is predicted as a {kind} from {len(columns) - 1 - len(made.left_out)} column(s){without}")
     task = {"target": f"{module}:Table", "path": path, "column": column, "kind": kind}
     held_out = len(answers) // 5
     return _config(task, len(answers) - held_out, held_out, lr=0.003), "table"
 
 
 def _for_images(module: str, path: str) -> tuple[dict[str, Any], str]:
+    from PIL import Image
+
     from distrib.starters.images import pictures_in
 
     if not Path(path).is_dir():
@@ -120,6 +142,12 @@ def _for_images(module: str, path: str) -> tuple[dict[str, Any], str]:
     classes = {name: count for name, count in found.items() if count}
     if len(classes) < 2:
         raise ConfigError(f"{path}: pictures of {len(classes)} class(es); give {_USAGE['images']}, two or more")
+    for name in classes:
+        for file in pictures_in(Path(path) / name):
+            try:
+                Image.open(file).close()
+            except OSError as error:
+                raise ConfigError(f"{file}: cannot be read as a picture: {error}; remove it") from None
     count = sum(classes.values())
     _require_enough(path, count, "pictures")
     return _config(
@@ -131,11 +159,14 @@ def _for_text(module: str, path: str) -> tuple[dict[str, Any], str]:
     from distrib.starters.text import files_in
 
     try:
-        size = sum(file.stat().st_size for file in files_in(Path(path)))
+        files = files_in(Path(path))
+        size = sum(file.stat().st_size for file in files)
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    if not files:
+        raise ConfigError(f"{path}: no .txt or .md file in it; give {_USAGE['text']}")
     length = 128
-    pieces = (size - 1) // length
+    pieces = max(0, size - 1) // length
     _require_enough(path, pieces, f"pieces of {length} bytes")
     task = {"target": f"{module}:Texts", "path": path, "context_length": length, "layers": 4, "heads": 4, "width": 128}
     return _config(task, pieces - pieces // 10, pieces // 10, lr=0.003), "text"
@@ -144,25 +175,36 @@ def _for_text(module: str, path: str) -> tuple[dict[str, Any], str]:
 def _for_module(model: str, train: str, evaluate: str | None = None) -> dict[str, Any]:
     import torch
     from torch import nn
-    from torch.utils.data import Dataset
+    from torch.utils.data import Dataset, IterableDataset
 
     from distrib.targets import call, find
 
     def made(target: str, kind: type[Any]) -> Any:
         return call(find(target, "--from module", kind, factories=True), {}, "--from module")
 
+    def sized(target: str) -> Any:
+        dataset = made(target, Dataset)
+        if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized) or not len(dataset):
+            raise ConfigError(f"{target}: is a stream, has no __len__, or no samples; give a dataset with some")
+        return dataset
+
     made(model, nn.Module)
-    dataset = made(train, Dataset)
-    sample = dataset[0]
-    if not isinstance(sample, tuple | list) or len(sample) != 2:
-        raise ConfigError(f"{train}: its samples are {type(sample).__name__}; give one with samples (input, target)")
-    target = torch.as_tensor(sample[1])
+    dataset = sized(train)
+    try:
+        sample = dataset[0]
+        _, answer = sample
+        target = torch.as_tensor(answer)
+    except Exception as error:
+        raise ConfigError(
+            f"{train}: give a dataset of samples (input, target), with a target of numbers; the first sample: "
+            f"{first_line(error)}"
+        ) from error
     loss = "MSELoss" if target.is_floating_point() else "CrossEntropyLoss"
     task: dict[str, Any] = {"target": "distrib.tasks.supervised:Supervised", "model": {"target": model}}
     task |= {"train_dataset": {"target": train}, "loss": loss}
     held_out = 0
     if evaluate is not None:
-        held_out = len(made(evaluate, Dataset))
+        held_out = len(sized(evaluate))
         task["eval_dataset"] = {"target": evaluate}
     return _config(task, len(dataset), held_out, lr=0.001)
 
@@ -189,10 +231,18 @@ def _config(task: dict[str, Any], samples: int, held_out: int, lr: float) -> dic
 
 
 def _as_yaml(config: dict[str, Any]) -> str:
+    """Return the config as YAML, a line for each section. distrib reads numbers in more forms than the library writes,
+    so a text that it would read as something else is quoted."""
     lines = ["# From distrib init. Every key: docs/config.md; what they come to: distrib explain."]
     for key, value in config.items():
-        written = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
-        lines.append(f"{key}: {written.removesuffix('...' + chr(10)).strip()}")
+        for style in (None, '"'):
+            written = yaml.safe_dump(
+                value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6, default_style=style
+            )
+            line = f"{key}: {written.removesuffix('...' + chr(10)).strip()}"
+            if config_yaml.parse(line, key) == {key: value}:
+                break
+        lines.append(line)
     return "\n".join(lines) + "\n"
 
 
@@ -212,15 +262,17 @@ def _require_enough(path: str, found: int, what: str) -> None:
 
 
 def _name_of(kind: str | None, given: Sequence[str]) -> str:
-    last = (
-        "first" if kind is None else given[0].partition(":")[0] if kind == "module" else Path(given[0]).resolve().stem
-    )
-    return re.sub(r"\W", "_", last, flags=re.ASCII).strip("_").lower() or "first"
+    if kind is None:
+        return "first"
+    last = given[0].partition(":")[0] if kind == "module" else Path(given[0]).resolve().stem
+    name = re.sub(r"\W", "_", last, flags=re.ASCII).strip("_").lower()[:_LONGEST_NAME] or "first"
+    return f"run_{name}" if name[0].isdigit() else name
 
 
 def _checked_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or len(name) > _LONGEST_NAME:
         raise ConfigError(
-            f"--name: {name!r}; give letters, digits and '_', and no digit first: a module is named after it"
+            f"--name: {name!r}; give up to {_LONGEST_NAME} letters, digits and '_', no digit first: a module is named "
+            "after it"
         )
     return name

@@ -10,6 +10,7 @@ from typing import Any
 from distrib.errors import ConfigError
 
 _CHANNELS = (1, 3, 4)
+_LONGEST_VALUE = 100_000  # characters; Python's csv reads fields of up to 131,072
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # of a file
 
 
@@ -71,7 +72,10 @@ def _content(sample: Any) -> tuple[str, bytes]:
         for number, row in enumerate(rows):
             if len(row) != len(rows[0]):
                 raise ValueError(f"row {number} of the table has {len(row)} values for {len(rows[0])} columns")
-        csv.writer(text, lineterminator="\n").writerows(rows)
+            for value in row:
+                if len(str(value)) > _LONGEST_VALUE:
+                    raise ValueError(f"row {number} of the table has a value of {len(str(value)):,} characters; cut it")
+        csv.writer(text).writerows(rows)  # lines end with CRLF, as in RFC 4180
         return ".csv", text.getvalue().encode()
     raise ValueError(f"it is {type(sample).__name__}; give distrib.Image, distrib.Text or distrib.Table")
 

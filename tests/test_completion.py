@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import environment
 
-from distrib.completion import overrides
+from distrib.completion import OPTIMIZERS, overrides
 from distrib.config import Config
 
 # COMP_WORDS and COMP_CWORD are what bash sets when Tab is pressed; it takes = for a word of its own.
@@ -50,6 +51,7 @@ def tab(tmp_path: Path) -> Any:
         (["launch", "own.py", "checkpoint.k"], []),
         (["train", "own.yaml", "optim.lr", "=", "0.1", "train.mixed_precision", "="], ["no", "bf16", "fp16"]),
         (["train", "own.yaml", "strategy.name", "=", "zero"], ["zero0", "zero1", "zero2", "zero3"]),
+        (["train", "own.yaml", "optim.name", "=", "s"], ["sgd", "sparseadam"]),
         (["explain", "own.yaml", "eval.at_start", "=", "t"], ["true"]),
         (["evaluate", ""], ["configs/", "photos/", "runs/", "runs/one", "runs/two"]),
         (["compare", "runs/one", "runs/t"], ["runs/two"]),
@@ -68,3 +70,5 @@ def test_every_key_and_shells_that_keep_a_word() -> None:
     assert overrides(["optim.lr=0.1"], "optim.schedule=co") == ["optim.schedule=constant", "optim.schedule=cosine"]
     assert overrides([], "optim.lr=") == []
     assert overrides([], "nothing") == []
+    names = {name.lower() for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
+    assert {name.lower() for name in OPTIMIZERS} == names - {"optimizer", "lbfgs"}

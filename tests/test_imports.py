@@ -43,7 +43,7 @@ ONLY_IN = {
     "torchdata": {"data/source.py"},
     "torchmetrics": {"tasks/supervised.py"},
     "transformers": {"tasks/hugging_face.py", "tasks/pretrained.py"},
-    "wandb": {"monitor/trackers/trackers.py", "monitor/trackers/wandb_files.py"},
+    "wandb": {"monitor/trackers/samples.py", "monitor/trackers/trackers.py", "monitor/trackers/wandb_files.py"},
 }
 MODULES = sorted((ROOT / "distrib").rglob("*.py"))
 

@@ -36,6 +36,31 @@ def odd() -> list:
     return [1.0] * 64
 
 
+def stream() -> Dataset:
+    return Stream()
+
+
+def none() -> Dataset:
+    return TensorDataset(torch.ones(0, 3), torch.ones(0, 2))
+
+
+def words() -> Dataset:
+    return Words()
+
+
+class Words(Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return torch.ones(3), "a word"
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
 class Odd(Dataset):
     def __getitem__(self, index):
         return 1.0
@@ -94,7 +119,7 @@ def test_a_table(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / train(run, "my_things_2")
     check_same_losses(tmp_path, "my_things_2")
     assert metrics_of(folder)["eval/r2"] > 0.8  # 0 by the mean; the size is missing in a tenth
-    assert next((folder / "samples").glob("*/worst.csv")).read_text().startswith("answer,guess\n")
+    assert next((folder / "samples").glob("*/worst.csv")).read_bytes().startswith(b"answer,guess\r\n")
     check(run("distrib", "init", "--from", "csv", "My things-2.csv", "--column", "kind", "--name", "kinds"))
     check(run("distrib", "train", "kinds.yaml", timeout=300))
     folder = tmp_path / "runs" / "kinds"
@@ -114,6 +139,9 @@ def test_pictures(run: Run, tmp_path: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         imsave(folder / f"{number}.{'png' if number % 3 else 'jpg'}", shade)
     (tmp_path / "photos" / "red" / "notes.txt").write_text("not a picture")
+    (tmp_path / "photos" / "red" / "._1.png").write_text("what macOS leaves")
+    (tmp_path / "photos" / ".cache").mkdir()
+    (tmp_path / "photos" / ".cache" / "1.png").write_text("hidden")
     check(run("distrib", "init", "--from", "images", "photos/"))
     folder = tmp_path / train(run, "photos", "train.epochs=10", "task.size=16")
     check_same_losses(tmp_path, "photos")
@@ -158,7 +186,7 @@ def test_a_module_of_ones_own(run: Run, tmp_path: Path, dataset: str, loss: str)
         ),
         (
             ["--from", "csv", "table.csv", "--column", "name"],
-            "name has 150 different texts in 150 rows, too many",
+            "name has 150 different values in 150 rows, too many",
         ),
         (
             ["--from", "csv", "table.csv", "--column", "same"],
@@ -170,12 +198,28 @@ def test_a_module_of_ones_own(run: Run, tmp_path: Path, dataset: str, loss: str)
         (["--from", "csv", "bytes.csv"], "bytes.csv: cannot be read as a CSV file: 'utf-8' codec can't decode byte"),
         (
             ["--from", "csv", "table.csv", "--name", "1st"],
-            "--name: '1st'; give letters, digits and '_'",
+            "--name: '1st'; give up to 100 letters, digits and '_'",
         ),
         (["--from", "images", "none"], "none: no such folder; give a folder with a folder of pictures for each class"),
         (["--from", "images", "photos"], "photos: pictures of 0 class(es); give a folder with a folder of pictures fo"),
         (["--from", "text", "none.txt"], "none.txt: cannot be read: No such file or directory"),
         (["--from", "text", "short.csv"], "short.csv: 1 pieces of 128 bytes; give 20 or more"),
+        (
+            ["--from", "csv", "names.csv"],
+            "no column can be used to predict price: name have one value, or too many diff",
+        ),
+        (
+            ["--from", "text", "empty"],
+            "empty: no .txt or .md file in it; give a text file, or a folder of .txt and .md",
+        ),
+        (["--from", "images", "broken"], "broken/a/0.png: cannot be read as a picture: cannot identify image file"),
+        (
+            ["--from", "module", "points:Net", "points:stream"],
+            "points:stream: is a stream, has no __len__, or no samples",
+        ),
+        (["--from", "module", "points:Net", "points:none"], "points:none: is a stream, has no __len__, or no samples"),
+        (["--from", "module", "points:Net", "points:words"], "points:words: give a dataset of samples (input, target)"),
+        (["--from", "csv", "table.csv", "--name", "n" * 300], "give up to 100 letters, digits and '_'"),
         (["--from", "text", "short.csv", "--column", "a"], "--column: 'a' is for --from csv"),
         (
             ["--from", "module", "points:Net"],
@@ -183,7 +227,7 @@ def test_a_module_of_ones_own(run: Run, tmp_path: Path, dataset: str, loss: str)
         ),
         (["--from", "module", "points:Nat", "points:numbers"], "module 'points' has no 'Nat'"),
         (["--from", "module", "points:Net", "points:Net"], "points:Net is not a Dataset but a class Net"),
-        (["--from", "module", "points:Net", "points:Odd"], "points:Odd: its samples are float; give one with samples"),
+        (["--from", "module", "points:Net", "points:Odd"], "points:Odd: is a stream, has no __len__, or no samples"),
     ],
 )
 def test_bad_input(run: Run, tmp_path: Path, arguments: list[str], said: str) -> None:
@@ -192,17 +236,42 @@ def test_bad_input(run: Run, tmp_path: Path, arguments: list[str], said: str) ->
     (tmp_path / "uneven.csv").write_text("a,b\n1,2\n1\n")
     (tmp_path / "twice.csv").write_text("a,a\n1,2\n")
     (tmp_path / "bytes.csv").write_bytes(b"a,b\n\xff,1\n")
+    rows = "".join(f"name {row},{row}.5\n" for row in range(100))
+    (tmp_path / "names.csv").write_text(f"name,price\n{rows}")
     (tmp_path / "photos").mkdir()
+    (tmp_path / "empty").mkdir()
+    for name in ("broken/a", "broken/b", "broken/a/.hidden"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "0.png").write_text("no picture")
     (tmp_path / "points.py").write_text(POINTS)
     before = sorted(path.name for path in tmp_path.iterdir())
     assert said in refused(run("distrib", "init", *arguments))
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == before
 
 
-def test_existing_links_and_folders_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
+def test_existing_links(run: Run, tmp_path: Path) -> None:
     (tmp_path / "first_task.py").symlink_to("elsewhere.py")
     assert "first_task.py: is there already; give another name" in refused(run("distrib", "init"))
     assert not (tmp_path / "elsewhere.py").exists()
+
+
+def test_a_table_with_missing_values_and_columns_of_no_use(run: Run, tmp_path: Path) -> None:
+    """NA and its like are no texts. What is left out is said. A name like a number stays a name. The rows of the class
+    that each fifth row has are trained on too."""
+    chance = np.random.default_rng(5)
+    with (tmp_path / "2024 things.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["1e5", "id", "same", "size", "on"])
+        for row in range(200):
+            size = ["NA", "null", "?", "nan", ""][row // 5] if row < 25 and not row % 5 else f"{3 * (row % 5):.1f}"
+            writer.writerow([f"{chance.normal():.3f}", f"no {row}", 7, size, "abcde"[row % 5]])
+    said = check(run("distrib", "init", "--from", "csv", "2024 things.csv"))
+    assert "on is predicted as a class from 2 column(s); without id, same: one value, or too many" in said
+    check(run("distrib", "train", "run_2024_things.yaml", timeout=300))
+    assert metrics_of(tmp_path / "runs" / "run_2024_things")["eval/accuracy"] > 0.9
+    check(run("distrib", "init", "--from", "csv", "2024 things.csv", "--column", "1e5", "--name", "number"))
+    assert 'column: "1e5"' in (tmp_path / "number.yaml").read_text().replace('"column"', "column")
+    check(run("distrib", "train", "number.yaml", "train.epochs=1"))
 
 
 def test_the_configs_batches_suit_four_processes(run: Run, tmp_path: Path) -> None:

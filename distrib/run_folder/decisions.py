@@ -68,7 +68,7 @@ def best(evaluations: Sequence[Evaluation], config: Config) -> dict[str, Any] | 
     return {"metric": criterion.metric, "mode": criterion.mode, "value": value, "step": step}
 
 
-def step_of(run: RunDir, which: str) -> int | None:
+def chosen_step(run: RunDir, which: str) -> int | None:
     """Return the step that `--checkpoint` names: None for newest. Raises ConfigError if it names none."""
     if which == "newest":
         return None

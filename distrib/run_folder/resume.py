@@ -55,7 +55,7 @@ def chosen(run: RunDir, world: World, which: str) -> ResumePoint:
 
     Raises ConfigError if it names none, CheckpointError if the checkpoint is not there or damaged.
     """
-    step = world.on_rank_0(lambda: decisions.step_of(run, which))
+    step = world.on_rank_0(lambda: decisions.chosen_step(run, which))
     if step is None:
         if (found := latest_valid(run, world)) is None:
             raise CheckpointError(f"{run.checkpoints}: no checkpoint there; the run has not saved one yet")

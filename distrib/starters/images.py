@@ -17,14 +17,15 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 
 class Images(distrib.Task):
     """`path`: a folder with a folder of pictures for each class. `size`: of the square they are cut and scaled to.
-    Every fifth picture is held out for evaluation."""
+    A fifth of the pictures is held out for evaluation."""
 
     def __init__(self, path: str, size: int = 64, width: int = 32) -> None:
         self.size, self.width = size, width
         self.classes = sorted(folder.name for folder in Path(path).iterdir() if pictures_in(folder))
         files = [(file, number) for number, name in enumerate(self.classes) for file in pictures_in(Path(path) / name)]
-        self.train = Pictures([pair for place, pair in enumerate(files) if place % 5 != 4], size)
-        self.held_out = Pictures(files[4::5], size)
+        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
+        self.train = Pictures([files[place] for place in order[len(files) // 5 :]], size)
+        self.held_out = Pictures([files[place] for place in order[: len(files) // 5]], size)
 
     def train_dataset(self) -> "Pictures":
         return self.train
@@ -71,14 +72,20 @@ class Pictures(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         file, number = self.files[index]
         with Image.open(file) as picture:
-            fitted = ImageOps.fit(ImageOps.exif_transpose(picture).convert("RGB"), (self.size, self.size))
+            upright: Any = ImageOps.exif_transpose(picture)
+            if upright.mode.startswith("I"):  # 16 bits
+                upright = upright.point(lambda value: value / 256).convert("L")
+            fitted = ImageOps.fit(upright.convert("RGB"), (self.size, self.size))
         values = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
         return values.view(self.size, self.size, 3).permute(2, 0, 1).float() / 255, number
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """Return the pictures in a folder, also in its folders; none if it is no folder."""
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    """Return the pictures in a folder, also in its folders; none if it is no folder. Hidden files are none."""
+    if not folder.is_dir() or folder.name.startswith((".", "__")):
+        return []
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
 
 def block(inputs: int, outputs: int) -> nn.Module:

@@ -13,41 +13,44 @@ from torch.utils.data import TensorDataset
 import distrib
 
 MOST_TEXTS = 50  # in a column; one with more different texts, such as names, is left out
+MISSING = ("", "na", "n/a", "nan", "null", "none", "?", "-")  # what stands for no value, in upper or lower case
 
 
 class Table(distrib.Task):
     """`path`: the file, with the columns' names in its first line. `column`: the one to predict. `kind`: `number` or
-    `class`. Every fifth row is held out for evaluation; rows without a value to predict are left out."""
+    `class`. A fifth of the rows is held out for evaluation; rows without a value to predict are left out."""
 
     def __init__(self, path: str, column: str, kind: str, hidden: int = 64, dropout: float = 0.1) -> None:
         self.kind, self.hidden, self.dropout = kind, hidden, dropout
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if (row[column] or "").strip()]
-        self.held_out = torch.arange(len(rows)) % 5 == 4
-        columns = {name: [(row[name] or "").strip() for row in rows] for name in rows[0]}
+            rows = [row for row in csv.DictReader(file) if known(row[column])]
+        self.held_out = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)) % 5 == 4
+        columns = {name: [known(row[name]) for row in rows] for name in rows[0]}
         answers = columns.pop(column)
-        inputs = [part for values in columns.values() for part in self._encoded(values)]
-        self.inputs = torch.tensor(inputs, dtype=torch.float32).T.contiguous()
+        encoded = {name: self._encoded(values) for name, values in columns.items()}
+        self.left_out = [name for name, inputs in encoded.items() if not inputs]  # constants, names, identifiers
+        parts = [part for inputs in encoded.values() for part in inputs]
+        self.inputs = torch.tensor(parts, dtype=torch.float32).reshape(len(parts), len(rows)).T.contiguous()
         if kind == "class":
             self.classes = sorted(set(answers))
             self.answers = torch.tensor([self.classes.index(answer) for answer in answers])
         else:
             self.answers = torch.tensor([float(answer) for answer in answers])
-            known = self.answers[~self.held_out]
-            self.mean, self.deviation = known.mean(), known.std().clamp(min=1e-12)
+            trained = self.answers[~self.held_out]
+            self.mean, self.deviation = trained.mean(), trained.std().clamp(min=1e-12)
 
     def _encoded(self, values: list[str]) -> list[list[float]]:
         """Return a column as inputs of about size 1, with the statistics of the rows that are trained on: a number is
         standardised, and the mean where it is missing; a text is one input for each different text."""
-        known = [value for value, held_out in zip(values, self.held_out.tolist(), strict=True) if not held_out]
+        trained = [value for value, held_out in zip(values, self.held_out.tolist(), strict=True) if not held_out]
         numbers = [as_number(value) for value in values]
         if all(value is not None or not text for value, text in zip(numbers, values, strict=True)):
-            found = torch.tensor([value for value in map(as_number, known) if value is not None], dtype=torch.float64)
+            found = torch.tensor([value for value in map(as_number, trained) if value is not None], dtype=torch.float64)
             if len(found) < 2 or not found.std():
                 return []
             mean, deviation = found.mean().item(), found.std().item()
             return [[0.0 if value is None else (value - mean) / deviation for value in numbers]]
-        texts = Counter(known)
+        texts = Counter(trained)
         return (
             [[float(value == text) for value in values] for text in sorted(texts)] if len(texts) <= MOST_TEXTS else []
         )
@@ -92,7 +95,14 @@ class Table(distrib.Task):
             counts = [[name, *(pairs[a, g] for g in range(len(self.classes)))] for a, name in enumerate(self.classes)]
             return {"confusion": distrib.Table(["answer", *self.classes], counts)}
         worst = (guess - answer).abs().argsort(descending=True)[:10]
-        return {"worst": distrib.Table(["answer", "guess"], torch.stack([answer[worst], guess[worst]], 1).tolist())}
+        shown = [[f"{answer[at]:.4g}", f"{guess[at]:.4g}"] for at in worst.tolist()]
+        return {"worst": distrib.Table(["answer", "guess"], shown)}
+
+
+def known(text: str | None) -> str:
+    """Return a value without spaces around it; an empty text if it is missing."""
+    text = (text or "").strip()
+    return "" if text.lower() in MISSING else text
 
 
 def as_number(text: str) -> float | None:

@@ -14,7 +14,7 @@ from distrib.tasks.language_model import GPT
 
 
 class Texts(distrib.Task):
-    """`path`: a text file, or a folder whose .txt and .md files are read one after another. Every tenth piece of
+    """`path`: a text file, or a folder whose .txt and .md files are read one after another. A tenth of the pieces of
     `context_length` bytes is held out for evaluation."""
 
     def __init__(
@@ -30,7 +30,7 @@ class Texts(distrib.Task):
         content = b"\n\n".join(file.read_bytes() for file in files_in(Path(path)))
         tokens = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         self.pieces = tokens.unfold(0, context_length + 1, context_length)  # each begins with the last byte before it
-        self.held_out = torch.arange(len(self.pieces)) % 10 == 9
+        self.held_out = torch.randperm(len(self.pieces), generator=torch.Generator().manual_seed(0)) % 10 == 9
 
     def train_dataset(self) -> TensorDataset:
         return TensorDataset(self.pieces[~self.held_out])
@@ -65,4 +65,6 @@ class Texts(distrib.Task):
 
 def files_in(path: Path) -> list[Path]:
     """Return the file itself, or a folder's text files, also those in its folders, in the order of their names."""
-    return sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md")) if path.is_dir() else [path]
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.suffix.lower() in (".txt", ".md") and file.is_file())

@@ -232,12 +232,12 @@ def evaluate(
     config: Config,
     name: str = "",
     ema: bool = False,
-    keep: Callable[[dict[str, bytes]], None] | None = None,
+    keep: Callable[[Callable[[], dict[str, bytes]]], None] | None = None,
 ) -> dict[str, float]:
     """Return the metrics of the evaluation set `name` under the names that the run folder has for them. Collective.
 
-    `ema`: whether the model has the average of the weights. `keep`: called on rank 0 with the files of the task's
-    samples, if there are some.
+    `ema`: whether the model has the average of the weights. `keep`: called on rank 0 with a function that
+    returns the files of the task's samples.
     """
     batch_size, options = config.data.micro_batch_size, loading(config, engine.world, task)
     metrics = evaluation.evaluate(engine, task, dataset, batch_size, name, keep, **options)

@@ -82,7 +82,7 @@ def require_same_rates(world: World, updates: list[int], rate: Callable[[int, fl
         for update, first, other in zip(updates, expected[1], rates, strict=True):
             if other != first:
                 raise ConfigError(
-                    f"task.learning_rate: returned {first:g} for update {update} on {expected[0]}, and {other:g} on "
+                    f"task.learning_rate: returned {first!r} for update {update} on {expected[0]}, and {other!r} on "
                     f"{name}; return a function of update and num_updates alone"
                 )
 

@@ -30,13 +30,13 @@ def evaluate(
     dataset: Dataset[Any],
     batch_size: int,
     name: str = "",
-    keep: Callable[[dict[str, bytes]], None] | None = None,
+    keep: Callable[[Callable[[], dict[str, bytes]]], None] | None = None,
     **loading: Any,
 ) -> dict[str, float]:
     """Return the task's metrics over `dataset`, and the mean loss as `loss`, on every rank. Collective.
 
     `name`: of the evaluation set, for the task's `metrics` and `samples` if they want it. `keep`: called on rank 0 with
-    the files of the task's samples, if there are some.
+    a function that returns the files of the task's samples.
 
     The dataset is split into the same batches for any number of processes, and each rank takes a contiguous block of
     them. Rows are gathered on rank 0 in dataset order, and the metrics are computed there. `loading` as for
@@ -50,16 +50,18 @@ def evaluate(
         total, count = (math.fsum(column) for column in losses.T.tolist())
         with seeded("metrics", engine.seed):
             found = check_metrics(call_with_rows(task.metrics, rows, name))
-        if keep is not None and (files := samples(engine, task, rows, name)):
-            keep(files)
+        if keep is not None:
+            keep(partial(samples, engine, task, rows, name))
         return {"loss": total / count if count else math.nan, **found}
 
     return engine.world.on_rank_0(metrics)
 
 
 def call_with_rows(method: Callable[..., Any], rows: dict[str, Any], name: str) -> Any:
-    """Call a task's `method(rows)`, or `method(rows, name)` if it takes the name of the evaluation set."""
-    takes_name = len(inspect.signature(method).parameters) > 1
+    """Call a task's `method(rows)`, or `method(rows, name)` if it takes the name of the evaluation set: a second
+    parameter that has no default, or is called name."""
+    _, *others = inspect.signature(method).parameters.values()
+    takes_name = bool(others) and (others[0].default is inspect.Parameter.empty or others[0].name == "name")
     return method(rows, name) if takes_name else method(rows)
 
 
@@ -68,11 +70,11 @@ def samples(engine: Engine, task: Task, rows: dict[str, Any], name: str) -> dict
 
     Many tasks have an attribute `samples`, which is no method and hides none.
     """
-    method = type(task).samples
-    if method is Task.samples or not callable(method):
+    found: Any = inspect.getattr_static(type(task), "samples")
+    if found is Task.samples or not (inspect.isfunction(found) or isinstance(found, staticmethod | classmethod)):
         return {}
     with seeded("samples", engine.seed):
-        return encode(call_with_rows(partial(method, task), rows, name))
+        return encode(call_with_rows(found.__get__(task, type(task)), rows, name))
 
 
 def predict(

@@ -1,7 +1,7 @@
 """The evaluations of a run: when they are due, and what follows from them."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from distrib.run_folder import decisions
 from distrib.run_folder.decisions import Evaluation
 from distrib.run_folder.sample_files import write_samples
 from distrib.task import Task
+from distrib.tracebacks import first_line, place
 from distrib.training import build, probe
 from distrib.training.engine import Engine
 
@@ -78,9 +79,21 @@ class Evaluations:
         if len(self._sets_of(self._lines[-1])) == len(self.sets):
             decisions.require_metrics(self.config, metrics)
 
-    def _keep_samples(self, steps_done: int, folder: list[str], written: list[str], files: dict[str, bytes]) -> None:
-        """Write the files of samples, and add their paths in the run folder to `written`. Raises WriteError."""
-        written += write_samples(self.log.run.samples, steps_done, "/".join(folder), files)
+    def _keep_samples(
+        self, steps_done: int, folder: list[str], written: list[str], make: Callable[[], dict[str, bytes]]
+    ) -> None:
+        """Write the files of samples, and add their paths in the run folder to `written`. Raises WriteError.
+
+        If the task fails to make them, the run logs a warning and goes on: nothing follows from them.
+        """
+        try:
+            files = make()
+        except Exception as error:
+            reason = f"{first_line(error)}{place(error)}"
+            self.log.warn(f"task.samples failed after step {steps_done}, and nothing of it is written: {reason}")
+            return
+        if files:
+            written += write_samples(self.log.run.samples, steps_done, "/".join(folder), files)
 
     def end(self, engine: Engine, steps_done: int) -> None:
         """Evaluate the sets that were not due at the step after which the run stops."""

@@ -2,7 +2,8 @@
 
 Each micro-batch's numbers are gathered, and added in float64 in the order of the micro-batches. So the sum of the same
 numbers has the same bits for any number of processes, and sums of whole numbers are exact. It takes one small
-collective a step, which runs during the last backward, and none if the task has no such numbers.
+collective a step, which runs during the last backward. Without such numbers there is one in the first step alone, in
+which the ranks agree on that.
 """
 
 from collections.abc import Mapping

@@ -78,7 +78,7 @@ def trial_evaluation(
         if doubt is not None:
             record.warn(
                 f"task.{method} failed on a trial with {size} samples: {doubt}; if it fails on the whole evaluation "
-                "set too, the run cannot finish"
+                f"set too, {'the run cannot finish' if names is None else 'there are none to look at'}"
             )
         return names
 

@@ -122,7 +122,7 @@ def _check_sums(sums: Any) -> None:
     if not isinstance(sums, Mapping):
         raise ConfigError(f"task.loss: the sums of the Loss are {describe(sums)}; {wanted}")
     for name, pair in sums.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._/-]+", name) or name in _TAKEN:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", name) or name in _TAKEN:
             raise ConfigError(
                 f"task.loss: {name!r} cannot be the name of a sum; give letters, digits, '.', '_', '-' and '/', and "
                 f"none of distrib's own names ({', '.join(_TAKEN)})"

@@ -83,15 +83,9 @@ class Trainer:
         self.plan = RunPlan.complete(config, self.strategy.batches, None if self.order is None else self.order.size)
         require_steps_left(self.origin, self.plan.num_steps)
         self.learning_rate = learning_rate(task, config, self.plan.num_steps)
-<<<<<<< HEAD
         loading = build.loading(config, self.world, task)
         self.source = source(self.train_dataset, self.plan, self.world, config.seed, loading, self.order)
-        self.module = build.model(task, config.seed)
-=======
-        loading = build.loading(config, self.world)
-        self.source = source(self.train_dataset, self.plan, self.world, config.seed, loading)
         self.module = build.model(task, config)
->>>>>>> groups
         self.blocks = build.blocks(task, self.module, self.strategy)
         check_module(self.module, self.strategy, self.blocks)
         if config.train.compile:

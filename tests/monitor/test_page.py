@@ -104,7 +104,7 @@ def test_samples_are_shown(opened: Open, comparison: Comparison, tmp_path: Path)
         paths[name].write_bytes(content)
     paths["long.txt"].write_text("long" * 2**21)
     first, *others = comparison.runs
-    runs = [dataclasses.replace(first, sample_files=paths), *others]
+    runs = [dataclasses.replace(first, sample_files={name: (1200, path) for name, path in paths.items()}), *others]
     page = opened(dataclasses.replace(comparison, runs=runs))
     assert page.locator(".samples tbody th").all_text_contents() == [*files, "long.txt"]
     image = page.locator(".samples img")

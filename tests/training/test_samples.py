@@ -144,7 +144,8 @@ def test_compare_at_a_checkpoint(run: Run, tmp_path: Path) -> None:
             assert f"{line['metrics']['eval/loss']:.5g}" in said
             text = (tmp_path / "runs" / path / "samples" / f"step-{line['step']:08d}" / "note.txt").read_text()
             assert text in page
-    assert "step is" not in said
+    line = refused(run("distrib", "compare", folder, "runs/other", "--checkpoint", 13))
+    assert f"--checkpoint 13: {folder} has 12 steps; give one of them" in line
     for chosen, why in (("worst", "worst is not newest, best or a step"), ("-1", "-1 is not newest, best or a step")):
         assert why in refused(run("distrib", "compare", folder, "runs/other", "--checkpoint", chosen))
     check(run("distrib", "train", "shown.yaml", "checkpoint.best=null", "--run-dir", "runs/none"))
@@ -188,6 +189,7 @@ def test_a_figure() -> None:
         ({"a": "text"}, "task.samples: 'a': it is str; give distrib.Image, distrib.Text or distrib.Table"),
         ({"a": Text(3)}, "task.samples: 'a': the text is int, not a string"),  # type: ignore[arg-type]
         ({"a": Table(["x"], [[1], [2, 3]])}, "task.samples: 'a': row 2 of the table has 2 values for 1 columns"),
+        ({"a": Table(["x"], [["long" * 30_000]])}, "'a': row 1 of the table has a value of 120,000 characters; cut it"),
         ({"a": Image(np.ones(3))}, "task.samples: 'a': pixels of shape (3,); give (H, W), (H, W, C) or (C, H, W) with"),
         ({"a": Image(np.ones((2, 2, 2)))}, "'a': pixels of shape (2, 2, 2); give (H, W), (H, W, C) or (C, H, W) w"),
         ({"a": Image(torch.full((2, 2), 1.5))}, "'a': pixels of float32 that are not all from 0 to 1; give these, or"),
@@ -210,3 +212,53 @@ def test_samples_are_tried_before_training(run: Run, tmp_path: Path) -> None:
     said = refused(run("distrib", "launch", "--processes", 2, "shown.yaml"))
     assert said == "error: task.samples: 'a': it is str; give distrib.Image, distrib.Text or distrib.Table"
     assert not (folder / "steps.jsonl").exists() or not lines(folder)
+
+
+def test_a_failure_in_the_middle_is_a_warning(run: Run, tmp_path: Path) -> None:
+    """The metrics are kept, and the run goes on; the trial and the first evaluation had samples."""
+    (tmp_path / "own.py").write_text(
+        "import tasks\n\n\nclass Own(tasks.Shown):\n"
+        "    def samples(self, rows):\n        self.seen += 1\n"
+        "        return {'a': tasks.Image(rows['right'][None].float() * (self.seen > 2))}\n"
+    )
+    folder = write(tmp_path, task={"target": "own:Own"})
+    check(run("distrib", "launch", "--processes", 2, "shown.yaml"))
+    assert ["samples" in line for line in lines(folder, "evals.jsonl")] == [True, False, False]
+    reasons = [event["reason"] for event in lines(folder, "events.jsonl") if event["event"] == "warning"]
+    assert [reason.partition(",")[0] for reason in reasons] == [
+        "task.samples failed after step 8",
+        "task.samples failed after step 12",
+    ]
+    assert "pixels of float32 that are not all from 0 to 1" in reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("decorator", "parameters"),
+    [("", "self, rows, limit=8"), ("@staticmethod\n    ", "rows"), ("@classmethod\n    ", "cls, rows, name")],
+)
+def test_kinds_of_methods(run: Run, tmp_path: Path, decorator: str, parameters: str) -> None:
+    (tmp_path / "own.py").write_text(
+        f"import tasks\n\n\nclass Own(tasks.Masked):\n    {decorator}def samples({parameters}):\n"
+        "        return {'a': tasks.Text(f'{locals().get(\"limit\")}{locals().get(\"name\")}')}\n"
+    )
+    folder = write(tmp_path, task={"target": "own:Own"}, eval={}, checkpoint={})
+    check(run("distrib", "train", "shown.yaml"))
+    expected = {"self, rows, limit=8": b"8None", "rows": b"NoneNone", "cls, rows, name": b"None"}[parameters]
+    assert files_of(folder) == {"samples/step-00000012/a.txt": expected}
+
+
+def test_a_table_that_only_quotes_keep_together(run: Run, tmp_path: Path) -> None:
+    """Trackers and the page read what is written; a sample that they cannot read does not keep numbers from them."""
+    (tmp_path / "own.py").write_text(
+        "import tasks\n\n\nclass Own(tasks.Shown):\n    def samples(self, rows):\n"
+        "        return {'step-3': tasks.Table(['x', 'y'], [['a\\rb', 1], ['\"c\\n,', '=d']])}\n"
+    )
+    folder = write(tmp_path, task={"target": "own:Own"}, tracking={"wandb": "offline"})
+    check(run("distrib", "train", "shown.yaml", WANDB_MODE="offline"))
+    (file, *_) = sorted((folder / "samples").rglob("step-3.csv"))
+    assert list(csv.reader(file.open(newline=""))) == [["x", "y"], ["a\rb", "1"], ['"c\n,', "=d"]]
+    (offline,) = (folder / "wandb").glob("offline-run-*")
+    assert len(read_offline(offline).history) == 12
+    check(run("distrib", "train", "shown.yaml", "seed=5", "--run-dir", "runs/other", WANDB_MODE="offline"))
+    file.write_bytes(b"x,y\na\rb,1\n")
+    check(run("distrib", "compare", folder, "runs/other"))

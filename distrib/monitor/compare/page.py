@@ -5,6 +5,7 @@ import csv
 import hashlib
 import io
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,19 +129,23 @@ def _samples(comparison: Comparison) -> list[tuple[str, list[dict[str, Any]]]]:
     return [(name, [_shown(run.sample_files.get(name)) for run in comparison.runs]) for name in names]
 
 
-def _shown(path: Path | None) -> dict[str, Any]:
-    """Return what page.html shows of a sample's file: `after`, and one of `image`, `rows`, `text`. Raises OSError."""
-    if path is None:
+def _shown(found: tuple[int, Path] | None) -> dict[str, Any]:
+    """Return what page.html shows of a sample's file: `after` so many steps, and one of `image`, `rows`, `text`."""
+    if found is None:
         return {}
-    after = next(int(part.removeprefix("step-")) for part in path.parts[::-1] if part.startswith("step-"))
-    if (size := path.stat().st_size) > _LARGEST_SAMPLE:
-        return {"after": after, "text": f"{path} has {size:,} bytes, too many for this page"}
-    content = path.read_bytes()
+    after, path = found
+    try:
+        if (size := path.stat().st_size) > _LARGEST_SAMPLE:
+            return {"after": after, "text": f"{path} has {size:,} bytes, too many for this page"}
+        content = path.read_bytes()
+    except OSError as error:
+        return {"after": after, "text": f"{path} cannot be read: {error.strerror}"}
     if path.suffix == ".png":
         return {"after": after, "image": base64.b64encode(content).decode()}
     text = content.decode("utf-8", "replace")
-    if path.suffix == ".csv":
-        return {"after": after, "rows": list(csv.reader(io.StringIO(text)))}
+    with suppress(csv.Error):  # then it is shown as it is
+        if path.suffix == ".csv":
+            return {"after": after, "rows": list(csv.reader(io.StringIO(text, newline="")))}
     return {"after": after, "text": text}
 
 

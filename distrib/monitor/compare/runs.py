@@ -16,7 +16,7 @@ from distrib.config_yaml import flatten
 from distrib.data.prints import Fingerprint
 from distrib.errors import ConfigError, RunDirError
 from distrib.monitor.trackers.wandb_files import offline_folders, read_offline
-from distrib.run_folder.decisions import step_of
+from distrib.run_folder.decisions import chosen_step
 from distrib.run_folder.files import read_lines
 from distrib.run_folder.folder import RunDir
 from distrib.run_folder.formats import EVALUATION, EVENT, STEP
@@ -74,7 +74,7 @@ class Run:
     data: dict[str, Fingerprint | None] = field(default_factory=dict)  # by the set's name; empty if none is recorded
     trouble: tuple[str, ...] = ()  # what could not be read
     at: int | None = None  # the steps done at the checkpoint that was asked for; None: at the end
-    sample_files: dict[str, Path] = field(default_factory=dict)  # the newest of each name, up to there
+    sample_files: dict[str, tuple[int, Path]] = field(default_factory=dict)  # the newest of each name, and its step
 
     @property
     def global_batch_size(self) -> int | None:
@@ -123,11 +123,13 @@ def _from_run_folder(path: Path, checkpoint: str) -> Run:
     curves["perf/samples_per_second"] = Curve.of(
         done, [size / seconds if seconds else None for seconds in columns["seconds"]]
     )
-    state, at = _state(run), step_of(run, checkpoint)
-    sample_files: dict[str, Path] = {}
+    state, at = _state(run), chosen_step(run, checkpoint)
+    if at is not None and at > max([0, *done]):
+        raise ConfigError(f"--checkpoint {checkpoint}: {path} has {max([0, *done])} steps; give one of them")
+    sample_files: dict[str, tuple[int, Path]] = {}
     for entry in evals:
         if at is None or entry["step"] <= at:
-            sample_files |= names_of(run.samples, entry)
+            sample_files |= {name: (entry["step"], file) for name, file in names_of(run.samples, entry).items()}
     return Run(
         name=path.resolve().name,
         state=state,

@@ -88,7 +88,7 @@ def differences_in_short(comparison: Comparison) -> Table:
     return Table("Differences", ["key", "in", "value: runs"], rows, _NOTE)
 
 
-_WHERE = {True: "at the end", False: "at the chosen checkpoint"}
+_WHERE = {True: "at the end", False: "at the chosen checkpoint, or at the last evaluation before it"}
 _NOTE = "*: decides what is computed; a config's other keys, and the environment, change rounding at most."
 
 

@@ -1,19 +1,17 @@
 """wandb, and accelerate's trackers by name: observers that run in a process of their own, see process.py."""
 
-import csv
-import html
 import json
 import os
 import time
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from distrib.config import Config, TrackingConfig
 from distrib.errors import ConfigError, RunDirError
 from distrib.monitor.metrics import Metrics
 from distrib.monitor.observer import Observer
+from distrib.monitor.trackers.samples import add_to_tensorboard, logged_apart, media_of
 from distrib.monitor.trackers.wandb_files import mend, read_offline
 from distrib.plan import RunPlan
 from distrib.processes.signals import SAVED
@@ -57,8 +55,9 @@ class Wandb(Metrics):
     def on_evaluation(self, evaluation: dict[str, Any]) -> None:
         super().on_evaluation(evaluation)
         if self.is_new and (files := names_of(self.run.samples, evaluation)):
-            shown = {f"samples/{stem(name)}": _media(path) for name, path in files.items()}
-            self._run.log(shown, step=evaluation["step"])
+            with logged_apart(evaluation):
+                shown = {f"samples/{stem(name)}": media_of(path) for name, path in files.items()}
+                self._run.log(shown, step=evaluation["step"])
 
     def on_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_checkpoint(checkpoint)
@@ -169,15 +168,9 @@ class Other(Metrics):
         super().on_evaluation(evaluation)
         if self._name != "tensorboard" or not self.is_new:
             return
-        writer, steps_done = self._tracker.tracker, evaluation["step"]
-        for name, path in names_of(self.run.samples, evaluation).items():
-            if path.suffix == ".png":
-                from matplotlib.image import imread
-
-                writer.add_image(f"samples/{stem(name)}", imread(path), steps_done, dataformats="HWC")
-            else:
-                text = "".join(f"    {line}" for line in path.read_text("utf-8").splitlines(keepends=True))  # as it is
-                writer.add_text(f"samples/{stem(name)}", text, steps_done)
+        with logged_apart(evaluation):
+            for name, path in names_of(self.run.samples, evaluation).items():
+                add_to_tensorboard(self._tracker.tracker, f"samples/{stem(name)}", path, evaluation["step"])
 
     def on_end(self, end: dict[str, Any]) -> None:
         self._tracker.finish()
@@ -258,19 +251,6 @@ def _settings() -> Any:
         x_stats_track_process_tree=True,
         x_transaction_log_flush_interval=2,
     )
-
-
-def _media(path: Path) -> Any:
-    """Return a file of the samples as what wandb shows."""
-    import wandb
-
-    if path.suffix == ".png":
-        return wandb.Image(str(path))
-    if path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as file:
-            columns, *rows = csv.reader(file)
-        return wandb.Table(columns=list[str | int](columns), data=rows)
-    return wandb.Html(f"<pre>{html.escape(path.read_text('utf-8'))}</pre>", inject=False)
 
 
 def _last_offline(run: RunDir) -> int:
