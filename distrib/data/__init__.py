@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distrib.data.mixture import Mixture as Mixture
+    from distrib.data.shards import ShardedStream as ShardedStream
 
-_HOME = {"Mixture": "distrib.data.mixture"}
+_HOME = {"Mixture": "distrib.data.mixture", "ShardedStream": "distrib.data.shards"}
 __all__ = sorted(_HOME)
 
 

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, IterableDataset
 from distrib.data.loader import Read, SampleReader, batch_loader
 from distrib.data.prints import TOLERANCES, UNKNOWN, VARIES, Fingerprint, Print, same
 from distrib.data.sampler import MicroBatch
+from distrib.data.shards import FirstSamples, ShardedStream
 
 _SAMPLES = 8  # of each dataset, each read twice
 
@@ -26,9 +27,13 @@ _SAMPLES = 8  # of each dataset, each read twice
 def fingerprint(dataset: Dataset[Any] | None, seed: int, num_workers: int = 0) -> Fingerprint | None:
     """Read some samples as training does, with the random numbers of epoch 0, and return their fingerprint.
 
-    Returns None for a stream or no dataset. If `num_workers` is more than 0, one worker process reads, so that workers
-    that are started later do not inherit a file that the dataset has opened.
+    The samples of a ShardedStream are the first ones of its shards. Returns None for another stream, or no dataset. If
+    `num_workers` is more than 0, one worker process reads, so that workers that are started later do not inherit a file
+    that the dataset has opened.
     """
+    if isinstance(dataset, ShardedStream):
+        found = fingerprint(FirstSamples(dataset), seed, num_workers)
+        return None if found is None else {**found, "order": {"by": "shards", "count": found["length"]}}
     if dataset is None or isinstance(dataset, IterableDataset):
         return None
     size = len(dataset)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from distrib.processes.lifetimes import shield_worker, starting_workers
 from distrib.tracebacks import summary, users_lines
 
 Collate: TypeAlias = Callable[[list[Any]], Any]
-_COLLATING = 0xC0  # separates the seed of a micro-batch's collate from the seeds of its samples
+COLLATING = 0xC0  # separates the seed of a micro-batch's collate from the seeds of its samples
 _IN_WORKER = (
     f"\n{ConfigError.__module__}.{ConfigError.__name__}: "  # torch puts a worker's traceback before the message
 )
@@ -28,6 +28,7 @@ class Read(NamedTuple):
 
     micro_batch: MicroBatch
     batch: Any
+    after: Any = None  # of a ShardedStream: where its reader is then
 
 
 class Window:
@@ -118,16 +119,16 @@ def data_loader(
 
 
 def batch_loader(
-    reader: "SampleReader",
-    micro_batches: Iterable[MicroBatch],
+    reader: Dataset[Any],
+    micro_batches: Iterable[Any],
     num_workers: int = 0,
     prefetch_factor: int = 2,
     pin_memory: bool = False,
 ) -> DataLoader[Read]:
-    """Return a DataLoader that yields `reader`'s result for each micro-batch, in order."""
+    """Return a DataLoader that yields the result of `reader.__getitems__` for each micro-batch, in order."""
     return _Loader(
         reader,
-        batch_sampler=micro_batches,  # type: ignore[arg-type]  # torch reads any iterable of keys
+        batch_sampler=micro_batches,  # torch reads any iterable of keys
         collate_fn=_identity,  # the reader has collated already
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
@@ -186,7 +187,7 @@ class SampleReader(Dataset[Any]):
     def _collated(self, micro_batch: MicroBatch, samples: list[Any]) -> Any:
         """Collate samples. Raises ConfigError if they cannot be collated."""
         if self.collate is not None:
-            self._seed_for(micro_batch.positions[0], micro_batch.indices[0], _COLLATING)
+            self._seed_for(micro_batch.positions[0], micro_batch.indices[0], COLLATING)
             return collated(self.collate, samples)
         try:
             return default_collate(samples)

@@ -4,7 +4,7 @@ state is saved with each checkpoint."""
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -13,9 +13,11 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from distrib.data.loader import DevicePrefetcher, Read, Window, collated, data_loader, train_windows
+from distrib.data.loader import DevicePrefetcher, Read, Window, batch_loader, collated, data_loader, train_windows
 from distrib.data.order import Order
 from distrib.data.sampler import DistributedSampler, MicroBatch
+from distrib.data.shard_reader import Cursor, Request, ShardReader, changed
+from distrib.data.shards import ShardedStream, ShardOrder
 from distrib.errors import CheckpointError, ConfigError
 from distrib.extras import require
 from distrib.plan import RunPlan
@@ -57,11 +59,11 @@ class Source:
         loader = data_loader(self.dataset, [MicroBatch(first, first)], seed=self.seed, **options)
         return next(iter(loader)).batch
 
-    def state(self) -> list[Any] | None:
+    def state(self) -> Any:
         """Return the state of all ranks to save in a checkpoint. None: the step suffices. Collective."""
         return None
 
-    def load(self, state: list[Any] | None) -> None:
+    def load(self, state: Any) -> None:
         """Restore the state that a checkpoint holds."""
 
 
@@ -90,7 +92,7 @@ class Stream(Source):
     def some_batch(self) -> Any:
         return None
 
-    def state(self) -> list[Any] | None:
+    def state(self) -> Any:
         mine = self._loader.state_dict()
         try:
             json.dumps(mine)
@@ -101,12 +103,15 @@ class Stream(Source):
             ) from None
         return self.world.all_gather_object(mine)
 
-    def load(self, state: list[Any] | None) -> None:
+    def load(self, state: Any) -> None:
+        if isinstance(state, dict):
+            raise ConfigError("task.train_dataset: is a stream, but the checkpoint's run had a ShardedStream")
         saved = len(state or [])
         if saved != self.world.world_size:
             raise ConfigError(
                 f"task.train_dataset: {type(self.dataset).__name__} is a stream that {saved} process(es) had read; "
-                f"{self.world.world_size} cannot continue it, start {saved}"
+                f"{self.world.world_size} cannot continue it, start {saved}; a "
+                "distrib.data.ShardedStream goes on with any number"
             )
         assert state is not None, "as many as ranks"
         mine = state[self.world.rank]
@@ -159,6 +164,96 @@ class Stream(Source):
                 )
 
 
+class ShardedSource(Source):
+    """Reads a ShardedStream. The global batches are the same for any number of processes.
+
+    Its state is where each lane is, and the lengths of the shards that have ended: what `ShardOrder` needs.
+    """
+
+    def __init__(self, dataset: ShardedStream, *arguments: Any) -> None:
+        """Arguments as for Source."""
+        super().__init__(dataset, *arguments)
+        self.stream, plan = dataset, self.plan
+        self.names = list(dataset.shards())
+        self.shards = ShardOrder(len(self.names), plan.global_batch_size, plan.micro_batch_size, self.seed)
+        self._began: tuple[dict[int, Cursor], dict[int, int]] = {}, {}  # cursors and lengths that windows() begins with
+        self._now = self._began
+        first = self.world.rank * plan.grad_accum_steps
+        self._own = range(first, first + plan.grad_accum_steps)  # lanes of this rank
+
+    def windows(self, start: int, prefetcher: DevicePrefetcher | None = None) -> Iterator[Window]:
+        """As for Source. Each lane is read by one worker, so at most as many workers as lanes are started."""
+        cursors, lengths = self._began
+        self._now = {lane: cursors.get(lane, (0, 0)) for lane in self._own}, dict(lengths)
+        reads: Iterator[Read] = iter(self._loader(start))
+        if prefetcher is not None:
+            reads = prefetcher.read(reads)
+        reads = self._noted(reads)
+        for step in range(start, self.plan.num_steps):
+            yield Window(step, self._own.start, len(self._own), reads)
+
+    def some_batch(self) -> Any:
+        return next(iter(self._loader(0))).batch
+
+    def state(self) -> Any:
+        cursors, lengths = {}, dict[int, int]()
+        for own, ended in self.world.all_gather_object(self._now):
+            cursors.update(own)
+            for shard, length in ended.items():
+                if (before := lengths.setdefault(shard, length)) != length:
+                    raise ConfigError(changed(type(self.dataset).__name__, self.names[shard], before, length))
+        return {
+            **self._identity(),
+            "cursors": [cursors.get(lane, (0, 0)) for lane in range(self.shards.num_lanes)],
+            "lengths": {str(shard): length for shard, length in sorted(lengths.items())},
+        }
+
+    def load(self, state: Any) -> None:
+        name = type(self.dataset).__name__
+        if not isinstance(state, dict):
+            raise ConfigError(
+                f"task.train_dataset: {name} is a ShardedStream, but the checkpoint is of a run without one"
+            )
+        for key, value in self._identity().items():
+            if state.get(key) != value:
+                raise ConfigError(
+                    f"task.train_dataset: {name}: {key} is {value}, but {state.get(key)} in the checkpoint; a stream "
+                    "goes on with the same only"
+                )
+        cursors = {lane: (int(number), int(offset)) for lane, (number, offset) in enumerate(state["cursors"])}
+        self._began = cursors, {int(shard): length for shard, length in state["lengths"].items()}
+        self._now = self._began
+
+    def _identity(self) -> dict[str, int]:
+        order = self.shards
+        return {
+            "seed": self.seed,
+            "shards": order.size,
+            "global_batch_size": order.global_batch_size,
+            "micro_batch_size": order.micro_batch_size,
+        }
+
+    def _loader(self, start: int) -> Iterable[Read]:
+        loading = dict(self.loading)
+        workers = loading.pop("num_workers")
+        if workers:  # torch deals requests to workers in turn
+            workers = max(count for count in range(1, workers + 1) if len(self._own) % count == 0)
+        cursors, lengths = self._began
+        mine = {lane: cursors.get(lane, (0, 0)) for lane in self._own}
+        reader = ShardReader(self.stream, self.shards, mine, lengths, loading.pop("collate", None))
+        requests = (Request(step, lane) for step in range(start, self.plan.num_steps) for lane in self._own)
+        return batch_loader(reader, requests, workers, **loading)
+
+    def _noted(self, reads: Iterator[Read]) -> Iterator[Read]:
+        """Yield `reads`, and note where the lanes are when training takes each."""
+        cursors, lengths = self._now
+        for read in reads:
+            lane, number, offset, ended = read.after
+            cursors[lane] = number, offset
+            lengths.update(ended)
+            yield read
+
+
 def source(
     dataset: Dataset[Any],
     plan: RunPlan,
@@ -167,7 +262,9 @@ def source(
     loading: dict[str, Any],
     order: Order | None = None,
 ) -> Source:
-    """Return a Stream for an IterableDataset, else a Source. `order`: of the samples, as build.order returns it."""
+    """Return a ShardedSource or a Stream for an IterableDataset, else a Source. `order`: of a Source's samples."""
+    if isinstance(dataset, ShardedStream):
+        return ShardedSource(dataset, plan, world, seed, loading)
     kind = Stream if isinstance(dataset, IterableDataset) else Source
     found = kind(dataset, plan, world, seed, loading)
     found.order = order

@@ -48,7 +48,7 @@ def verify_run(path: Path, order: Order | None = None) -> Verified:
     manifests, damaged = _check_checkpoints(run)
     chains = run.anchors()
     steps, in_order, unknown = min(chains), 0, 0
-    order = order or orders.recorded(run, plan, config)
+    order = order or orders.recorded(run, plan, config, [manifest for _, manifest in manifests])
     try:
         for line in ledger.walk(run.steps, run.anchors()):
             problem = line.problem

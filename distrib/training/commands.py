@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from distrib.config import Config
 from distrib.data.order import Order
 from distrib.data.seeding import seeded
+from distrib.data.shards import ShardedStream
 from distrib.data.source import require_stream_reader
 from distrib.errors import ConfigError, DistribError, RunDirError
 from distrib.monitor.explain import print_plan, print_sources
@@ -47,8 +48,8 @@ def explain_run(config: Config, processes: int, sources: Sequence[tuple[str, Any
     strategy = registry.resolve(config, World(world_size=processes, launcher="distrib"))
     config = strategy.config
     build.prepare(task, config, World())
-    _, order = build.train_dataset(task, config)
-    if order is None:
+    dataset, order = build.train_dataset(task, config)
+    if order is None and not isinstance(dataset, ShardedStream):
         require_stream_reader()
     build.require_evaluations(config, build.eval_datasets(task, config), task)
     plan = RunPlan.complete(config, strategy.batches, None if order is None else order.size)

@@ -1,5 +1,7 @@
 """Chooses the order in which a run reads its samples, and checks the weights that a task gives them."""
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from distrib.data.limit import Limited, chosen
 from distrib.data.mixture import Mixture
 from distrib.data.order import Order
 from distrib.data.shapes import describe
+from distrib.data.shards import MOST_SHARDS, ShardedStream
 from distrib.data.weights import MOST_WEIGHTS, Weighted
 from distrib.errors import ConfigError
 
@@ -28,6 +31,8 @@ def order(dataset: Dataset[Any], weights: NDArray[np.float64] | None, config: Co
             raise ConfigError(
                 f"data.limit: {limit}, but the training set is {kind}; leave it out, and give fewer train.steps"
             )
+        if isinstance(dataset, ShardedStream):
+            _check_shards(dataset, config)
         return dataset.order(seed) if isinstance(dataset, Mixture) else None
     size = len(dataset)  # type: ignore[arg-type]
     if limit is None or limit >= size:
@@ -72,3 +77,19 @@ def check_weights(value: Any, dataset: Dataset[Any]) -> NDArray[np.float64] | No
     if not weights.any():
         raise ConfigError("task.sample_weights: all weights are 0; give at least one sample a weight above 0")
     return weights
+
+
+def _check_shards(stream: ShardedStream, config: Config) -> None:
+    name, shards = f"task.train_dataset: {type(stream).__name__}", stream.shards()
+    if not isinstance(shards, Sequence) or isinstance(shards, str) or not all(isinstance(one, str) for one in shards):
+        raise ConfigError(f"{name}.shards() returned {describe(shards)}; return a list of names, one for each shard")
+    if twice := next((one for one, count in Counter(shards).items() if count > 1), None):
+        raise ConfigError(f"{name}.shards() has {twice!r} twice; give each shard its own name")
+    if len(shards) > MOST_SHARDS:
+        raise ConfigError(f"{name} has {len(shards)} shards; give at most {MOST_SHARDS}")
+    micro_batches = config.data.global_batch_size // config.data.micro_batch_size
+    if len(shards) < micro_batches:
+        raise ConfigError(
+            f"{name} has {len(shards)} shard(s), but a step has {micro_batches} micro-batches, each of which reads "
+            f"shards of its own; give at least {micro_batches} shards, or a larger data.micro_batch_size"
+        )

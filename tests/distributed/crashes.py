@@ -38,22 +38,22 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def start(folder: Path) -> list[int]:
+def start(folder: Path, task: type[Masked] = Masked, ranks: int = RANKS) -> list[int]:
     """Fork the ranks, and return their process ids."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     pids = []
-    for rank in range(RANKS):
+    for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             silent = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silent, 1)
             os.dup2(silent, 2)
             try:
-                Trainer(Masked(dropout=0.1), Config.from_dict(CONFIG), folder).fit()
+                Trainer(task(dropout=0.1), Config.from_dict(CONFIG), folder).fit()
             except (DistribError, RuntimeError):  # it lost the other rank
                 os._exit(1)
             os._exit(0)
@@ -65,10 +65,12 @@ def wait(pids: list[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
-def killed(folder: Path, steps: int, moment: float, ranks: list[int]) -> None:
-    """Start the run, and kill these ranks `moment` seconds after `steps` steps. Then kill the others, as a launcher
-    does."""
-    pids, ledger = start(folder), folder / "steps.jsonl"
+def killed(
+    folder: Path, steps: int, moment: float, ranks: list[int], task: type[Masked] = Masked, of: int = RANKS
+) -> None:
+    """Start the run on `of` ranks, and kill these `moment` seconds after `steps` steps. Then kill the others, as a
+    launcher does."""
+    pids, ledger = start(folder, task, of), folder / "steps.jsonl"
     deadline = time.monotonic() + 60
     while not ledger.exists() or ledger.read_bytes().count(b"\n") < steps:
         assert time.monotonic() < deadline, f"it does not reach step {steps}"

@@ -12,7 +12,13 @@ from distrib import Config, Trainer, World
 from distrib.training import build
 
 STEPS, EVERY = 24, 9
-TASKS = {"ragged": "data_tasks:Ragged", "weighted": "data_tasks:Weighted", "mixed": "data_tasks:Mixed"}
+TASKS = {
+    "ragged": "data_tasks:Ragged",
+    "weighted": "data_tasks:Weighted",
+    "mixed": "data_tasks:Mixed",
+    "sharded": "data_tasks:Sharded",
+}
+WORKERS = "sharded-workers"  # the run that reads with two workers
 STRATEGIES = ("auto", *SHARDED)
 
 
@@ -41,6 +47,9 @@ def main() -> None:
     for task in TASKS:
         for strategy in STRATEGIES:
             train(Config.from_dict(values(task, strategy)), folder / f"{task}-{strategy}")
+        if task == "sharded":
+            config = values(task)
+            train(Config.from_dict({**config, "data": {**config["data"], "num_workers": 2}}), folder / WORKERS)
         if world.is_rank_0:
             interrupted(folder / f"{task}-auto", folder / f"{task}-resumed", after=EVERY)
         world.barrier()

@@ -1,7 +1,10 @@
 """Tasks for tests of how data are collated, drawn, mixed and streamed."""
 
+from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 from tasks import LENGTH, Masked
 from torch import Tensor, nn
@@ -9,7 +12,8 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from distrib import Loss
-from distrib.data import Mixture
+from distrib.data import Mixture, ShardedStream
+from distrib.data.order import sample_indices
 
 
 class Ragged(Masked):
@@ -70,6 +74,41 @@ class Mixed(Masked):
         samples = super().train_dataset()
         first, rest = (TensorDataset(*samples[part]) for part in (slice(31), slice(31, None)))
         return Mixture({"first": (first, 0.7), "rest": (rest, 0.3)})
+
+
+BEGINS = (0, 5, 5, 20, 31, 50, 58, 75, 90, 97)  # of the shards of Lines, in Masked's samples; shard 1 is empty
+
+
+class Lines(ShardedStream):
+    """Masked's samples in nine shards of different lengths."""
+
+    def __init__(self, samples: TensorDataset) -> None:
+        self.samples = samples
+
+    def shards(self) -> list[str]:
+        return [f"lines-{number}" for number in range(len(BEGINS) - 1)]
+
+    def open(self, shard: str, offset: int) -> Iterator[Any]:
+        number = self.shards().index(shard)
+        for index in range(BEGINS[number] + offset, BEGINS[number + 1]):
+            yield self.samples[index]
+
+
+class Sharded(Masked):
+    def train_dataset(self) -> Any:
+        return Lines(super().train_dataset())
+
+
+def samples_of_shards(seed: int, micro_batches: int, shards: int) -> list[Iterator[int]]:
+    """Return for each micro-batch of a step the samples of its shards, pass by pass, one shard after the other."""
+
+    def lane(number: int) -> Iterator[int]:
+        for passes in count():
+            order = sample_indices(np.arange(passes * shards, (passes + 1) * shards, dtype=np.uint64), shards, seed)
+            for shard in order.tolist()[number::micro_batches]:
+                yield from range(BEGINS[shard], BEGINS[shard + 1])
+
+    return [lane(number) for number in range(micro_batches)]
 
 
 def padded_loss(model: nn.Module, samples: list[dict[str, Any]]) -> Tensor:

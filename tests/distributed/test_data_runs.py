@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Run, check, check_same, interrupted, lines, losses, no_process_left, starter
-from data_runs import EVERY, STEPS, STRATEGIES, TASKS, values
-from data_tasks import Ragged, padded_loss
+from data_runs import EVERY, STEPS, STRATEGIES, TASKS, WORKERS, values
+from data_tasks import Ragged, padded_loss, samples_of_shards
 from tasks import Masked
 from torch.nn import functional as F
 
@@ -45,12 +45,10 @@ def positions_of(step: int) -> "np.ndarray":
     return np.arange(step * 16, (step + 1) * 16, dtype=np.uint64)
 
 
-def order_of(task: str) -> Order:
-    """Return the order of the task's samples, made in this process."""
+def order_of(task: str) -> Order | None:
+    """Return the order of the task's samples, made in this process; None for a stream."""
     config = Config.from_dict(values(task))
-    found = build.train_dataset(build.task(config), config)[1]
-    assert found is not None
-    return found
+    return build.train_dataset(build.task(config), config)[1]
 
 
 @cache
@@ -62,8 +60,12 @@ def plain_losses(task: str) -> list[float]:
     update = torch.optim.SGD(model.parameters(), lr=0.5)
     found, order, samples = [], order_of(task), Masked().train_dataset()
     ragged = Ragged().train_dataset()
+    lanes = samples_of_shards(7, 4, 9)
     for step in range(STEPS):
-        indices = order.indices(positions_of(step)).tolist()
+        if order is None:
+            indices = [next(lane) for lane in lanes for _ in range(4)]
+        else:
+            indices = order.indices(positions_of(step)).tolist()
         if task == "ragged":
             loss = padded_loss(model, [ragged[index] for index in indices])
         else:
@@ -118,3 +120,8 @@ def test_collated_samples_are_evaluated_in_dataset_order(made: Callable[[int], P
     assert {line["count"] for line in metrics} == {97}
     sums = [line["metrics"]["eval/sum"] for line in metrics]
     assert sums[0] == sums[1] == sums[2]
+
+
+@pytest.mark.parametrize("processes", WORLDS)
+def test_workers_change_nothing_of_a_sharded_stream(made: Callable[[int], Path], processes: int) -> None:
+    check_same(made(processes) / WORKERS, made(processes) / "sharded-auto")
