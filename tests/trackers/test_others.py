@@ -30,7 +30,7 @@ def test_tensorboard_through_a_restart(mark: str, run: Run, tmp_path: Path, conf
 
     process = start(mark, tmp_path, "train", config)
     folder = tmp_path / "runs" / "run"
-    until(lambda: steps_done(folder) >= 30 and any(folder.rglob("events.out.tfevents.*")), "it does not begin")
+    until(lambda: steps_done(folder) >= 30 and any((folder / "run").glob("events.out.tfevents.*")), "it does not begin")
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75, said
