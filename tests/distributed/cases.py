@@ -98,7 +98,8 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         found.update(_strategy_cases())
     if world in SHARDED_WORLDS:
         found.update(_scheduled_cases())
-        found.update({f"{name}-{groups}": _grouped(groups, {"name": name}) for name, groups in GROUPED})
+        grouped = GROUPED if world == 2 else [pair for pair in GROUPED if pair[0] == "auto"]
+        found.update({f"{name}-{groups}": _grouped(groups, {"name": name}) for name, groups in grouped})
         found["bitwise-muon"] = _grouped("muon", {}, determinism="bitwise")
         found.update(_ema_cases(world))
         found.update({f"bitwise-{precision}": config for precision, config in BITWISE.items()})
@@ -174,12 +175,18 @@ def stop_config(strategy: str) -> dict[str, Any]:
     }
 
 
+def emas_of(strategy: str) -> dict[str, dict[str, Any]]:
+    """Return the averages that are kept under a strategy: all under two of them, else the one that begins late."""
+    wanted = EMAS if strategy in ("auto", "zero2") else ("usual", "late") if strategy == "hsdp" else ("late",)
+    return {name: EMAS[name] for name in wanted}
+
+
 def _ema_cases(world: int) -> dict[str, dict[str, Any]]:
     """Return the runs that average their weights. One has steps that are skipped, and saves each step."""
     found: dict[str, dict[str, Any]] = {}
     for name in ("auto", *SHARDED, *(["hsdp"] if world == 4 else [])):
         strategy = HSDP if name == "hsdp" else {"name": name}
-        for key, ema in EMAS.items() if name in ("auto", "zero2") else list(EMAS.items())[:2]:
+        for key, ema in emas_of(name).items():
             found[f"ema-{key}-{name}"] = {
                 **parity_config("sgd", 16),
                 "train": {"steps": EMA_STEPS, "ema": ema},
@@ -187,7 +194,7 @@ def _ema_cases(world: int) -> dict[str, dict[str, Any]]:
                 "eval": {"every_steps": EVERY if key == "late" else 0},
                 "checkpoint": {"every_steps": EVERY, "keep": 9},
             }
-        if world > 1:
+        if world == 2 or name == "hsdp":
             mishap = _mishap("fp16-inf", strategy)
             found[f"ema-fp16-{name}"] = {
                 **mishap,

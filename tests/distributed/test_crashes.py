@@ -10,7 +10,7 @@ from conftest import ROOT, check, environment, no_process_left
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("task", ["Weighted", "Mixed", "Sharded"])
+@pytest.mark.parametrize("task", ["Weighted", "Sharded"])
 def test_other_orders_of_samples_killed_at_random_moments(tmp_path: Path, task: str) -> None:
     """And started again on 1, 2 or 4 processes; see data_crashes.py."""
     with no_process_left() as mark:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from cases import EMA_OPTIONS, EMA_STEPS, EMAS, EVERY, FEW, SHARDED, SHARDED_WORLDS
+from cases import EMA_OPTIONS, EMA_STEPS, EMAS, EVERY, FEW, SHARDED, SHARDED_WORLDS, emas_of
 from conftest import Run, check, check_same, interrupted, lines, losses, ranks, start, steps_done, tensors, until
 from tasks import Masked, plain_loss
 from torch import Tensor
@@ -90,7 +90,7 @@ def check_average(run: Path, name: str) -> None:
 @pytest.mark.parametrize("strategy", ["auto", *SHARDED])
 @pytest.mark.parametrize("processes", SHARDED_WORLDS)
 def test_the_average_is_the_plain_loops(world: Callable[[int], Path], processes: int, strategy: str) -> None:
-    for name in EMAS if strategy in ("auto", "zero2") else ("usual", "late"):
+    for name in emas_of(strategy):
         check_average(world(processes) / f"ema-{name}-{strategy}", name)
 
 

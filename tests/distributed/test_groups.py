@@ -48,8 +48,10 @@ def plain_loop(groups: str) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize(("strategy", "groups"), GROUPED)
-@pytest.mark.parametrize("processes", SHARDED_WORLDS)
+@pytest.mark.parametrize(
+    ("processes", "strategy", "groups"),
+    [(count, *pair) for count in SHARDED_WORLDS for pair in GROUPED if count == 2 or pair[0] == "auto"],
+)
 def test_groups_equal_a_plain_loop(world: Callable[[int], Path], processes: int, strategy: str, groups: str) -> None:
     np.testing.assert_allclose(losses(world(processes) / f"{strategy}-{groups}"), plain_loop(groups), rtol=TOLERANCE)
 
