@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from distrib.strategies.base import Strategy as Strategy
     from distrib.task import Loss as Loss
     from distrib.task import Task as Task
+    from distrib.training.own_loop import OwnLoop as OwnLoop
     from distrib.training.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ _HOME = {
     "Image": "distrib.samples",
     "Loss": "distrib.task",
     "Observer": "distrib.monitor.observer",
+    "OwnLoop": "distrib.training.own_loop",
     "RunPlan": "distrib.plan",
     "Scheduler": "distrib.processes.schedulers.base",
     "Shard": "distrib.run_folder.checkpoint",

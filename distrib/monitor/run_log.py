@@ -17,7 +17,9 @@ from distrib.processes.failures import lost_to_others
 from distrib.processes.lifetimes import ignore_sigterm
 from distrib.processes.world import World
 from distrib.run_folder.folder import RunDir
+from distrib.run_folder.identity import notes
 from distrib.run_folder.ledger import Ledger, now, train_metrics
+from distrib.run_folder.resume import ResumePoint
 
 
 class RunLog:
@@ -109,6 +111,20 @@ class RunLog:
                 self.display.warn(reason)
             else:
                 self.warn(reason)
+
+    def rewind(self, found: ResumePoint | None, first_step: int) -> None:
+        """Remove what the run folder has after the step that the run resumes from, and log that. `found`: its
+        checkpoint, if there is one. Call it on rank 0."""
+        if found is not None and found.ours:
+            lost = self.run.rewind(first_step, found.manifest, found.led)
+        else:
+            lost = self.run.rewind(first_step)
+        self.trouble()
+        if found is not None or lost:
+            self.event("resumed", step=first_step, passed_over=[] if found is None else found.passed_over)
+            self.metrics = self.run.latest_metrics()
+        for reason in notes(self.run.read_environment()):
+            self.warn(reason)
 
     def draw_curves(self) -> None:
         """Write curves.png. If that fails, log a warning: the curves can be drawn again from the other files."""

@@ -35,12 +35,13 @@ def describe(
     world: World,
     strategy: Named,
     num_samples: int | None,
-    task: Task,
+    task: Task | None,
     work: dict[str, float],
 ) -> dict[str, Any]:
     """Return environment.json for a first start. RunDir appends later starts to `starts`.
 
-    `num_samples`: of the training set, None for a stream. `work`: FLOPs of a step, and peak FLOP/s of the devices.
+    `num_samples`: of the training set, None for a stream. `task`: None for a loop of one's own.
+    `work`: FLOPs of a step, and peak FLOP/s of the devices.
     """
     code, packages = identity(task), versions()
     if not type(strategy).__module__.startswith("distrib."):

@@ -1,7 +1,10 @@
 """Handles a request to stop: notes the signal, checks the time left to save, and decides whether SLURM requeues."""
 
 import signal
+from typing import NoReturn
 
+from distrib.errors import Preempted
+from distrib.monitor.run_log import RunLog
 from distrib.processes.schedulers.base import Requeue, requeue
 from distrib.processes.signals import REQUEUE_SIGNALS
 from distrib.processes.world import World
@@ -45,3 +48,14 @@ class Preemption:
             f"a save takes {save_seconds:.1f} s{before}, but a run is killed {grace:g} s after it is asked to stop; "
             "allow more time (--grace, or what the scheduler calls it)"
         )
+
+    def end(self, run_log: RunLog, steps_done: int) -> NoReturn:
+        """Have the job requeued if it can be, log the end, and raise Preempted. Call it after a save. Collective."""
+        requeue = self.requeue()  # before a task ends: the scheduler may end the others then
+        run_log.event("preempted", step=steps_done, requeue=requeue is not None and requeue.done)
+        stopped = f"{run_log.run.path}: asked to stop; saved after step {steps_done}"
+        if requeue is not None:
+            run_log.say(f"{stopped}, {requeue.message}")
+        run_log.close("preempted")
+        self.world.shutdown()
+        raise Preempted(stopped if requeue is not None else f"{stopped}, start it again to go on")

@@ -9,7 +9,7 @@ from distrib.config import Config
 from distrib.data.loader import Window
 from distrib.data.prints import Fingerprint
 from distrib.data.source import source
-from distrib.errors import ConfigError, Preempted
+from distrib.errors import ConfigError
 from distrib.monitor.alerts import require_url
 from distrib.monitor.observer import Observer
 from distrib.monitor.progress import Verbosity, format_summary
@@ -22,7 +22,7 @@ from distrib.run_folder.async_save import Saver
 from distrib.run_folder.earlier_starts import what_to_do_now
 from distrib.run_folder.environment import describe, describe_task
 from distrib.run_folder.folder import RunDir
-from distrib.run_folder.identity import moved_keys, notes
+from distrib.run_folder.identity import moved_keys
 from distrib.run_folder.ledger import GENESIS
 from distrib.run_folder.resume import ResumePoint, latest_valid, requested, require_steps_left, verified
 from distrib.strategies import compile, registry
@@ -225,22 +225,8 @@ class Trainer:
             self.source.load(found.manifest["stream"])
             self.first_step = found.manifest["step"]
             self.step_log.load(found.manifest)
-        self.world.on_rank_0(lambda: self._rewind(found))
+        self.world.on_rank_0(lambda: self.run_log.rewind(found, self.first_step))
         return GENESIS if found is None else str(found.manifest["chain"])
-
-    def _rewind(self, found: ResumePoint | None) -> None:
-        """Remove what the run folder has after the step that the run resumes from."""
-        if found is not None and found.ours:
-            lost = self.run.rewind(self.first_step, found.manifest, found.led)
-        else:
-            lost = self.run.rewind(self.first_step)
-        self.run_log.trouble()
-        if found is not None or lost:
-            passed_over = [] if found is None else found.passed_over
-            self.run_log.event("resumed", step=self.first_step, passed_over=passed_over)
-            self.run_log.metrics = self.run.latest_metrics()
-        for reason in notes(self.run.read_environment()):
-            self.run_log.warn(reason)
 
     def _step(self, engine: Engine, window: Window) -> PendingStep:
         rate = self.learning_rate(self.step_log.num_updates, engine.base_rate) * self.evaluations.plateau_factor
@@ -268,14 +254,7 @@ class Trainer:
             self._save(engine, saver, steps_done)
         saver.wait()
         self._report_saves(saver)
-        requeue = self.preemption.requeue()  # before a task ends: the scheduler may end the others then
-        self.run_log.event("preempted", step=steps_done, requeue=requeue is not None and requeue.done)
-        stopped = f"{self.run.path}: asked to stop; saved after step {steps_done}"
-        if requeue is not None:
-            self.run_log.say(f"{stopped}, {requeue.message}")
-        self.run_log.close("preempted")
-        self.world.shutdown()
-        raise Preempted(stopped if requeue is not None else f"{stopped}, start it again to go on")
+        self.preemption.end(self.run_log, steps_done)
 
     def _report_saves(self, saver: Saver) -> None:
         for saved in saver.completed():

@@ -1,0 +1,231 @@
+"""docs/own-loop.md and examples/gan.py: loops of one's own equal plain PyTorch loops, and go on after a kill."""
+
+import json
+import random
+import re
+import shutil
+import signal
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, Run, check, events, lines, losses, refused, start, steps_done, tensors, until
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+
+from distrib.data.order import derive_seed, sample_indices
+from distrib.run_folder.verify import verify_run
+
+pytestmark = pytest.mark.slow
+TOLERANCE = 1e-5  # see test_parity
+PAGE = (ROOT / "docs" / "own-loop.md").read_text()
+STEPS, MICRO, BATCH, NOISE, RATE = 300, 16, 64, 16, 0.002
+
+
+def write_pages_files(folder: Path) -> None:
+    for name, text in re.findall(r"```(?:python|yaml) title=(\S+)\n(.*?)```", PAGE, re.DOTALL):
+        (folder / name).write_text(text)
+
+
+@cache
+def plain_losses() -> list[float]:
+    """Train the page's model in one process on whole batches. Only the order of the data is distrib's."""
+    torch.manual_seed(0)
+    inputs = torch.randn(500, 8)
+    targets = (inputs.sum(1) > 0).long()
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for step in range(30):
+        batch = sample_indices(np.arange(step * 50, (step + 1) * 50, dtype=np.uint64), 500, 0).astype(np.int64)
+        loss = F.cross_entropy(model(inputs[batch]), targets[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("processes", "strategy"), [(1, "auto"), (2, "auto"), (2, "zero2"), (2, "zero3"), (2, "fsdp2"), (5, "auto")]
+)
+def test_the_pages_loop(run: Run, tmp_path: Path, processes: int, strategy: str) -> None:
+    write_pages_files(tmp_path)
+    with (tmp_path / "own.yaml").open("a") as file:
+        file.write(f"strategy: {{name: {strategy}}}\n")
+    check(run("distrib", "launch", "--processes", processes, "own.py"))
+    folder = tmp_path / "runs" / "own"
+    np.testing.assert_allclose(losses(folder), plain_losses(), rtol=TOLERANCE)
+    assert verify_run(folder).samples == 30 * 50
+    said = check(run("distrib", "launch", "--processes", processes, "own.py"))
+    assert "runs/own had finished before: " in said
+    assert events(folder).count("started") == 1
+
+
+@cache
+def plain_gan() -> tuple[list[float], list[float]]:
+    """Train both models in one process; return the losses of generator and critic. The order of the data and the seeds
+    of the noise are distrib's."""
+    pictures = torch.tensor(load_digits().data / 16, dtype=torch.float32)
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(NOISE, 64), nn.ReLU(), nn.Linear(64, 64), nn.Sigmoid())
+    critic = nn.Sequential(nn.Linear(64, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1))
+    optimizers = [torch.optim.Adam(model.parameters(), lr=RATE, betas=(0.5, 0.999)) for model in (generator, critic)]
+    found: tuple[list[float], list[float]] = [], []
+    for step in range(STEPS):
+        order = sample_indices(np.arange(step * BATCH, (step + 1) * BATCH, dtype=np.uint64), len(pictures), 0)
+        real, noise = pictures[order.astype(np.int64)], []
+        for micro_batch in range(BATCH // MICRO):
+            torch.manual_seed(derive_seed(0, step, micro_batch))
+            noise.append(torch.randn(MICRO, NOISE))
+        fake = generator(torch.cat(noise))
+        scores = critic(torch.cat([real, fake.detach()]))
+        wanted = torch.cat([torch.ones(BATCH, 1), torch.zeros(BATCH, 1)])
+        critic_loss = F.binary_cross_entropy_with_logits(scores, wanted)
+        generator_loss = F.binary_cross_entropy_with_logits(critic(fake), torch.ones(BATCH, 1))
+        of_generator = torch.autograd.grad(generator_loss, list(generator.parameters()))
+        of_critic = torch.autograd.grad(critic_loss, list(critic.parameters()))
+        for model, gradients in ((generator, of_generator), (critic, of_critic)):
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+        for optimizer in optimizers:
+            optimizer.step()
+        found[0].append(generator_loss.item())
+        found[1].append(critic_loss.item())
+    return found
+
+
+def copy_gan(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name in ("gan.py", "gan.yaml"):
+        shutil.copy(ROOT / "examples" / name, folder)
+    return folder / "runs" / "gan"
+
+
+def check_gan(folder: Path) -> None:
+    """The first steps are compared: afterwards two models that follow each other let rounding grow."""
+    first = 60
+    for found, expected in zip(
+        (losses(folder), [line["train/critic_loss"] for line in lines(folder)]), plain_gan(), strict=True
+    ):
+        np.testing.assert_allclose(found[:first], expected[:first], rtol=TOLERANCE)
+        np.testing.assert_allclose(found, expected, rtol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from conftest import no_process_left, starter
+
+    folder = tmp_path_factory.mktemp("gan")
+    run = copy_gan(folder)
+    with no_process_left() as mark:
+        check(starter(mark, folder)("distrib", "launch", "--processes", 2, "gan.py"))
+    return run
+
+
+def check_same_bits(run: Path, other: Path) -> None:
+    for key in ("step", "loss", "train/critic_loss", "grad_norm", "samples", "verdict"):
+        assert [line[key] for line in lines(run)] == [line[key] for line in lines(other)], key
+    found, expected = tensors(run), tensors(other)
+    assert found.keys() == expected.keys()
+    assert {name.split("/")[0] for name in found} == {"generator", "critic"}
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_a_gan_equals_a_plain_loop(undisturbed: Path) -> None:
+    check_gan(undisturbed)
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_bitwise_on_other_numbers_of_processes(run: Run, tmp_path: Path, undisturbed: Path, processes: int) -> None:
+    folder = copy_gan(tmp_path)
+    check(run("distrib", "launch", "--processes", processes, "gan.py"))
+    check_same_bits(folder, undisturbed)
+
+
+def test_ddp_equals_a_plain_loop(run: Run, tmp_path: Path) -> None:
+    folder = copy_gan(tmp_path)
+    check(run("distrib", "launch", "--processes", 2, "gan.py", "train.determinism=fast"))
+    check_gan(folder)
+
+
+def test_killed_at_random_moments_and_asked_to_stop(mark: str, tmp_path: Path, undisturbed: Path) -> None:
+    """The two models of a checkpoint are always of the same step."""
+    folder, chance = copy_gan(tmp_path), random.Random(11)
+    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
+        process = start(mark, tmp_path, "launch", "--processes", 2, "gan.py")
+        wanted = steps_done(folder) + chance.randint(20, 80)
+        until(lambda wanted=wanted: steps_done(folder) >= wanted, "it does not go on")  # type: ignore[misc]
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == (75 if number == signal.SIGTERM else -9), said
+    assert "preempted" in events(folder)
+    process = start(mark, tmp_path, "launch", "--processes", 2, "gan.py")
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert events(folder).count("resumed") >= 2
+    check_same_bits(folder, undisturbed)
+    verify_run(folder)
+    assert json.loads((folder / "summary.json").read_text())["restarts"] == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("strategy.name=zero2", "strategy.name: zero2 cuts models, and the loop has 2 that use each other; take ddp"),
+        ("train.stop={metric: eval/loss}", "train.stop: is not for a loop of one's own, which does that itself; leave"),
+        (
+            "eval.every_steps=3",
+            "eval.every_steps: is not for a loop of one's own, which does that itself; leave it out",
+        ),
+        ("optim.schedule=cosine", "optim.schedule: is not for a loop of one's own; give engine.step the rate of each"),
+    ],
+)
+def test_keys_that_are_not_for_it(run: Run, tmp_path: Path, override: str, said: str) -> None:
+    folder = copy_gan(tmp_path)
+    assert said in refused(run("distrib", "launch", "--processes", 2, "gan.py", override))
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ('{"model": model}', '{"a model": model}', "OwnLoop: 'a model' cannot be the name of a model; give letters"),
+        ('{"model": model}', "{}", 'OwnLoop: give its models by name, {"model": module}'),
+        (
+            '{"model": model})',
+            '{"model": model}, optimizers={"other": 3})',
+            "an optimizer for other, of which there is",
+        ),
+        (
+            "        loop.record(engine.step(lr=0.1))",
+            "        engine.step(lr=0.1)",
+            "step 1 is not recorded; call loop.re",
+        ),
+        (
+            "engine.step(lr=0.1))",
+            "engine.step(lr=0.1), other=3)",
+            "record needs the step of model; it got a step, other",
+        ),
+    ],
+)
+def test_mistakes_in_the_loop(run: Run, tmp_path: Path, before: str, after: str, said: str) -> None:
+    write_pages_files(tmp_path)
+    text = (tmp_path / "own.py").read_text()
+    assert before in text
+    (tmp_path / "own.py").write_text(text.replace(before, after))
+    assert said in refused(run("distrib", "launch", "--processes", 1, "own.py"))
+
+
+def test_another_models_checkpoint(run: Run, tmp_path: Path) -> None:
+    write_pages_files(tmp_path)
+    check(run("distrib", "launch", "--processes", 1, "own.py"))
+    (tmp_path / "runs/own/summary.json").unlink()
+    text: Any = (tmp_path / "own.py").read_text()
+    (tmp_path / "own.py").write_text(text.replace('"model"', '"network"'))
+    result = run("distrib", "launch", "--processes", 1, "own.py")
+    assert "the checkpoint has no model 'network'; it has model" in result.stderr
