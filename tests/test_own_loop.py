@@ -7,7 +7,6 @@ import shutil
 import signal
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from distrib.run_folder.verify import verify_run
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5  # see test_parity
 PAGE = (ROOT / "docs" / "own-loop.md").read_text()
-STEPS, MICRO, BATCH, NOISE, RATE = 300, 16, 64, 16, 0.002
+STEPS, MICRO, BATCH, NOISE, RATE = 150, 16, 64, 16, 0.002
 
 
 def write_pages_files(folder: Path) -> None:
@@ -49,9 +48,7 @@ def plain_losses() -> list[float]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("processes", "strategy"), [(1, "auto"), (2, "auto"), (2, "zero2"), (2, "zero3"), (2, "fsdp2"), (5, "auto")]
-)
+@pytest.mark.parametrize(("processes", "strategy"), [(1, "auto"), (2, "auto"), (2, "zero3"), (5, "auto")])
 def test_the_pages_loop(run: Run, tmp_path: Path, processes: int, strategy: str) -> None:
     write_pages_files(tmp_path)
     with (tmp_path / "own.yaml").open("a") as file:
@@ -102,6 +99,8 @@ def copy_gan(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     for name in ("gan.py", "gan.yaml"):
         shutil.copy(ROOT / "examples" / name, folder)
+    config = (folder / "gan.yaml").read_text()
+    (folder / "gan.yaml").write_text(config.replace("{steps: 300,", f"{{steps: {STEPS},").replace("50}", "20}"))
     return folder / "runs" / "gan"
 
 
@@ -158,7 +157,7 @@ def test_killed_at_random_moments_and_asked_to_stop(mark: str, tmp_path: Path, u
     folder, chance = copy_gan(tmp_path), random.Random(11)
     for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
         process = start(mark, tmp_path, "launch", "--processes", 2, "gan.py")
-        wanted = steps_done(folder) + chance.randint(20, 80)
+        wanted = steps_done(folder) + chance.randint(10, 40)
         until(lambda wanted=wanted: steps_done(folder) >= wanted, "it does not go on")  # type: ignore[misc]
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
@@ -174,20 +173,26 @@ def test_killed_at_random_moments_and_asked_to_stop(mark: str, tmp_path: Path, u
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("overrides", "said"),
     [
-        ("strategy.name=zero2", "strategy.name: zero2 cuts models, and the loop has 2 that use each other; take ddp"),
-        ("train.stop={metric: eval/loss}", "train.stop: is not for a loop of one's own, which does that itself; leave"),
         (
-            "eval.every_steps=3",
-            "eval.every_steps: is not for a loop of one's own, which does that itself; leave it out",
+            ["strategy.name=zero2", "train.determinism=fast"],
+            "strategy.name: zero2 cuts models, and the loop has 2 that use",
         ),
-        ("optim.schedule=cosine", "optim.schedule: is not for a loop of one's own; give engine.step the rate of each"),
+        (
+            ["train.stop={metric: eval/loss}"],
+            "train.stop: is not for a loop of one's own, which does that itself; leave",
+        ),
+        (["eval.every_steps=3"], "eval.every_steps: is not for a loop of one's own, which does that itself; leave it"),
+        (
+            ["optim.schedule=cosine"],
+            "optim.schedule: is not for a loop of one's own; give engine.step the rate of each",
+        ),
     ],
 )
-def test_keys_that_are_not_for_it(run: Run, tmp_path: Path, override: str, said: str) -> None:
+def test_keys_that_are_not_for_it(run: Run, tmp_path: Path, overrides: list[str], said: str) -> None:
     folder = copy_gan(tmp_path)
-    assert said in refused(run("distrib", "launch", "--processes", 2, "gan.py", override))
+    assert said in refused(run("distrib", "launch", "--processes", 2, "gan.py", *overrides))
     assert not folder.exists()
 
 
@@ -221,11 +226,10 @@ def test_mistakes_in_the_loop(run: Run, tmp_path: Path, before: str, after: str,
     assert said in refused(run("distrib", "launch", "--processes", 1, "own.py"))
 
 
-def test_another_models_checkpoint(run: Run, tmp_path: Path) -> None:
+def test_another_model_in_the_same_folder(run: Run, tmp_path: Path) -> None:
     write_pages_files(tmp_path)
     check(run("distrib", "launch", "--processes", 1, "own.py"))
-    (tmp_path / "runs/own/summary.json").unlink()
-    text: Any = (tmp_path / "own.py").read_text()
+    text = (tmp_path / "own.py").read_text()
     (tmp_path / "own.py").write_text(text.replace('"model"', '"network"'))
-    result = run("distrib", "launch", "--processes", 1, "own.py")
-    assert "the checkpoint has no model 'network'; it has model" in result.stderr
+    line = refused(run("distrib", "launch", "--processes", 1, "own.py"))
+    assert "runs/own: holds a run of another task (the shape of parameter model.0.weight was [32, 8]" in line

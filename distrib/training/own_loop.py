@@ -127,9 +127,7 @@ class OwnLoop:
             self._window = window
             yield window
             if self._window is not None:
-                raise ConfigError(
-                    f"OwnLoop: step {window.step + 1} was not recorded; call loop.record(engine.step(lr))"
-                )
+                raise ConfigError(f"OwnLoop: step {window.step + 1} is not recorded; call loop.record(engine.step(lr))")
             steps_done, every_steps = window.step + 1, self.config.checkpoint.every_steps
             if steps_done == self.plan.num_steps or self._stop or (every_steps and steps_done % every_steps == 0):
                 self._save(steps_done)
@@ -155,9 +153,9 @@ class OwnLoop:
         if window is None:
             raise ConfigError("OwnLoop: record was called twice in a step, or outside of the loop")
         if {next(iter(self.engines)), *others} != self.engines.keys():
-            raise ConfigError(
-                f"OwnLoop: record got steps of {', '.join(others)}; give one of each of {', '.join(self.engines)}"
-            )
+            first, *rest = self.engines
+            wanted = ", ".join([f"the step of {first}", *(f"{name}=…" for name in rest)])
+            raise ConfigError(f"OwnLoop: record needs {wanted}; it got {', '.join(['a step', *others])}")
         results = {name: other.read() for name, other in others.items()}
         numbers = {f"train/{name}_loss": result.loss for name, result in results.items()}
         seconds = {"seconds": round(time.perf_counter() - self._began, 6)}

@@ -147,8 +147,7 @@ def test_a_skipped_step_changes_no_average(world: Callable[[int], Path], process
     assert updates == FEW - verdicts.count("skipped:loss_scale")
 
 
-WAYS = [("auto", 2, "zero2", 4), ("zero1", 2, "fsdp2", 4), ("zero2", 4, "zero3", 2), ("zero3", 4, "zero1", 1)]
-WAYS += [("fsdp2", 4, "auto", 1), ("hsdp", 4, "zero3", 2), ("auto", 1, "fsdp2", 2)]
+WAYS = [("auto", 2, "zero2", 4), ("zero2", 4, "zero3", 2), ("zero3", 4, "zero1", 1), ("hsdp", 4, "fsdp2", 2)]
 
 
 @pytest.mark.parametrize(("before", "processes", "after", "on"), WAYS, ids=str)
@@ -163,7 +162,7 @@ def test_it_continues_under_another_strategy(
     assert {line["world_size"] for line in lines(folder)[2 * EVERY :]} == {on}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp2"])
 def test_killed_at_a_random_moment(mark: str, run: Run, tmp_path: Path, strategy: str) -> None:
     """Killed twice and resumed on as many processes it has the same bits; on one process, within rounding."""
     config = {
