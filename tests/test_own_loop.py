@@ -184,6 +184,7 @@ def test_killed_at_random_moments_and_asked_to_stop(mark: str, tmp_path: Path, u
             "train.stop: is not for a loop of one's own, which does that itself; leave",
         ),
         (["eval.every_steps=3"], "eval.every_steps: is not for a loop of one's own, which does that itself; leave it"),
+        (["optim.groups=[{match: '*', lr: 1}]"], "optim.groups: is not for a loop of one's own, which does that"),
         (
             ["optim.schedule=cosine"],
             "optim.schedule: is not for a loop of one's own; give engine.step the rate of each",

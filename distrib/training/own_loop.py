@@ -264,11 +264,14 @@ def _check(config: Config, models: Mapping[str, nn.Module], optimizers: Mapping[
     given = {
         "task": config.task,
         "eval.every_steps": config.eval.every_steps,
+        "eval.at_start": config.eval.at_start,
         "train.stop": config.train.stop,
         "train.ema": config.train.ema,
         "train.compile": config.train.compile,
         "checkpoint.best": config.checkpoint.best,
         "optim.plateau": config.optim.plateau,
+        "optim.groups": config.optim.groups,
+        "strategy.activation_checkpointing": config.strategy.activation_checkpointing,
         "observers": config.observers,
     }
     for key, value in given.items():
