@@ -42,13 +42,11 @@ def check_port(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     assert (summary["steps"], summary["best"]["step"]) == (30 * len(epochs), 30 * best)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_port_has_the_scripts_curve(
-    run: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, processes: int
-) -> None:
+def test_the_port_has_the_scripts_curve(run: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """On one process; another test goes on with two."""
     for name in ("ported_task.py", "ported.yaml"):
         shutil.copy(ROOT / "examples" / name, tmp_path)
-    check(run("distrib", "launch", "--processes", processes, "ported.yaml"))
+    check(run("distrib", "launch", "--processes", 1, "ported.yaml"))
     check_port(tmp_path / "runs" / "ported", tmp_path_factory)
 
 

@@ -71,7 +71,8 @@ def _construct(optimizer_class: type[Optimizer], groups: list[dict[str, Any]]) -
         for group in groups:  # a constructor checks its arguments, but not those of groups
             values = {key: value for key, value in group.items() if key not in ("params", "match")}
             optimizer_class([nn.Parameter(torch.zeros(1, 1))], **values)
-        return optimizer_class(groups, **{key: groups[0][key] for key in ("lr", "fused") if key in groups[0]})
+        common = set.intersection(*map(set, groups)) - {"params", "match"}  # a default never fills a gap of a group
+        return optimizer_class(groups, **{key: value for key, value in groups[0].items() if key in common})
     except (TypeError, ValueError, RuntimeError) as error:
         hint = "; give it the matrices alone, by optim.groups with ndim: 2" if "2D" in str(error) else ""
         raise ConfigError(f"optim: {optimizer_class.__name__} refuses its arguments: {error}{hint}") from None

@@ -86,7 +86,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 SCALARS = ("ddp", "zero0", "zero1", "zero2")  # the others cannot shard a scalar parameter
 COMPRESSED = ("ddp", "zero0", "zero2", "zero3", "fsdp2")
-EMA_OPTIONS = [name for name, option in OPTIONS.items() if not option.get("activation_checkpointing")]
+EMA_OPTIONS = ("zero1-offload", "fsdp2-offload", "ddp-static")
 
 
 def cases(world: int) -> dict[str, dict[str, Any]]:
@@ -124,13 +124,12 @@ def resumed(world: int) -> list[str]:
             *(f"{name}-pieces" for name in ("auto", *SHARDED)),
             *(f"{name}-{precision}" for name in ("ddp", *SHARDED) for precision in PRECISIONS),
             *(f"ema-late-{name}" for name in ("auto", *SHARDED)),
-            *(f"ema-fp16-{name}" for name in ("auto", *SHARDED)),
             *(f"{name}-classes" for name in ("auto", *SHARDED)),
             *("ddp-static", "stream-0", "stream-2", "buffers-ddp", "buffers-zero1", "buffers-fsdp2"),
             *("bitwise-formats", "zero2-formats", "fsdp2-formats"),
         ]
     if world == 4:
-        return [*(f"{name}-no" for name in ("ddp", *SHARDED)), "hsdp-no", "hsdp-fp16", "ema-late-hsdp", "ema-fp16-hsdp"]
+        return [*(f"{name}-no" for name in ("ddp", *SHARDED)), "hsdp-no", "hsdp-fp16", "ema-late-hsdp"]
     return []
 
 
@@ -176,8 +175,8 @@ def stop_config(strategy: str) -> dict[str, Any]:
 
 
 def emas_of(strategy: str) -> dict[str, dict[str, Any]]:
-    """Return the averages that are kept under a strategy: all under two of them, else the one that begins late."""
-    wanted = EMAS if strategy in ("auto", "zero2") else ("usual", "late") if strategy == "hsdp" else ("late",)
+    """Return the averages that are kept under a strategy: all under the usual one, else the one that begins late."""
+    wanted = EMAS if strategy == "auto" else ("usual", "late") if strategy == "hsdp" else ("late",)
     return {name: EMAS[name] for name in wanted}
 
 

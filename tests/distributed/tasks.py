@@ -22,6 +22,8 @@ VOCABULARY, LENGTH = 11, 6
 class Masked(Task):
     """Predicts tokens. The number of counted tokens differs between samples, and may be 0."""
 
+    sums = False  # whether the loss brings numbers of its own
+
     def __init__(self, samples: int = 97, dropout: float = 0.0, sums: bool = False) -> None:
         self.samples, self.dropout, self.sums = samples, dropout, sums
 

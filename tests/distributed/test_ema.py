@@ -104,13 +104,12 @@ def test_the_average_with_options(world: Callable[[int], Path], option: str) -> 
     check_average(world(2) / f"ema-late-{option}", "late")
 
 
-@pytest.mark.parametrize(("processes", "strategy"), [(2, "zero3"), (4, "fsdp2"), (4, "hsdp")], ids=str)
+@pytest.mark.parametrize(("processes", "strategy"), [(2, "zero3"), (4, "hsdp")], ids=str)
 def test_evaluate_takes_the_average(world: Callable[[int], Path], run: Run, processes: int, strategy: str) -> None:
     folder = world(processes) / f"ema-late-{strategy}"
     found = {key: value for key, value in lines(folder, "evals.jsonl")[-1]["metrics"].items() if "/ema/" in key}
-    for on in (1, 2):
-        said = check(run("distrib", "evaluate", folder, "--weights", "ema", "--json", "--processes", on))
-        assert json.loads(said.splitlines()[-1])["metrics"] == pytest.approx(found)
+    said = check(run("distrib", "evaluate", folder, "--weights", "ema", "--json", "--processes", 2))
+    assert json.loads(said.splitlines()[-1])["metrics"] == pytest.approx(found)
 
 
 def test_the_cases_differ(world: Callable[[int], Path]) -> None:
@@ -162,7 +161,7 @@ def test_it_continues_under_another_strategy(
     assert {line["world_size"] for line in lines(folder)[2 * EVERY :]} == {on}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["zero2"])
 def test_killed_at_a_random_moment(mark: str, run: Run, tmp_path: Path, strategy: str) -> None:
     """Killed twice and resumed on as many processes it has the same bits; on one process, within rounding."""
     config = {

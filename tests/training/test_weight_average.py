@@ -229,7 +229,7 @@ def test_decided_on_the_host_or_on_the_device_the_average_is_the_same(optim: dic
         }
         config, task = Config.from_dict(values), Uneven()
         strategy = registry.resolve(config, World())
-        module = build.model(task, 0)
+        module = build.model(task, config)
         strategy.wrap(module, [], build.optimizer_maker(task, config))
         engine = Engine(strategy, max_grad_norm=0.5, ema=config.train.ema)
         engine.waits = waits
@@ -257,7 +257,7 @@ def test_decided_on_the_host_or_on_the_device_the_average_is_the_same(optim: dic
 def test_an_evaluation_that_fails_gives_the_weights_back() -> None:
     config, task = Config.from_dict({"train": {"steps": 1, "ema": EMA}}), Mixed()
     strategy = registry.resolve(config, World())
-    module = build.model(task, 0)
+    module = build.model(task, config)
     strategy.wrap(module, [], build.optimizer_maker(task, config))
     engine = Engine(strategy, ema=config.train.ema)
     assert engine.average is not None
