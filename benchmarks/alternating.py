@@ -30,6 +30,9 @@ from torch import nn
 
 from distrib import Config, Task, Trainer
 from distrib.data.loader import Window
+from distrib.strategies import registry
+from distrib.training.engine import Engine
+from distrib.training.loop import train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -96,6 +99,21 @@ class AlternatingTrainer(Trainer):
                 "losses": self.losses,
             }
             (folder / "result.json").write_text(json.dumps(result))
+
+
+class OwnLoopWith:
+    """distrib's own loop over the copy, with other values in the config's section `train`."""
+
+    def __init__(self, trainer: AlternatingTrainer, twin: nn.Module, **train: Any) -> None:
+        config = trainer.config.model_copy(update={"train": trainer.config.train.model_copy(update=train)})
+        strategy = registry.create(config, trainer.world)
+        strategy.wrap(twin, [], trainer.make_optimizer)
+        self.engine, self.task = Engine(strategy, max_grad_norm=config.train.max_grad_norm), trainer.task
+        self.windows, self.steps = trainer.uninterrupted.windows(0), trainer.steps_a_block
+
+    def run_block(self, block: int) -> None:
+        for window in islice(self.windows, self.steps):
+            self.loss = torch.tensor(train_step(self.engine, self.task, window, self.engine.base_rate).read().loss)
 
 
 def measure(script: str, processes: int, target: float, *arguments: str) -> dict[str, Any]:

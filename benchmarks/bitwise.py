@@ -5,20 +5,16 @@ python benchmarks/bitwise.py    measure, write results/DATE-bitwise.json and .md
 
 import argparse
 import sysconfig
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from alternating import AlternatingTrainer, Loop, measure, write_results
+from alternating import AlternatingTrainer, Loop, OwnLoopWith, measure, write_results
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from distrib import Config, Loss, Task
-from distrib.strategies import registry
-from distrib.training.engine import Engine
-from distrib.training.loop import train_step
 
 PROCESSES, TARGET = 2, 1.10
 WIDTH, DEPTH, LENGTH = 256, 4, 64
@@ -48,29 +44,12 @@ class Bytes(Task):
         return Loss(total, batch[1].numel())
 
 
-class Ddp:
-    """distrib's own loop, with ddp."""
-
-    def __init__(self, trainer: "BitwiseTrainer", twin: nn.Module) -> None:
-        fast = trainer.config.model_copy(
-            update={"train": trainer.config.train.model_copy(update={"determinism": "fast"})}
-        )
-        strategy = registry.create(fast, trainer.world)
-        strategy.wrap(twin, [], trainer.make_optimizer)
-        self.engine, self.task = Engine(strategy), trainer.task
-        self.windows = trainer.uninterrupted.windows(0)
-
-    def run_block(self, block: int) -> None:
-        for window in islice(self.windows, STEPS):
-            self.loss = torch.tensor(train_step(self.engine, self.task, window, self.engine.base_rate).read().loss)
-
-
 class BitwiseTrainer(AlternatingTrainer):
     blocks_timed, steps_a_block = BLOCKS, STEPS
     learned = 4.0  # of 5.5, the loss of guessing a byte
 
     def other_loop(self, twin: nn.Module) -> Loop:
-        return Ddp(self, twin)
+        return OwnLoopWith(self, twin, determinism="fast")
 
 
 def run_member(folder: Path) -> None:

@@ -4,38 +4,17 @@ python benchmarks/compiling.py    measure, write results/DATE-compiling.json and
 """
 
 import argparse
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from alternating import ROOT, AlternatingTrainer, Loop, measure, write_results
+from alternating import ROOT, AlternatingTrainer, Loop, OwnLoopWith, measure, write_results
 from torch import nn
 
 from distrib import Config
-from distrib.strategies import registry
 from distrib.task import load_task
-from distrib.training.engine import Engine
-from distrib.training.loop import train_step
 
 CASES = [(processes, mode) for processes in (1, 2) for mode in ("blocks", "model")]
 BLOCKS, STEPS = 8, 4
-
-
-class Uncompiled:
-    """distrib's own loop, with train.compile: false."""
-
-    def __init__(self, trainer: "CompilingTrainer", twin: nn.Module) -> None:
-        config = trainer.config
-        uncompiled = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
-        strategy = registry.create(uncompiled, trainer.world)
-        strategy.wrap(twin, [], trainer.make_optimizer)
-        self.engine, self.task = Engine(strategy, max_grad_norm=config.train.max_grad_norm), trainer.task
-        self.windows = trainer.uninterrupted.windows(0)
-
-    def run_block(self, block: int) -> None:
-        for window in islice(self.windows, STEPS):
-            self.loss = torch.tensor(train_step(self.engine, self.task, window, self.engine.base_rate).read().loss)
 
 
 class CompilingTrainer(AlternatingTrainer):
@@ -43,7 +22,7 @@ class CompilingTrainer(AlternatingTrainer):
     learned = 4.0  # of 5.5, the loss of guessing a byte
 
     def other_loop(self, twin: nn.Module) -> Loop:
-        return Uncompiled(self, twin)
+        return OwnLoopWith(self, twin, compile=False)
 
 
 def run_member(folder: Path, mode: str) -> None:

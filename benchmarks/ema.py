@@ -6,18 +6,13 @@ python benchmarks/ema.py --only zero2    print the time under one strategy
 """
 
 import argparse
-from itertools import islice
 from pathlib import Path
 
-import torch
-from alternating import AlternatingTrainer, Loop, measure, write_results
+from alternating import AlternatingTrainer, Loop, OwnLoopWith, measure, write_results
 from bitwise import LENGTH, Bytes
 from torch import nn
 
 from distrib import Config
-from distrib.strategies import registry
-from distrib.training.engine import Engine
-from distrib.training.loop import train_step
 
 PROCESSES, TARGET = 2, 1.05
 STRATEGIES = ("ddp", "zero2")
@@ -26,26 +21,12 @@ GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE = 16, 8
 BLOCKS, STEPS = 25, 2
 
 
-class Without:
-    """distrib's own loop, which keeps no average."""
-
-    def __init__(self, trainer: "AveragingTrainer", twin: nn.Module) -> None:
-        strategy = registry.create(trainer.config, trainer.world)
-        strategy.wrap(twin, [], trainer.make_optimizer)
-        self.engine, self.task = Engine(strategy), trainer.task
-        self.windows = trainer.uninterrupted.windows(0)
-
-    def run_block(self, block: int) -> None:
-        for window in islice(self.windows, STEPS):
-            self.loss = torch.tensor(train_step(self.engine, self.task, window, self.engine.base_rate).read().loss)
-
-
 class AveragingTrainer(AlternatingTrainer):
     blocks_timed, steps_a_block = BLOCKS, STEPS
     learned = 4.0  # of 5.5, the loss of guessing a byte
 
     def other_loop(self, twin: nn.Module) -> Loop:
-        return Without(self, twin)
+        return OwnLoopWith(self, twin, ema=None)
 
 
 def run_member(folder: Path, strategy: str) -> None:

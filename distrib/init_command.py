@@ -138,17 +138,17 @@ def _for_images(module: str, path: str) -> tuple[dict[str, Any], str]:
 
     if not Path(path).is_dir():
         raise ConfigError(f"{path}: no such folder; give {_USAGE['images']}")
-    found = {folder.name: len(pictures_in(folder)) for folder in sorted(Path(path).iterdir())}
-    classes = {name: count for name, count in found.items() if count}
+    found = {folder.name: pictures_in(folder) for folder in sorted(Path(path).iterdir())}
+    classes = {name: pictures for name, pictures in found.items() if pictures}
     if len(classes) < 2:
         raise ConfigError(f"{path}: pictures of {len(classes)} class(es); give {_USAGE['images']}, two or more")
-    for name in classes:
-        for file in pictures_in(Path(path) / name):
-            try:
-                Image.open(file).close()
-            except OSError as error:
-                raise ConfigError(f"{file}: cannot be read as a picture: {error}; remove it") from None
-    count = sum(classes.values())
+    files = [file for pictures in classes.values() for file in pictures]
+    for file in files:
+        try:
+            Image.open(file).close()
+        except OSError as error:
+            raise ConfigError(f"{file}: cannot be read as a picture: {error}; remove it") from None
+    count = len(files)
     _require_enough(path, count, "pictures")
     return _config(
         {"target": f"{module}:Images", "path": path, "size": 64}, count - count // 5, count // 5, 0.001

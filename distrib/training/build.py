@@ -225,6 +225,21 @@ def loading(config: Config, world: World, task: Task) -> dict[str, Any]:
     }
 
 
+def engine(
+    strategy: Strategy, config: Config, warn: Callable[[str], None], asked_to_stop: Callable[[], bool]
+) -> Engine:
+    """Return the engine that trains as the config says. `strategy`: has wrapped its model."""
+    return Engine(
+        strategy,
+        mixed_precision=config.train.mixed_precision,
+        max_grad_norm=config.train.max_grad_norm,
+        seed=config.seed,
+        ema=config.train.ema,
+        warn=warn,
+        asked_to_stop=asked_to_stop,
+    )
+
+
 def evaluate(
     engine: Engine,
     task: Task,

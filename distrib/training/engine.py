@@ -1,19 +1,17 @@
 """The engine of a training step: seeding, autocast, gradient normalisation and clipping, and the fp16 loss scale."""
 
 import math
-import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
 from distrib.config import EmaConfig
-from distrib.data.loader import DevicePrefetcher, Window
+from distrib.data.loader import DevicePrefetcher, Window, seed_generators
 from distrib.data.order import derive_seed
 from distrib.errors import ConfigError
 from distrib.run_folder.checkpoint import Shard, named_state
@@ -90,9 +88,9 @@ class Engine:
         # Whether a step waits for its result. A CPU computes synchronously, and Python's numbers are cheaper than
         # tensors; Metal has no streams; fp16 must know whether a gradient overflowed before it scales the next loss.
         self.waits = self.device.type in _WITHOUT_STREAMS or mixed_precision == "fp16"
-        self._generators = [torch.default_generator.manual_seed]
+        self._seed_device: Callable[[int], object] | None = None
         if self.device.type != "cpu":  # not run here: see docs/not-run-here.md
-            self._generators.append(torch.get_device_module(self.device).manual_seed)
+            self._seed_device = torch.get_device_module(self.device).manual_seed
         self.buffers, self.warn = Buffers(self.world, self.module, warn), warn
         self.average = None if ema is None else WeightAverage(strategy, ema)
         self.clock = Clock()
@@ -142,10 +140,9 @@ class Engine:
 
         This takes a hundredth of the time of torch.manual_seed, which goes through all devices.
         """
-        for manual_seed in self._generators:
-            manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
+        seed_generators(seed)
+        if self._seed_device is not None:
+            self._seed_device(seed)
 
     def zero_grad(self) -> None:
         """Clear the gradients. Call it once per window, before its first backward."""

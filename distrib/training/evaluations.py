@@ -32,9 +32,8 @@ class Evaluations:
         own = {name: one.every_steps for name, one in config.eval.sets.items()}
         self._every_steps = dict.fromkeys(sets, config.eval.every_steps) | own
         # Whether to evaluate the average of the weights; each of these in turn.
-        self._ema = {"model": (False,), "ema": (True,), "both": (False, True)}[config.eval.weights]
-        if config.train.ema is None:
-            self._ema = (False,)
+        wanted = "model" if config.train.ema is None else config.eval.weights
+        self._ema = {"model": (False,), "ema": (True,), "both": (False, True)}[wanted]
         self._lines: list[Evaluation] = []
         self.plateau_factor = 1.0  # of the learning rate, by `optim.plateau`
 

@@ -71,7 +71,7 @@ class OwnLoop:
         self.run = RunDir(Path(run_dir) if run_dir is not None else Path("runs", config.name))
         _check(config, models, optimizers or {})
         resolved = {name: registry.resolve(config, self.world) for name in models}
-        first = next(iter(resolved.values()))
+        first = self._first = next(iter(resolved.values()))
         self.config = first.config
         if len(models) > 1 and first.name not in _WHOLE:
             raise ConfigError(
@@ -167,7 +167,6 @@ class OwnLoop:
         self.world.connect(self.config.strategy.timeout)
         cross_rank_checks.require_same_config(self.world, self.config)
         cross_rank_checks.require_same_data(self.world, data)
-        strategy = next(iter(self._strategies.values()))
         parameters = {
             f"{name}.{key}": list(parameter.shape)
             for name, module in self._models.items()
@@ -175,7 +174,7 @@ class OwnLoop:
         }
 
         def start() -> dict[str, Any] | None:
-            environment = describe(self.world, strategy, self.plan.num_samples, None, {})
+            environment = describe(self.world, self._first, self.plan.num_samples, None, {})
             environment.update(
                 data=data, task={"class": "OwnLoop", "file": None, "arguments": {}, "parameters": parameters}
             )
@@ -194,14 +193,7 @@ class OwnLoop:
         assert strategy.optimizer is not None, "wrap makes one"
         refuse_optimizer(strategy.optimizer, strategy, own=make is not None)
         module.train()
-        return Engine(
-            strategy,
-            mixed_precision=self.config.train.mixed_precision,
-            max_grad_norm=self.config.train.max_grad_norm,
-            seed=self.config.seed,
-            warn=self.run_log.warn,
-            asked_to_stop=lambda: self._preemption.asked,
-        )
+        return build.engine(strategy, self.config, self.run_log.warn, lambda: self._preemption.asked)
 
     def _resume(self) -> str:
         """Load the newest checkpoint, if there is one. Return the ledger's chain at that step. Collective."""
@@ -220,7 +212,7 @@ class OwnLoop:
         manifest = {
             **self.run_log.state(),
             "world_size": self.world.world_size,
-            "strategy": next(iter(self._strategies.values())).name,
+            "strategy": self._first.name,
             "stream": None,
             **self.step_log.state(),
             "loss_scale": None,

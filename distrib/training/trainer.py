@@ -146,14 +146,8 @@ class Trainer:
         self.strategy.wrap(self.module, self.blocks, self.make_optimizer)
         if self.strategy.optimizer is None:
             raise ConfigError(f"strategy.name: {self.strategy.name}: its wrap made no optimizer; call use_optimizer")
-        engine = self.engine = Engine(
-            self.strategy,
-            mixed_precision=self.config.train.mixed_precision,
-            max_grad_norm=self.config.train.max_grad_norm,
-            seed=self.config.seed,
-            ema=self.config.train.ema,
-            warn=self.run_log.warn,
-            asked_to_stop=lambda: self.preemption.asked,
+        engine = self.engine = build.engine(
+            self.strategy, self.config, self.run_log.warn, lambda: self.preemption.asked
         )
         if self.ignored_keys:
             self.run_log.warn(self.ignored_keys)
