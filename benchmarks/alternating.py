@@ -29,6 +29,7 @@ from paced import paced
 from torch import nn
 
 from distrib import Config, Task, Trainer
+from distrib.config import StrategyConfig
 from distrib.data.loader import Window
 from distrib.strategies import registry
 from distrib.training.engine import Engine
@@ -102,10 +103,16 @@ class AlternatingTrainer(Trainer):
 
 
 class OwnLoopWith:
-    """distrib's own loop over the copy, with other values in the config's section `train`."""
+    """distrib's own loop over the copy, under another strategy or with other values in the section `train`."""
 
-    def __init__(self, trainer: AlternatingTrainer, twin: nn.Module, **train: Any) -> None:
-        config = trainer.config.model_copy(update={"train": trainer.config.train.model_copy(update=train)})
+    def __init__(
+        self, trainer: AlternatingTrainer, twin: nn.Module, strategy_name: str | None = None, **train: Any
+    ) -> None:
+        section = trainer.config.strategy
+        if strategy_name is not None:
+            section = StrategyConfig(name=strategy_name)
+        changed = {"train": trainer.config.train.model_copy(update=train), "strategy": section}
+        config = trainer.config.model_copy(update=changed)
         strategy = registry.create(config, trainer.world)
         strategy.wrap(twin, [], trainer.make_optimizer)
         self.engine, self.task = Engine(strategy, max_grad_norm=config.train.max_grad_norm), trainer.task

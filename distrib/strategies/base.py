@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,19 +24,13 @@ from distrib.run_folder import checkpoint
 from distrib.run_folder.checkpoint import Shard, named_state, replicated
 from distrib.strategies.compile import compile_forwards
 from distrib.strategies.memory import MakeOptimizer, optimizer_state, size_in_bytes
-from distrib.strategies.optimizer_state import require_same_state, scales_itself
+from distrib.strategies.optimizer_state import fit_state, scales_itself, step_over_zeros, without_rates
+from distrib.strategies.owners import OnOwners, with_owners
 from distrib.strategies.parameters import GradientWatch, trainable
-from distrib.strategies.step_sums import AllReducedSums
+from distrib.strategies.step_sums import AllReducedSums, SumsOfWindow
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Number = TypeVar("Number", float, Tensor)  # known here, or on the device alone
-
-
-class SumsOfWindow(Protocol):
-    """Adds up the window's loss and count, see step_sums.py."""
-
-    def result(self) -> Tensor:
-        """Return the sums over window and ranks, shape (SIZE,), after the last backward."""
 
 
 class Strategy:
@@ -49,6 +43,7 @@ class Strategy:
     forward_is_collective = False  # then every rank must run as many forwards as the others, in evaluation too
     learns_from_its_first_backward = False
     takes_sparse_gradients = False
+    cuts_updates = False  # the optimizer updates shards; then owners do so if it needs whole tensors
     refused_optimizers: tuple[str, ...] = ()  # classes, in lower case, that cannot update its shards
     model: nn.Module  # what the task's forward calls in training
     evaluation_model: nn.Module
@@ -62,6 +57,7 @@ class Strategy:
         self.name = config.strategy.name
         self.options: Any = config.strategy.options()
         self.optimizer: Optimizer | None = None  # none: only evaluates
+        self._owners: list[OnOwners] = []
         self._scales = False  # the optimizer's kernel: what it updates with, and whether at all
         self._parameters: list[nn.Parameter] = []
         self.watch = GradientWatch(world.rank)
@@ -127,9 +123,16 @@ class Strategy:
         if make_optimizer is None:
             return
         self.optimizer = make_optimizer(trainable(self.module))
+        if self.cuts_updates:
+            self.optimizer, self._owners = with_owners(self.optimizer, trainable(self.module))
         groups = self.optimizer.param_groups
         self._parameters = [p for group in groups for p in group["params"] if p.requires_grad]
         self._scales = scales_itself(self.optimizer)
+
+    def give_owners(self) -> None:
+        """Give owners to the tensors that an optimizer must update whole. Call it when the `pieces` are there."""
+        for owners in self._owners:
+            owners.begin(self.pieces(), self.world)
 
     def accumulate(self, last: bool) -> AbstractContextManager[object]:
         """Return a context for forward and backward of a micro-batch. `last`: of the window, after which the gradients
@@ -210,20 +213,23 @@ class Strategy:
         """
         named, _ = named_state(self.module)
         result = {f"model.{name}": self.shard_of(tensor) for name, tensor in named.items()}
-        for name, state, shard in self.optimizer_states():
+        for name, state, shard in self._states():
             for key, value in state.items():
                 if isinstance(value, Tensor) and (own := shard(value)) is not None:
                     result[f"optimizer.{key}.{name}"] = own
         return result
 
     def numbers(self) -> dict[str, float]:
-        """Return what the optimizer keeps as numbers; torch's own keep tensors."""
-        return {
+        """Return what the optimizer keeps as numbers; torch's own keep tensors. Collective."""
+        found = {
             f"optimizer.{key}.{name}": value
-            for name, state, _ in self.optimizer_states()
+            for name, state, _ in self._states()
             for key, value in state.items()
             if isinstance(value, int | float)
         }
+        if not self._owners:
+            return found
+        return {key: value for one in self.world.all_gather_object(found) for key, value in one.items()}
 
     def load(self, path: Path, manifest: dict[str, Any], reset_optimizer: bool = False) -> None:
         """Load a checkpoint, whichever strategy wrote it. Without an optimizer only the weights.
@@ -237,53 +243,48 @@ class Strategy:
             return
         kept = {*manifest["tensors"], *manifest["numbers"]}
         if self.optimizer is not None and (manifest["applied"] or any(name.startswith("optimizer.") for name in kept)):
-            rates = [group["lr"] for group in self.optimizer.param_groups]
-            for group in self.optimizer.param_groups:
-                group["lr"] = 0.0
-            self.make_optimizer_state()
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            require_same_state(path, kept, [name for name, _ in trainable(self.module)], self.optimizer_states())
-            for name, state, _ in self.optimizer_states():
-                for key in list(state):
-                    entry = f"optimizer.{key}.{name}"
-                    if entry in manifest["numbers"]:
-                        state[key] = manifest["numbers"][entry]
-                    elif entry not in kept and state[key] is not None:
-                        del state[key]  # it had not got a gradient yet
+            with without_rates(self.optimizer):
+                self.make_optimizer_state()
+            elsewhere = {name for owners in self._owners for name in owners.elsewhere()}
+            trained = [name for name, _ in trainable(self.module) if name not in elsewhere]
+            fit_state(path, manifest, trained, list(self._states()))
         checkpoint.load(path, manifest, self.shards())
 
     def shard_of(self, tensor: Tensor) -> Shard:
         """Return what this rank holds of a parameter, a buffer, or a tensor of a parameter's optimizer state."""
         return replicated(tensor)
 
+    def pieces(self) -> Iterator[tuple[str, Tensor, Callable[[Tensor], Shard | None]]]:
+        """For each trained parameter: its name, the tensor in which the optimizer updates it on this rank, and what
+        cuts its shard from a tensor like that one (None: this rank has nothing of it). Every rank yields all names.
+
+        Several parameters may lie in one tensor. They stay the same tensors during a run.
+        """
+        for name, parameter in trainable(self.module):
+            yield name, parameter, self.shard_of
+
     def updated_shards(self) -> dict[str, Shard]:
         """Return what the optimizer updates of each trained parameter on this rank, by name. They are views."""
-        return {name: self.shard_of(parameter) for name, parameter in trainable(self.module)}
+        return {name: own for name, tensor, cut in self.pieces() if (own := cut(tensor)) is not None}
 
     def publish(self) -> None:
         """Let forwards use what was written into the `updated_shards`. Collective."""
 
-    def optimizer_states(self) -> Iterator[tuple[str, dict[str, Any], Callable[[Tensor], Shard | None]]]:
-        """For each parameter: its name, the optimizer's state for it, and what cuts its shard from a tensor in it."""
-        if self.optimizer is not None:
-            for name, parameter in self.module.named_parameters():
-                if parameter in self.optimizer.state:
-                    yield name, self.optimizer.state[parameter], self.shard_of
+    def _states(self) -> Iterator[tuple[str, dict[str, Any], Callable[[Tensor], Shard | None]]]:
+        """For each parameter whose state this rank has: its name, that state, and what cuts its shard from a tensor in
+        it."""
+        if self.optimizer is None:
+            return
+        for name, tensor, cut in self.pieces():
+            if tensor in self.optimizer.state:
+                yield name, self.optimizer.state[tensor], cut
+        for owners in self._owners:
+            yield from owners.states()
 
     def make_optimizer_state(self) -> None:
         """Let the optimizer make its state, by a step over gradients of 0. A checkpoint is then read over it."""
         assert self.optimizer is not None, "this engine only evaluates"
-        self.step_over_zeros([p for group in self.optimizer.param_groups for p in group["params"]])
-
-    def step_over_zeros(self, parameters: list[Tensor]) -> None:
-        assert self.optimizer is not None, "this engine only evaluates"
-        before = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-        for parameter, gradient in zip(parameters, before, strict=True):
-            parameter.grad = gradient
+        step_over_zeros(self.optimizer, [p for group in self.optimizer.param_groups for p in group["params"]])
 
     def gradients(self) -> list[Tensor]:
         """Return what this rank holds of the gradient."""

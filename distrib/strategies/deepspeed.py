@@ -23,6 +23,7 @@ from distrib.strategies.deepspeed_config import compile_config, offload_of, pers
 from distrib.strategies.deepspeed_library import import_deepspeed, record_evaluation_apart, release_whole, unless
 from distrib.strategies.fsdp2 import not_gathered
 from distrib.strategies.memory import MakeOptimizer
+from distrib.strategies.optimizer_state import step_over_zeros
 from distrib.strategies.parameters import make_contiguous, trainable
 from distrib.strategies.step_sums import AllReducedSums
 
@@ -44,9 +45,9 @@ class ZeRO(Strategy):
     """
 
     stage: int
-    # Adafactor and Muon would compute another update from a flat shard. DeepSpeed replaces Adagrad by its own, which
-    # ignores parameter groups and schedule.
-    refused_optimizers: tuple[str, ...] = ("adafactor", "muon", "adagrad")
+    cuts_updates = True
+    # DeepSpeed replaces Adagrad by its own, which ignores parameter groups and schedule.
+    refused_optimizers: tuple[str, ...] = ("adagrad",)
 
     def __init__(self, config: Config, world: World) -> None:
         super().__init__(config, world)
@@ -112,6 +113,7 @@ class ZeRO(Strategy):
         self.watch.begin(module)
         if self.optimizer is not None and self.stage:
             engine.optimizer.torch_autocast_gradscaler = None
+            self.give_owners()
             self.optimizer.step = unless(lambda: self._discarding, self.optimizer.step)  # type: ignore[method-assign]
 
     def accumulate(self, last: bool) -> AbstractContextManager[object]:
@@ -167,19 +169,6 @@ class ZeRO(Strategy):
             return super().shard_of(tensor)
         return self._cut_at_stage_3(tensor, tensor.ds_tensor.data)
 
-    def optimizer_states(self) -> Iterator[tuple[str, dict[str, Any], Callable[[Tensor], Shard | None]]]:
-        if self._sharded_optimizer is None or self.optimizer is None:
-            yield from super().optimizer_states()
-            return
-        for name, flat, cut in self._pieces():
-            if flat in self.optimizer.state:
-                yield name, self.optimizer.state[flat], cut
-
-    def updated_shards(self) -> dict[str, Shard]:
-        if self._sharded_optimizer is None:
-            return super().updated_shards()
-        return {name: own for name, flat, cut in self._pieces() if (own := cut(flat)) is not None}
-
     def publish(self) -> None:
         if self.stage == 3:
             for _, parameter in trainable(self.module):
@@ -189,21 +178,23 @@ class ZeRO(Strategy):
         elif self._sharded_optimizer is not None:
             self._sharded_optimizer.update_lp_params()
 
-    def _pieces(self) -> Iterator[tuple[str, Tensor, Callable[[Tensor], Shard | None]]]:
-        """For each trained parameter: its name, the flat tensor it is updated in, and what cuts its shard from such."""
+    def pieces(self) -> Iterator[tuple[str, Tensor, Callable[[Tensor], Shard | None]]]:
+        if self._sharded_optimizer is None:
+            yield from super().pieces()
+            return
         names = {id(parameter): name for name, parameter in trainable(self.module)}
         for flat, group in zip(self._flat(), self._groups(), strict=True):
             for parameter in group:
                 yield names[id(parameter)], flat, functools.partial(self._cut, parameter, flat)
 
     def make_optimizer_state(self) -> None:
-        if self._sharded_optimizer is None:
+        if self._sharded_optimizer is None or self.optimizer is None:
             super().make_optimizer_state()
         elif self.stage < 3:
-            self.step_over_zeros(self._flat())
+            step_over_zeros(self.optimizer, self._flat())
         else:
             self._sharded_optimizer._set_fp32_optimizer_param_groups()
-            self.step_over_zeros(self._flat())
+            step_over_zeros(self.optimizer, self._flat())
             self._sharded_optimizer._clear_fp32_optimizer_param_groups()
 
     def _groups(self) -> list[list[nn.Parameter]]:
@@ -255,6 +246,7 @@ class ZeRO0(ZeRO):
     """Every rank holds the whole model."""
 
     Options = _Options
+    cuts_updates = False
     refused_optimizers = ()
     stage = 0
 

@@ -44,7 +44,7 @@ def memory(module: nn.Module, stage: int, world_size: int, whole: int, make_opti
             for p in module.parameters()
         )
     gradients = size_in_bytes(p for _, p in trained) if stage == 1 else shard
-    return Memory(parameters, gradients, shard + optimizer_state(make_optimizer, trained, flat))
+    return Memory(parameters, gradients, shard + optimizer_state(make_optimizer, trained, flat, world_size))
 
 
 def largest_shards(module: nn.Module, world_size: int) -> dict[str, nn.Parameter]:

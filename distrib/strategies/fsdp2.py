@@ -29,7 +29,7 @@ class FSDP2(Strategy):
 
     evaluates_as = "fsdp2"
     forward_is_collective = True
-    refused_optimizers = ("adafactor", "muon", "rprop")  # need whole matrices, or operations that DTensor lacks
+    cuts_updates = True
 
     @property
     def shard_size(self) -> int:
@@ -73,7 +73,7 @@ class FSDP2(Strategy):
         return Memory(
             parameters=sum(size_in_bytes([p[:1]]) * self._rows(p) for p in module.parameters()),
             gradients=size_in_bytes(shards.values()),
-            optimizer_state=optimizer_state(make_optimizer, trainable(module), shards),
+            optimizer_state=optimizer_state(make_optimizer, trainable(module), shards, self.world.world_size),
         )
 
     def largest_shards(self, module: nn.Module) -> dict[str, nn.Parameter]:
@@ -108,6 +108,7 @@ class FSDP2(Strategy):
             fully_shard(block, reshard_after_forward=self.options.reshard_after_forward, **options)
         fully_shard(module, **options)  # the parameters outside of blocks: resharding these after forward would not pay
         self.use_optimizer(make_optimizer)  # its parameters are the shards
+        self.give_owners()
         self.watch.begin(module)
 
     def backward(self, total: Tensor, sums: Tensor, last: bool) -> None:

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from distrib.strategies.optimizer_state import is_elementwise, members_of
+from distrib.strategies.owners import assign
+
 MakeOptimizer = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
 
 
@@ -41,17 +44,29 @@ def optimizer_state(
     make_optimizer: MakeOptimizer,
     params: list[tuple[str, nn.Parameter]],
     shards: dict[str, nn.Parameter] | None = None,
+    world_size: int = 1,
 ) -> int:
-    """Return the bytes of the optimizer's state after a step that updates the parameters, or their `shards`.
+    """Return the bytes of the optimizer's state after a step that updates the parameters; with their `shards`, those of
+    the fullest of `world_size` ranks.
 
     The optimizer is always created with the whole parameters, because a task may group them by shape.
     """
     optimizer = make_optimizer(params)
+    whole: set[Tensor] = set()
     if shards is not None:
-        exchange(optimizer, {id(parameter): shards[name] for name, parameter in params})
+        groups = [group for one in members_of(optimizer) if not is_elementwise(one) for group in one.param_groups]
+        whole.update(parameter for group in groups for parameter in group["params"])
+        exchange(optimizer, {id(parameter): shards[name] for name, parameter in params if parameter not in whole})
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    states = optimizer.state.values()
-    return size_in_bytes(value for state in states for value in state.values() if isinstance(value, Tensor))
+    sizes = {
+        parameter: size_in_bytes(value for value in state.values() if isinstance(value, Tensor))
+        for parameter, state in optimizer.state.items()
+    }
+    owned = {name: parameter for name, parameter in params if parameter in whole}
+    ranks = [0] * world_size
+    for name, owner in assign({name: tuple(one.shape) for name, one in owned.items()}, world_size).items():
+        ranks[owner] += sizes.get(owned[name], 0)
+    return sum(size for parameter, size in sizes.items() if parameter not in whole) + max(ranks)

@@ -1,20 +1,32 @@
 """What distrib has to know of an optimizer: how it scales gradients, and whether a checkpoint holds its state."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from distrib.errors import MismatchError
 
+_ELEMENTWISE = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "NAdam", "RAdam", "RMSprop", "SGD")
 _DEVICES_THAT_SCALE = ("cpu", "cuda")  # Metal's kernels ignored both until 2026 (pytorch/pytorch#186360)
 
 
 def members_of(optimizer: Any) -> list[Any]:
     """Return the optimizers that it is made of: those of several classes, or itself."""
     return getattr(optimizer, "members", [optimizer])
+
+
+def is_elementwise(optimizer: Any) -> bool:
+    """Return whether the optimizer treats each element by itself, so that it updates a shard as it would the whole.
+
+    True for the classes of torch.optim that do so, and for any class with the attribute `elementwise = True`.
+    """
+    known = tuple(getattr(torch.optim, name) for name in _ELEMENTWISE)
+    return isinstance(optimizer, known) or getattr(optimizer, "elementwise", False) is True
 
 
 def scales_itself(optimizer: Any) -> bool:
@@ -27,7 +39,44 @@ def scales_itself(optimizer: Any) -> bool:
     )
 
 
-def require_same_state(
+@contextmanager
+def without_rates(optimizer: Optimizer) -> Iterator[None]:
+    """Return a context in which all learning rates are 0."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    yield
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def step_over_zeros(optimizer: Optimizer, parameters: list[Tensor]) -> None:
+    """Make a step in which the gradients of the parameters are 0."""
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for parameter, gradient in zip(parameters, before, strict=True):
+        parameter.grad = gradient
+
+
+def fit_state(
+    path: Path, manifest: dict[str, Any], trained: list[str], states: list[tuple[str, dict[str, Any], Any]]
+) -> None:
+    """Let the optimizer's state have what the checkpoint has: take its numbers, and drop what a parameter has not got
+    yet, because it had no gradient. The tensors are loaded later. Raises MismatchError as `_require_same`."""
+    kept = {*manifest["tensors"], *manifest["numbers"]}
+    _require_same(path, kept, trained, states)
+    for name, state, _ in states:
+        for key in list(state):
+            entry = f"optimizer.{key}.{name}"
+            if entry in manifest["numbers"]:
+                state[key] = manifest["numbers"][entry]
+            elif entry not in kept and state[key] is not None:
+                del state[key]
+
+
+def _require_same(
     path: Path, kept: set[str], trained: list[str], states: Iterable[tuple[str, dict[str, Any], Any]]
 ) -> None:
     """Raise MismatchError if the optimizer's state for a parameter has other keys than the checkpoint's.

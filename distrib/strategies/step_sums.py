@@ -10,7 +10,7 @@ last backward.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -67,6 +67,13 @@ class StepSums:
         digest = sum(round(limb) << (_LIMB * number) for number, limb in enumerate(limbs))
         count = round(high) * 2**_LIMB + (low if weighted > 0 else round(low))
         return cls(loss, count, digest % 2**64, stop > 0)
+
+
+class SumsOfWindow(Protocol):
+    """Adds up the window's loss and count."""
+
+    def result(self) -> Tensor:
+        """Return the sums over window and ranks, shape (SIZE,), after the last backward."""
 
 
 class AllReducedSums:

@@ -19,7 +19,10 @@ _HYPERPARAMETERS = ("weight_decay", "betas", "momentum")
 
 
 class SeveralOptimizers(Optimizer):
-    """Optimizers of several classes as one: their parameter groups and states, and one step."""
+    """Optimizers of several classes as one: their parameter groups and states, and one step.
+
+    A step updates those groups that are in `param_groups` then: DeepSpeed puts one there at a time.
+    """
 
     def __init__(self, members: list[Optimizer]) -> None:
         self.members = members
@@ -29,8 +32,12 @@ class SeveralOptimizers(Optimizer):
             member.state = self.state
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        present = {id(group) for group in self.param_groups}
         for member in self.members:
+            groups = member.param_groups
+            member.param_groups = [group for group in groups if id(group) in present]
             member.step()
+            member.param_groups = groups
 
 
 def build_optimizer(

@@ -10,6 +10,8 @@ SHARDED_WORLDS = (1, 2, 4)
 LATE_WORLDS = (1, 2)
 SHARDED = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
 HSDP = {"name": "hsdp", "shard_size": 2}  # on four processes
+OWNED = ("muon", "adafactor", "lars")  # need whole matrices, so owners update them under CUT
+CUT = ("zero1", "zero2", "zero3", "fsdp2")
 GROUPED = [*((name, "classes") for name in ("auto", *SHARDED)), ("auto", "muon"), ("zero0", "muon")]
 ON = [(count, name) for count in SHARDED_WORLDS for name in ("auto", *SHARDED)] + [(4, "hsdp")]
 MASKED = {"target": "tasks:Masked"}
@@ -59,6 +61,7 @@ GROUPS: dict[str, list[dict[str, Any]]] = {
         {"match": ["0.*", "nothing*"], "lr": 0.02, "weight_decay": 0.0},
     ],
     "muon": [{"match": "[12].*", "ndim": 2, "name": "muon", "lr": 0.02}],
+    "adafactor": [{"match": "[12].*", "name": "adafactor", "lr": 0.1}],  # of matrices it keeps two vectors
 }
 
 # test_verdicts and test_strategies
@@ -100,6 +103,7 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         found.update(_scheduled_cases())
         grouped = GROUPED if world == 2 else [pair for pair in GROUPED if pair[0] == "auto"]
         found.update({f"{name}-{groups}": _grouped(groups, {"name": name}) for name, groups in grouped})
+        found.update(_owned_cases(world))
         found["bitwise-muon"] = _grouped("muon", {}, determinism="bitwise")
         found.update(_ema_cases(world))
         found.update({f"bitwise-{precision}": config for precision, config in BITWISE.items()})
@@ -125,6 +129,7 @@ def resumed(world: int) -> list[str]:
             *(f"{name}-{precision}" for name in ("ddp", *SHARDED) for precision in PRECISIONS),
             *(f"ema-late-{name}" for name in ("auto", *SHARDED)),
             *(f"{name}-classes" for name in ("auto", *SHARDED)),
+            *(f"{name}-{groups}" for groups in OWNED for name in CUT),
             *("ddp-static", "stream-0", "stream-2", "buffers-ddp", "buffers-zero1", "buffers-fsdp2"),
             *("bitwise-formats", "zero2-formats", "fsdp2-formats"),
         ]
@@ -223,6 +228,20 @@ def _grouped(groups: str, strategy: dict[str, Any], **train: Any) -> dict[str, A
     """Return a run with `optim.groups`."""
     config = _config(FEW, task=MASKED, strategy=strategy, **train)
     return {**config, "optim": {"lr": 0.01, "weight_decay": 0.1, "betas": [0.8, 0.99], "groups": GROUPS[groups]}}
+
+
+def _owned_cases(world: int) -> dict[str, dict[str, Any]]:
+    """Return the runs whose optimizers need whole matrices. In the last, DeepSpeed has the state on the CPU."""
+    if world == 1:
+        return {"zero2-muon": _grouped("muon", {"name": "zero2"})}
+    if world == 4:
+        return {f"hsdp-{groups}": _grouped(groups, HSDP) for groups in ("muon", "adafactor")}
+    names = {name: {"name": name} for name in ("auto", *CUT)}
+    found = {f"{name}-{groups}": _grouped(groups, names[name]) for groups in OWNED[:2] for name in names}
+    for name, strategy in names.items():
+        lars = _config(FEW, task={"target": "tasks:WithLars"}, strategy=strategy)
+        found[f"{name}-lars"] = {**lars, "optim": {**lars["optim"], "lr": 0.1}}
+    return {**found, "zero1-offload-classes": _grouped("classes", OPTIONS["zero1-offload"])}
 
 
 def _strategy_cases() -> dict[str, dict[str, Any]]:

@@ -200,6 +200,28 @@ class Groups(Masked):
         return self.made[-1]
 
 
+class Lars(torch.optim.Optimizer):
+    """Divides by the norm of each parameter's gradient. Counts its updates in a number, not in a tensor."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    state["updates"] = state.get("updates", 0) + 1
+                    rate = group["lr"] / (parameter.grad.norm() + 0.1) / state["updates"] ** 0.5
+                    parameter.sub_(parameter.grad * rate)
+
+
+class WithLars(Masked):
+    def optimizer(self, params: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        return Lars([parameter for _, parameter in params], lr=0.1)
+
+
 class Halving(Masked):
     """Computes its own learning rate."""
 

@@ -1,5 +1,6 @@
 """`optim.groups`: parameters by their names, with other values or classes, or frozen, as in a plain PyTorch loop."""
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import EVERY, FEW, GROUPED, SHARDED, SHARDED_WORLDS
+from cases import CUT, EVERY, FEW, GROUPED, SHARDED, SHARDED_WORLDS
 from conftest import losses, tensors
 from tasks import Masked, plain_loss
 
@@ -30,6 +31,10 @@ def plain_loop(groups: str) -> list[float]:
         matrices = [named.pop(name) for name in ("1.0.weight", "2.1.weight")]
         optimizers = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1)]
         rest: list[Any] = [{"params": list(named.values())}]
+    elif groups == "adafactor":
+        own = [named.pop(name) for name in list(named) if name[0] in "12"]
+        optimizers = [torch.optim.Adafactor(own, lr=0.1, weight_decay=0.1)]
+        rest = [{"params": list(named.values())}]
     else:
         named.pop("2.0.weight").requires_grad_(False)
         biases = [named.pop(name) for name in ("1.0.bias", "2.0.bias", "2.1.bias")]
@@ -61,6 +66,39 @@ def test_hsdp_and_bitwise(world: Callable[[int], Path]) -> None:
     alone = losses(world(1) / "bitwise-muon")
     np.testing.assert_allclose(alone, plain_loop("muon"), rtol=TOLERANCE)
     assert [losses(world(count) / "bitwise-muon") for count in (2, 4)] == [alone, alone]
+
+
+@pytest.mark.parametrize("strategy", CUT)
+@pytest.mark.parametrize("groups", ["muon", "adafactor"])
+def test_owners_update_whole_matrices(world: Callable[[int], Path], strategy: str, groups: str) -> None:
+    run, whole = world(2) / f"{strategy}-{groups}", world(2) / f"auto-{groups}"
+    np.testing.assert_allclose(losses(run), plain_loop(groups), rtol=TOLERANCE)
+    assert {name: value.shape for name, value in tensors(run).items()} == {
+        name: value.shape for name, value in tensors(whole).items()
+    }
+
+
+@pytest.mark.parametrize("strategy", CUT)
+def test_a_class_that_distrib_does_not_know_gets_whole_tensors(world: Callable[[int], Path], strategy: str) -> None:
+    run, whole = world(2) / f"{strategy}-lars", world(2) / "auto-lars"
+    np.testing.assert_allclose(losses(run), losses(whole), rtol=TOLERANCE)
+    numbers = [
+        json.loads((max((one / "checkpoints").iterdir()) / "manifest.json").read_text())["numbers"]
+        for one in (run, whole)
+    ]
+    assert numbers[0] == numbers[1]  # each owner has counted those of its own tensors
+    assert set(numbers[0].values()) == {FEW}
+
+
+def test_owners_on_four_processes_and_on_one(world: Callable[[int], Path]) -> None:
+    for groups in ("muon", "adafactor"):
+        np.testing.assert_allclose(losses(world(4) / f"hsdp-{groups}"), plain_loop(groups), rtol=TOLERANCE)
+    np.testing.assert_allclose(losses(world(1) / "zero2-muon"), plain_loop("muon"), rtol=TOLERANCE)
+
+
+def test_several_classes_whose_gradients_are_on_the_cpu(world: Callable[[int], Path]) -> None:
+    """DeepSpeed then has the gradients of all groups at once, and updates one group after the other."""
+    np.testing.assert_allclose(losses(world(2) / "zero1-offload-classes"), plain_loop("classes"), rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("strategy", ["auto", *SHARDED])

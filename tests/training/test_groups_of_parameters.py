@@ -1,5 +1,6 @@
 """`optim.groups` in one process: what is refused before training, what explain shows, and Task.decays."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,15 @@ import pytest
 import torch
 import yaml
 from conftest import Run, check, refused
+from hypothesis import given
+from hypothesis import strategies as st
+from tasks import Masked
 from torch import nn
 
-from distrib import Config
+from distrib import Config, World
+from distrib.strategies import registry
+from distrib.strategies.owners import assign, with_owners
+from distrib.training import build
 from distrib.training.optimizers import build_optimizer
 
 CONFIG: dict[str, Any] = {
@@ -65,12 +72,50 @@ def test_bad_groups(run: Run, tmp_path: Path, groups: Any, said: str) -> None:
     assert said in refused(run("distrib", "train", "c.yaml"))
 
 
+SHAPES = st.dictionaries(st.text(max_size=4), st.lists(st.integers(1, 64), min_size=1, max_size=3).map(tuple))
+
+
+@given(SHAPES, st.integers(1, 9))
+def test_the_work_of_owners_is_balanced(shapes: dict[str, tuple[int, ...]], ranks: int) -> None:
+    owners = assign(shapes, ranks)
+    assert owners.keys() == shapes.keys()
+    work = {name: math.prod(shape) * min(shape[0], math.prod(shape[1:])) for name, shape in shapes.items()}
+    loads = [sum(work[name] for name in shapes if owners[name] == rank) for rank in range(ranks)]
+    assert max(loads) - min(loads) <= max(work.values(), default=0)  # of a greedy assignment
+
+
+class Wide(Masked):
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(40, 60), nn.Linear(60, 50), nn.Linear(50, 10))
+
+
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp2"])
-def test_muon_is_refused_where_matrices_are_cut(run: Run, tmp_path: Path, strategy: str) -> None:
-    write(tmp_path, [{"match": "*.weight", "ndim": 2, "name": "muon"}])
-    for command in (("launch", "c.yaml", "--processes", 2), ("explain", "c.yaml", "--processes", 2)):
-        line = refused(run("distrib", *command, f"strategy.name={strategy}"))
-        assert f"optim.groups: Muon cannot update the shards of {strategy}; take another optimizer" in line
+def test_explain_counts_the_state_of_the_fullest_owner(strategy: str) -> None:
+    config = Config.from_dict(
+        {
+            "train": {"steps": 1},
+            "strategy": {"name": strategy},
+            "optim": {"groups": [{"match": "*.weight", "name": "muon"}]},
+            "data": CONFIG["data"],
+        }
+    )
+    task = Wide()
+    resolved = registry.resolve(config, World(world_size=2, launcher="distrib"))
+    memory = build.memory(task, resolved, build.optimizer_maker(task, config))
+    largest, others = 60 * 50, 40 * 60 + 50 * 10  # one rank owns the first, the other rank these
+    adamw = 2 * (60 + 50 + 10) // 2 + 3  # two moments of half of the biases, and a step count for each
+    if strategy != "fsdp2":
+        adamw += (largest + others + 120) // 2  # the fp32 copy of half the weights
+    assert memory.optimizer_state == 4 * (max(largest, others) + adamw)
+
+
+def test_a_class_that_is_elementwise_updates_shards() -> None:
+    class Plain(torch.optim.Optimizer):
+        elementwise = True
+
+    named = [("weight", nn.Parameter(torch.ones(2, 2)))]
+    given = Plain([named[0][1]], {"lr": 0.1})
+    assert with_owners(given, named) == (given, [])
 
 
 def test_a_task_with_its_own_optimizer(run: Run, tmp_path: Path) -> None:
