@@ -271,7 +271,7 @@ class Strategy:
         """Let forwards use what was written into the `updated_shards`. Collective."""
 
     def _states(self) -> Iterator[tuple[str, dict[str, Any], Callable[[Tensor], Shard | None]]]:
-        """For each parameter whose state this rank has: its name, its state, and what cuts a shard from such a tensor."""
+        """For each parameter whose state this rank has: its name, its state, and what cuts a shard from it."""
         if self.optimizer is None:
             return
         for name, tensor, cut in self.pieces():
