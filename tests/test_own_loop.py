@@ -1,12 +1,17 @@
 """docs/own-loop.md and examples/gan.py: loops of one's own equal plain PyTorch loops, and go on after a kill."""
 
+import ast
 import json
 import random
 import re
+import runpy
 import shutil
 import signal
+import sys
+import traceback
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +20,7 @@ from conftest import ROOT, Run, check, events, lines, losses, refused, start, st
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from distrib.data.order import derive_seed, sample_indices
 from distrib.run_folder.verify import verify_run
@@ -170,6 +176,50 @@ def test_killed_at_random_moments_and_asked_to_stop(mark: str, tmp_path: Path, u
     check_same_bits(folder, undisturbed)
     verify_run(folder)
     assert json.loads((folder / "summary.json").read_text())["restarts"] == 3
+
+
+class WithoutDevice(TorchFunctionMode):
+    """Notes the calls in a script's loop that make a tensor and name no device: on a GPU it would be on the CPU."""
+
+    makers = (torch.arange, torch.empty, torch.full, torch.ones, torch.rand, torch.randint, torch.randn, torch.zeros)
+
+    def __init__(self, script: Path) -> None:
+        super().__init__()
+        (loop,) = [
+            node
+            for node in ast.walk(ast.parse(script.read_text()))
+            if isinstance(node, ast.For) and ast.unparse(node.iter) == "loop"
+        ]
+        self.file, self.lines = str(script), range(loop.lineno + 1, (loop.end_lineno or 0) + 1)
+        self.found: list[str] = []
+        self.seen = 0  # operations in the loop
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = [frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_filename == self.file]
+        if any(frame.f_lineno in self.lines for frame in own):
+            self.seen += 1
+            if func in (*self.makers, torch.tensor) and "device" not in (kwargs or {}):
+                caller = sys._getframe(1)
+                if caller.f_code.co_filename == self.file:
+                    self.found.append(f"line {caller.f_lineno}: torch.{func.__name__}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["own.py", "gan.py"])
+def test_a_loop_makes_its_tensors_on_the_engines_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Here that is the CPU, so a loop with tensors elsewhere would run too."""
+    write_pages_files(tmp_path)
+    copy_gan(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *(["train.steps=2"] if name == "gan.py" else [])])
+    mode = WithoutDevice(tmp_path / name)
+    with mode:
+        runpy.run_path(str(tmp_path / name), run_name="__main__")
+    assert mode.seen > 100
+    assert mode.found == []
+    assert ".to_device(" in (tmp_path / name).read_text()
 
 
 @pytest.mark.parametrize(
