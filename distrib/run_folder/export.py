@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distrib.errors import CheckpointError, RunDirError
 from distrib.run_folder.checkpoint import averaged, finish_file, fsync, load, replicated, verify
-from distrib.task import Task
+from distrib.task import Task, method_of
 
 _WEIGHTS = "model.safetensors"
 
@@ -36,7 +36,7 @@ def export(path: Path, folder: Path, task: Task | None = None, ema: bool = False
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        (task or Task()).export(weights, partial)
+        method_of(task or Task(), "export")(weights, partial)
         return _move(partial, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)

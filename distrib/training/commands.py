@@ -29,7 +29,7 @@ from distrib.run_folder.ledger import to_json
 from distrib.run_folder.resume import ResumePoint, chosen
 from distrib.strategies import registry
 from distrib.targets import find
-from distrib.task import Task
+from distrib.task import Task, method_of, own_method
 from distrib.tracebacks import is_ours
 from distrib.training import build
 from distrib.training.engine import Engine
@@ -55,7 +55,7 @@ def explain_run(config: Config, processes: int, sources: Sequence[tuple[str, Any
     plan = RunPlan.complete(config, strategy.batches, None if order is None else order.size)
     rate_of = learning_rate(task, config, plan.num_steps)
     make, made = build.optimizer_maker(task, config), []
-    own = type(task).optimizer is not Task.optimizer
+    own = own_method(task, "optimizer") is not None
 
     def make_optimizer(params: list[tuple[str, nn.Parameter]]) -> Optimizer:
         made.append(make(params))
@@ -103,7 +103,7 @@ def _evaluate(run: RunDir, shown: Path, as_json: bool, which: str, ema: bool) ->
     strategy = registry.for_evaluation(config, world)
     module = build.model(task, config)
     world.connect()
-    strategy.wrap(module, task.blocks(module), None)
+    strategy.wrap(module, method_of(task, "blocks")(module), None)
     engine = Engine(strategy, mixed_precision=config.train.mixed_precision, seed=config.seed)
     found = _chosen(run, world, which, sys.stderr if as_json else sys.stdout)
     engine.load(found.path, averaged(found.path, found.manifest) if ema else found.manifest)
