@@ -3,7 +3,6 @@
 import ast
 import json
 import random
-import re
 import runpy
 import shutil
 import signal
@@ -16,7 +15,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Run, check, events, lines, losses, refused, start, steps_done, tensors, until
+from conftest import (
+    BLOCK,
+    ROOT,
+    Run,
+    check,
+    events,
+    lines,
+    losses,
+    refused,
+    run_page,
+    start,
+    steps_done,
+    tensors,
+    until,
+)
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
@@ -27,13 +40,14 @@ from distrib.run_folder.verify import verify_run
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5  # see test_parity
-PAGE = (ROOT / "docs" / "own-loop.md").read_text()
+PAGE = ROOT / "docs" / "own-loop.md"
 STEPS, MICRO, BATCH, NOISE, RATE = 150, 16, 64, 16, 0.002
 
 
 def write_pages_files(folder: Path) -> None:
-    for name, text in re.findall(r"```(?:python|yaml) title=(\S+)\n(.*?)```", PAGE, re.DOTALL):
-        (folder / name).write_text(text)
+    for _, title, text in BLOCK.findall(PAGE.read_text()):
+        if title:
+            (folder / title).write_text(text)
 
 
 @cache
@@ -56,10 +70,13 @@ def plain_losses() -> list[float]:
 
 @pytest.mark.parametrize(("processes", "strategy"), [(1, "auto"), (2, "auto"), (2, "zero3"), (5, "auto")])
 def test_the_pages_loop(run: Run, tmp_path: Path, processes: int, strategy: str) -> None:
-    write_pages_files(tmp_path)
-    with (tmp_path / "own.yaml").open("a") as file:
-        file.write(f"strategy: {{name: {strategy}}}\n")
-    check(run("distrib", "launch", "--processes", processes, "own.py"))
+    if (processes, strategy) == (2, "auto"):  # these are the page's commands
+        assert len(run_page(PAGE, run, tmp_path)) == 2
+    else:
+        write_pages_files(tmp_path)
+        with (tmp_path / "own.yaml").open("a") as file:
+            file.write(f"strategy: {{name: {strategy}}}\n")
+        check(run("distrib", "launch", "--processes", processes, "own.py"))
     folder = tmp_path / "runs" / "own"
     np.testing.assert_allclose(losses(folder), plain_losses(), rtol=TOLERANCE)
     assert verify_run(folder).samples == 30 * 50
