@@ -30,6 +30,7 @@ from conftest import (
     tensors,
     until,
 )
+from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
@@ -160,6 +161,19 @@ def check_same_bits(run: Path, other: Path) -> None:
 
 def test_a_gan_equals_a_plain_loop(undisturbed: Path) -> None:
     check_gan(undisturbed)
+
+
+def test_export_writes_a_file_for_each_model(run: Run, tmp_path: Path, undisturbed: Path) -> None:
+    said = check(run("distrib", "export", undisturbed, "--out", tmp_path / "out"))
+    assert said.split() == [str(tmp_path / "out" / f"{name}.safetensors") for name in ("critic", "generator")]
+    for name in ("critic", "generator"):
+        prefix = f"{name}/model."
+        expected = {key.removeprefix(prefix): v for key, v in tensors(undisturbed).items() if key.startswith(prefix)}
+        found = load_file(tmp_path / "out" / f"{name}.safetensors")
+        assert found.keys() == expected.keys() > {"0.weight"}
+        for key, value in expected.items():
+            np.testing.assert_array_equal(found[key], value)
+    assert "generator.safetensors: exists already" in refused(run("distrib", "export", undisturbed, "--out", "out"))
 
 
 @pytest.mark.parametrize("processes", [1, 4])

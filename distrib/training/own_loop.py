@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 from distrib.config import Config
 from distrib.data.loader import Window
 from distrib.data.source import source
-from distrib.errors import ConfigError, MismatchError
+from distrib.errors import ConfigError
 from distrib.monitor.progress import format_summary
 from distrib.monitor.run_log import RunLog
 from distrib.plan import RunPlan
@@ -25,6 +25,7 @@ from distrib.run_folder.async_save import Saver
 from distrib.run_folder.environment import describe
 from distrib.run_folder.folder import RunDir
 from distrib.run_folder.ledger import GENESIS
+from distrib.run_folder.manifest import part_of
 from distrib.run_folder.resume import latest_valid
 from distrib.strategies import registry
 from distrib.strategies.ddp import DDP
@@ -202,7 +203,7 @@ class OwnLoop:
         found = latest_valid(self.run, self.world)
         self.first_step = 0 if found is None else found.manifest["step"]
         if found is not None:
-            parts = {name: _part_of(found.manifest, name) for name in self.engines}
+            parts = {name: part_of(found.manifest, name) for name in self.engines}
             for name, engine in self.engines.items():
                 engine.load(found.path, parts[name])
             self.step_log.load(found.manifest, parts)
@@ -236,17 +237,6 @@ class OwnLoop:
         self.run_log.draw_curves()
         self.run_log.finish(summary)
         return summary
-
-
-def _part_of(manifest: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the manifest of one model's part of a checkpoint. Raises MismatchError if there is no such part."""
-    engines = manifest.get("engines", {})
-    if name not in engines:
-        known = ", ".join(engines) or "none: it is not of an OwnLoop"
-        raise MismatchError(f"the checkpoint has no model {name!r}; it has {known}")
-    own = {key: entry for key, entry in manifest["tensors"].items() if key.startswith(f"{name}/")}
-    tensors = {key.removeprefix(f"{name}/"): {**entry, "name": key} for key, entry in own.items()}
-    return {**manifest, **engines[name], "tensors": tensors}
 
 
 def _check(config: Config, models: Mapping[str, nn.Module], optimizers: Mapping[str, MakeOptimizer]) -> None:
