@@ -37,6 +37,7 @@ class StepResult:
     loss_scale: float | None = None  # fp16 only
     own: dict[str, float] = field(default_factory=dict)  # the task's numbers, by their names in the ledger
     stop: bool = False  # a rank was asked to stop
+    same_rates: bool = True  # in the step before, all ranks had the same learning rate
 
     @property
     def applied(self) -> bool:
@@ -96,7 +97,9 @@ class PendingStep:
             verdict = APPLIED
         pairs = [] if self._own is None else self._own.tolist()
         own = {f"train/{name}": a / b if b else math.nan for name, (a, b) in zip(self._names, pairs, strict=True)}
-        return StepResult(verdict, loss, sums.count, grad_norm, self._lr, sums.digest, self._scale, own, sums.stop)
+        return StepResult(
+            *(verdict, loss, sums.count, grad_norm, self._lr, sums.digest, self._scale, own, sums.stop, sums.same_rates)
+        )
 
 
 class Clock:
@@ -160,7 +163,7 @@ class StepLog:
     def flush(self) -> bool:
         """Log the last step's result, if that is not done yet. Return whether a rank was asked to stop.
 
-        Raises TrainingError if the run cannot go on after a skipped step.
+        Raises TrainingError if the run cannot go on after a skipped step, ConfigError if the ranks' rates differed.
         """
         if self._unread is None:
             return False
@@ -177,6 +180,12 @@ class StepLog:
             self.run_log.event("skipped", step=number, verdict=verdict, **model)
         for name, verdict in skipped.items():
             self._require_to_go_on(number, name, verdict)
+        if not all(result.same_rates for result in results.values()):
+            raise ConfigError(
+                f"step {number}: its learning rate was not the same on all ranks, so their weights differ; let the "
+                "rate (task.learning_rate, or what engine.step is given) depend on nothing that differs between ranks, "
+                f"and resume from a checkpoint before step {number}"
+            )
         return any(result.stop for result in results.values())
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from distrib import Config, Loss, OwnLoop, World
-from distrib.errors import TrainingError
+from distrib.errors import ConfigError, TrainingError
 
 STEPS, EVERY, BAD, WIDE = 8, 2, 3, 300
 WIDE_CASES: dict[str, dict[str, Any]] = {
@@ -24,6 +24,7 @@ CASES: dict[str, dict[str, Any]] = {  # what `_run` takes: in which steps the se
     "own-stop": {"bad": (BAD, BAD + 1), "on_nonfinite": "stop"},
     "own-too-many": {"bad": (BAD, STEPS), "max_skipped": 3},
     "own-never": {"bad": (0, STEPS)},
+    "own-rates": {"other_rate_in": BAD},
 }
 
 
@@ -56,6 +57,7 @@ def _run(
     model: str = "second",
     width: int = 8,
     compressed: bool = False,
+    other_rate_in: int | None = None,
     **train: Any,
 ) -> str:
     """Run a loop. Return the error that ended it, or nothing."""
@@ -85,9 +87,10 @@ def _run(
                             if index == 0:
                                 engine.zero_grad()
                             engine.backward(Loss(total, len(given), {"size": (len(given), 1)}))
-                first, second = (engine.step(lr=0.01) for engine in loop.engines.values())
+                rate = 0.011 if last and window.step == other_rate_in else 0.01
+                first, second = (engine.step(lr=rate) for engine in loop.engines.values())
                 loop.record(first, second=second)
-    except TrainingError as error:
+    except (TrainingError, ConfigError) as error:
         return str(error)
     return ""
 

@@ -61,6 +61,15 @@ def test_limits_hold_for_each_model(world: World, processes: int) -> None:
     assert lines(world(processes) / "own-too-many", "events.jsonl")[-1]["event"] == "failed"
 
 
+def test_ranks_with_different_rates_are_noticed_in_the_next_step(world: World) -> None:
+    run = world(2) / "own-rates"
+    for rank in (0, 1):
+        end = results(world(2), rank)["own_loops"]["own-rates"]
+        assert end.startswith(f"step {BAD + 1}: its learning rate was not the same on all ranks, so their weights")
+    assert len(lines(run)) == BAD + 2
+    assert results(world(1))["own_loops"]["own-rates"] == ""
+
+
 @worlds
 def test_a_model_without_an_update_resumes(world: World, processes: int) -> None:
     """Its optimizer has no state, though the other one's has."""
