@@ -11,6 +11,8 @@ from own_loops import BAD, EVERY, STEPS, WIDE_CASES
 
 from distrib.run_folder.verify import verify_run
 
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("worlds")]
+
 NAN = "skipped:nonfinite_loss"
 World = Callable[[int], Path]
 worlds = pytest.mark.parametrize("processes", [1, 2])
