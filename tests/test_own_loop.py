@@ -242,6 +242,8 @@ def test_a_loop_makes_its_tensors_on_the_engines_device(
     """Here that is the CPU, so a loop with tensors elsewhere would run too."""
     write_pages_files(tmp_path)
     copy_gan(tmp_path)
+    config = (tmp_path / "own.yaml").read_text()
+    (tmp_path / "own.yaml").write_text(config.replace("epochs: 3", "steps: 2"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [name, *(["train.steps=2"] if name == "gan.py" else [])])
     mode = WithoutDevice(tmp_path / name)
