@@ -1,13 +1,15 @@
 """The documentation is right: commands run, links are valid, every config key is explained."""
 
+import ast
 import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
+from conftest import BLOCK, ROOT, environment
 from pydantic import BaseModel
 
 from distrib import Config
@@ -17,7 +19,6 @@ from distrib.schedule_options import Place
 PAGES = sorted(
     path for path in ROOT.rglob("*.md") if not any(part.startswith(".") for part in path.parts[len(ROOT.parts) :])
 )
-BLOCK = re.compile(r"^```(\w+)(?: title=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -110,6 +111,27 @@ def test_the_map_of_the_code_is_complete() -> None:
     files = [path for path in (ROOT / "distrib").rglob("*") if path.suffix in (".py", ".html", ".js")]
     expected = {path.relative_to(ROOT / "distrib").as_posix() for path in files if path.stat().st_size}
     assert sorted(lines) == sorted(expected)
+
+
+def test_the_map_has_each_folder() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    files = [*(path for path in PAGES if path.parent != ROOT), *ROOT.glob("[a-z]*/*.py"), *ROOT.glob("[a-z]*/*.yaml")]
+    folders = {path.relative_to(ROOT).parts[0] for path in files} - {"runs", "wandb", "build"}
+    assert {"examples", "configs", "launch", "slurm", "tests", "benchmarks", "docs"} <= folders
+    for folder in folders:
+        assert f"`{folder}/`" in page, f"docs/architecture.md has no line for {folder}/"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_use_public_names_alone(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "distrib":
+            public = import_module(str(node.module)).__all__ if node.module in ("distrib", "distrib.data") else []
+            for name in node.names:
+                assert name.name in public, f"{path.name} imports {name.name} from {node.module}"
+        elif isinstance(node, ast.Import):
+            names = [name.name for name in node.names if name.name.startswith("distrib")]
+            assert names in ([], ["distrib"]), f"{path.name} imports {names}"
 
 
 def _without_blocks(page: Path) -> str:

@@ -68,6 +68,15 @@ def best(evaluations: Sequence[Evaluation], config: Config) -> dict[str, Any] | 
     return {"metric": criterion.metric, "mode": criterion.mode, "value": value, "step": step}
 
 
+def require_criterion(run: RunDir, config: Config) -> None:
+    """Raise ConfigError if the run has no best checkpoint, because nothing says what is better."""
+    if config.checkpoint.best is None and config.train.stop is None:
+        raise ConfigError(
+            f"--checkpoint best: the config of {run.path} has neither checkpoint.best nor train.stop; give newest or a "
+            "step"
+        )
+
+
 def chosen_step(run: RunDir, which: str) -> int | None:
     """Return the step that `--checkpoint` names: None for newest. Raises ConfigError if it names none."""
     if which == "newest":

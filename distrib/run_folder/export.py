@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -9,14 +10,15 @@ from torch import Tensor
 
 from distrib.errors import CheckpointError, RunDirError
 from distrib.run_folder.checkpoint import averaged, finish_file, fsync, load, replicated, verify
-from distrib.task import Task
+from distrib.run_folder.manifest import part_of
+from distrib.task import Task, method_of
 
 _WEIGHTS = "model.safetensors"
 
 
 def export(path: Path, folder: Path, task: Task | None = None, ema: bool = False) -> list[Path]:
     """Let the task write the weights of the checkpoint at `path`, or their average, into `folder`, completely or not at
-    all.
+    all. Each model of an OwnLoop becomes a file NAME.safetensors.
 
     Returns the written files. Raises RunDirError if one exists already, CheckpointError if the checkpoint is damaged or
     a file cannot be written, ConfigError if it has no average.
@@ -24,7 +26,29 @@ def export(path: Path, folder: Path, task: Task | None = None, ema: bool = False
     manifest = verify(path)
     if ema:
         manifest = averaged(path, manifest)
-    _require_new(folder / _WEIGHTS)
+    models = list(manifest.get("engines", ()))
+    for name in models or ["model"]:
+        _require_new(folder / f"{name}.safetensors")
+    partial = folder / ".export.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        if not models:
+            method_of(task or Task(), "export")(_weights(path, manifest), partial)
+        for name in models:
+            of_one = partial / ".one"
+            of_one.mkdir()
+            Task().export(_weights(path, part_of(manifest, name)), of_one)
+            (of_one / _WEIGHTS).rename(partial / f"{name}.safetensors")
+            of_one.rmdir()
+        return _move(partial, folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"{folder}: cannot export the weights: {reason}") from None
+
+
+def _weights(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the weights by their names in the module's state_dict."""
     weights: dict[str, Tensor] = {}
     for name, entry in manifest["tensors"].items():
         if name.startswith("model."):
@@ -32,15 +56,7 @@ def export(path: Path, folder: Path, task: Task | None = None, ema: bool = False
             weights[name.removeprefix("model.")] = torch.empty(entry["shape"], dtype=dtype)
     load(path, manifest, {f"model.{name}": replicated(tensor) for name, tensor in weights.items()})
     weights.update({name: weights[other] for name, other in manifest["tied"].items()})
-    partial = folder / ".export.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        (task or Task()).export(weights, partial)
-        return _move(partial, folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CheckpointError(f"{folder}: cannot export the weights: {reason}") from None
+    return weights
 
 
 def _move(partial: Path, folder: Path) -> list[Path]:

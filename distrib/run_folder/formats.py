@@ -63,6 +63,7 @@ class Event(TypedDict):
     reason: NotRequired[str]
     error: NotRequired[str]
     verdict: NotRequired[str]
+    model: NotRequired[str]
     what: NotRequired[str]
     passed_over: NotRequired[list[str]]
     requeue: NotRequired[bool]

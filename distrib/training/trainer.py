@@ -27,11 +27,11 @@ from distrib.run_folder.ledger import GENESIS
 from distrib.run_folder.resume import ResumePoint, latest_valid, requested, require_steps_left, verified
 from distrib.strategies import compile, registry
 from distrib.strategies.parameters import trainable
-from distrib.task import Task
+from distrib.task import Task, own_method
 from distrib.training import build, cross_rank_checks, probe, timing
 from distrib.training.engine import Engine
 from distrib.training.evaluations import Evaluations
-from distrib.training.learning_rates import has_its_own, learning_rate, tried_updates
+from distrib.training.learning_rates import learning_rate, tried_updates
 from distrib.training.loop import train_step
 from distrib.training.model_checks import check_module, refuse_optimizer
 from distrib.training.optimizers import ignored_keys
@@ -92,7 +92,7 @@ class Trainer:
             compile.require_tools(config.train.compile, self.world)
         self.make_optimizer = build.optimizer_maker(task, config)
         optimizer = self.make_optimizer(trainable(self.module))  # checks the config; another one trains
-        own = type(task).optimizer is not Task.optimizer
+        own = own_method(task, "optimizer") is not None
         refuse_optimizer(optimizer, self.strategy, own)
         self.ignored_keys = ignored_keys(config.optim, optimizer) if own else None
         if self.ignored_keys and not self.run.has_begun():  # older versions allowed it, and such a run may resume
@@ -113,7 +113,7 @@ class Trainer:
         cross_rank_checks.require_same_config(self.world, self.config)
         data = build.fingerprints(self.train_dataset, self.order, self.evaluations.sets, self.config)
         cross_rank_checks.require_same_data(self.world, data)
-        if has_its_own(self.task):
+        if own_method(self.task, "learning_rate") is not None:
             updates = tried_updates(self.plan.num_steps)
             cross_rank_checks.require_same_rates(self.world, updates, self.learning_rate)
         summary = self.world.on_rank_0(lambda: self._start(data))

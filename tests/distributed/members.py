@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from cases import EVERY, HSDP, LATE_WORLDS, SHARDED_WORLDS, cases, moved, resumed
 from conftest import interrupted
+from own_loops import run_own_loops
 from tasks import HOW, Large, Masked, Numbered, Uneven
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -228,7 +229,9 @@ def main() -> None:
     train_cases(folder, world)
     go_on_with_cases(folder, world)
     go_on_under_another_strategy(folder, world)
-    results = {"evaluations": evaluations(world)}
+    results: dict[str, Any] = {"evaluations": evaluations(world)}
+    if world.world_size in SHARDED_WORLDS:
+        results["own_loops"] = run_own_loops(folder, world)
     if world.world_size in SHARDED_WORLDS[1:]:
         results["memory"] = memory(world)
     if world.world_size == 2:
