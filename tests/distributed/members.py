@@ -91,7 +91,9 @@ def memory(world: World) -> dict[str, dict[str, int]]:
             train_step(trained, task, window, 0.001)
         del window
         trained.strategy.zero_grad()
-        plan = build.memory(task, registry.resolve(config, world), build.optimizer_maker(task, config))
+        make_optimizer = build.optimizer_maker(task, config)
+        module = build.model_on_meta(task, config, make_optimizer)
+        plan = build.memory(module, task, registry.resolve(config, world), make_optimizer)
         found[name] = {
             "planned_parameters": plan.parameters,
             "planned_gradients": plan.gradients,
