@@ -43,13 +43,9 @@ class InitConfig(Section):
         values: dict[str, Any] = serialize(self)
         return {"from": self.source, **{key: value for key, value in values.items() if key not in ("from", "source")}}
 
-    def rename_of(self, name: str) -> str | None:
-        """Return the key of `rename` that counts for a name of the source: the longest that it begins with, or None."""
-        return max((begin for begin in self.rename if name.startswith(begin)), key=len, default=None)
-
     def renamed(self, name: str) -> str:
-        """Return the name that a tensor of the source has in the model."""
-        begin = self.rename_of(name)
+        """Return the name that a tensor of the source has in the model. The longest beginning that fits counts."""
+        begin = max((begin for begin in self.rename if name.startswith(begin)), key=len, default=None)
         return name if begin is None else self.rename[begin] + name.removeprefix(begin)
 
     def selects(self, name: str) -> bool:

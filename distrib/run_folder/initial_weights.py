@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distrib.config_yaml import one_line
 from distrib.errors import ConfigError, did_you_mean
 from distrib.init_options import InitConfig, fits
 from distrib.processes.world import World
@@ -32,7 +33,7 @@ class InitialWeights:
     loaded: dict[str, dict[str, Any]] = field(default_factory=dict)  # entries as in a manifest; of tied names the first
     missing: list[str] = field(default_factory=list)  # in the model alone
     unexpected: list[str] = field(default_factory=list)  # in the source alone
-    left_out: list[str] = field(default_factory=list)  # of the source, by include and exclude
+    left_out: list[str] = field(default_factory=list)  # of either, by include and exclude
     before: dict[str, Any] | None = None
 
     def manifest(self) -> dict[str, Any]:
@@ -60,13 +61,14 @@ class InitialWeights:
         """Describe it on a few lines."""
         assert self.source is not None, "only what a run takes is described"
         elements = sum(prod(entry["shape"]) for entry in self.loaded.values())
-        return [
+        lines = [
             f"initial weights from {self.source.place}",
             f"  loaded:      {_listed(self.loaded)}, {elements:,} elements",
             f"  missing:     {_listed(self.missing, ', which keep the values from Task.model')}",
             f"  unexpected:  {_listed(self.unexpected, ', which are not read')}",
             f"  left out:    {_listed(self.left_out, ', by init.include and init.exclude')}",
         ]
+        return [one_line(line) for line in lines]
 
 
 def check(options: InitConfig | None, run: RunDir, module: nn.Module, forked: bool) -> InitialWeights | None:
@@ -81,17 +83,25 @@ def check(options: InitConfig | None, run: RunDir, module: nn.Module, forked: bo
     if environment.get("forked_from"):
         return None
     if not any(steps_of(run.checkpoints)):
-        return match(find(options), options, module)
+        return compare(options, module)
     before, began = environment.get("init"), run.read_config().init
     if before is None or began is None:  # refused as another run, or environment.json is damaged
         return None
     try:  # a run may have trained on since, so `newest` means what it meant then
         source = find(options, before["step"] if began.checkpoint == options.checkpoint else None)
         return InitialWeights(source, before=before)
-    except ConfigError:
+    except ConfigError as error:
         if (began.source, began.checkpoint) != (options.source, options.checkpoint):
-            raise
+            raise ConfigError(one_line(str(error))) from None
         return InitialWeights(None, before=before)
+
+
+def compare(options: InitConfig, module: nn.Module) -> InitialWeights:
+    """Find the source, and compare it with the model. Raises ConfigError."""
+    try:
+        return match(find(options), options, module)
+    except ConfigError as error:  # paths and names may have any characters
+        raise ConfigError(one_line(str(error))) from None
 
 
 def match(source: WeightSource, options: InitConfig, module: nn.Module) -> InitialWeights:
@@ -102,24 +112,28 @@ def match(source: WeightSource, options: InitConfig, module: nn.Module) -> Initi
     _require_use(options, source, [*dict.fromkeys([*entries, *known])])
     names_of = {first: [first, *(name for name in tied if tied[name] == first)] for first in named}
     loaded: dict[str, dict[str, Any]] = {}
-    missing: list[str] = []
+    missing, unfit = list[str](), list[str]()
     for first, names in names_of.items():
         if there := [name for name in names if name in entries and options.selects(name)]:
-            for name in there:
-                _require_fit(source, name, entries[name], named[first])
+            if problem := _misfit(source, there[0], entries[there[0]], named[first]):
+                unfit.append(problem)
+                continue
             for other in there[1:]:
                 _require_equal(source, there[0], other, entries)
             loaded[first] = entries[there[0]]
         elif any(options.selects(name) for name in names):
             missing.append(first)
+    if unfit:
+        more = f" (and {len(unfit) - 1} more)" if unfit[1:] else ""
+        raise ConfigError(f"init.from: {unfit[0]}{more}")
     others = [name for name in entries if name not in names_of and name not in tied]
     unexpected = [name for name in others if options.selects(name)]
-    left_out = [name for name in entries if not options.selects(name)]
+    left_out = [name for name in dict.fromkeys([*named, *entries]) if name not in loaded and not options.selects(name)]
     if not loaded:
         hint = did_you_mean(known[0], entries, f"; the source has {_listed(entries)}")
         raise ConfigError(f"init.from: {source.place} has none of the model's tensors, such as {known[0]}{hint}")
     if options.strict:
-        _require_all(source, missing, unexpected, entries, known)
+        _require_all(source, missing, unexpected)
     return InitialWeights(source, loaded, missing, unexpected, left_out)
 
 
@@ -138,7 +152,7 @@ def _renamed(source: WeightSource, options: InitConfig) -> dict[str, dict[str, A
 def _require_use(options: InitConfig, source: WeightSource, names: list[str]) -> None:
     """Raise ConfigError for a pattern that matches nothing. `names`: those of the model and of the renamed source."""
     for begin in options.rename:
-        if not any(options.rename_of(name) == begin for name in source.tensors):
+        if not any(name.startswith(begin) for name in source.tensors):
             hint = did_you_mean(begin, _beginnings(source.tensors), f"; the source has {_listed(source.tensors)}")
             raise ConfigError(f"init.rename: no name in {source.place} begins with {begin!r}{hint}")
     for key, globs in {"init.include": options.include, "init.exclude": options.exclude}.items():
@@ -156,20 +170,16 @@ def _beginnings(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(f"{'.'.join(part[:n])}." for part in parts for n in range(1, len(part))))
 
 
-def _require_fit(source: WeightSource, name: str, entry: dict[str, Any], tensor: Tensor) -> None:
-    """Raise ConfigError if a tensor of the source cannot be copied into the model's."""
+def _misfit(source: WeightSource, name: str, entry: dict[str, Any], tensor: Tensor) -> str | None:
+    """Return why a tensor of the source cannot be copied into the model's, or None."""
+    dtype, own = getattr(torch, entry["dtype"], None), str(tensor.dtype).removeprefix("torch.")
     if entry["shape"] != list(tensor.shape):
-        raise ConfigError(
-            f"init.from: {name} has the shape {entry['shape']} in {source.place}, and {list(tensor.shape)} in the "
-            f"model; leave it out: init.exclude: [{name}]"
-        )
-    dtype = getattr(torch, entry["dtype"], None)
-    kinds = [_kind(one) if isinstance(one, torch.dtype) else None for one in (dtype, tensor.dtype)]
-    if kinds[0] != kinds[1]:
-        raise ConfigError(
-            f"init.from: {name} is {entry['dtype']} in {source.place}, and {str(tensor.dtype).removeprefix('torch.')} "
-            f"in the model; leave it out: init.exclude: [{name}]"
-        )
+        what = f"has the shape {entry['shape']} in {source.place}, and {list(tensor.shape)}"
+    elif not isinstance(dtype, torch.dtype) or _kind(dtype) != _kind(tensor.dtype):
+        what = f"is {entry['dtype']} in {source.place}, and {own}"
+    else:
+        return None
+    return f"{name} {what} in the model; leave it out: init.exclude: [{name}]"
 
 
 def _kind(dtype: torch.dtype) -> str:
@@ -185,7 +195,7 @@ def _require_equal(source: WeightSource, name: str, other: str, entries: dict[st
         return
     shape, manifest = tuple(one["shape"]), {"tensors": {name: one, other: two}}
     count = prod(shape)
-    same = one["dtype"] == two["dtype"]
+    same = one["dtype"] == two["dtype"] and one["shape"] == two["shape"]
     for first in range(0, count if same else 0, _BLOCK):
         values = [torch.empty(min(_BLOCK, count - first), dtype=getattr(torch, one["dtype"])) for _ in range(2)]
         load(source.folder, manifest, {key: Shard(values[i], shape, first) for i, key in enumerate((name, other))})
@@ -197,16 +207,14 @@ def _require_equal(source: WeightSource, name: str, other: str, entries: dict[st
         )
 
 
-def _require_all(
-    source: WeightSource, missing: list[str], unexpected: list[str], entries: Iterable[str], known: list[str]
-) -> None:
+def _require_all(source: WeightSource, missing: list[str], unexpected: list[str]) -> None:
     """Raise ConfigError if a name is in the model or in the source alone."""
     problems = []
     if missing:
-        hint = did_you_mean(missing[0], unexpected or entries)
+        hint = did_you_mean(missing[0], unexpected)
         problems.append(f"lacks {len(missing)} of the model's tensors, first {missing[0]}{hint}")
     if unexpected:
-        hint = did_you_mean(unexpected[0], missing or known)
+        hint = did_you_mean(unexpected[0], missing)
         problems.append(f"has {len(unexpected)} that the model has not, first {unexpected[0]}{hint}")
     if problems:
         raise ConfigError(

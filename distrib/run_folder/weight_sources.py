@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ _MOST_SHOWN = 5
 class WeightSource:
     """Tensors by name, each with an entry as in a checkpoint's manifest, and the files that hold them."""
 
-    given: str  # as the config has it
     folder: Path  # of the files
     sizes: dict[str, int]  # of each file, in bytes
     tensors: dict[str, dict[str, Any]]
@@ -79,19 +79,19 @@ def find(options: InitConfig, step: int | None = None) -> WeightSource:
 
     Raises ConfigError.
     """
-    path = Path(options.source).expanduser()
     try:
+        path = Path(options.source).expanduser()
         if _is_run(path):
             return _of_run(path, options, step)
         if (path / MANIFEST).is_file():
-            found = _of_checkpoint(path, options.source)
+            found = _of_checkpoint(path)
         elif path.is_dir():
-            found = _of_folder(path, options.source)
+            found = _of_folder(path)
         else:
-            found = _of_files(path.parent, options.source, [_require_file(path).name])
+            found = _of_files(path.parent, [_require_file(path).name])
     except OSError as error:
-        raise ConfigError(f"init.from: {path}: cannot be read: {error.strerror}") from None
-    except (CheckpointError, UnicodeDecodeError) as error:
+        raise ConfigError(f"init.from: {options.source}: cannot be read: {error.strerror}") from None
+    except (CheckpointError, RuntimeError) as error:  # the latter: ~NAME of an unknown user
         raise ConfigError(f"init.from: {error}") from None
     if options.checkpoint != NEWEST:
         raise ConfigError(
@@ -115,8 +115,7 @@ def _of_run(path: Path, options: InitConfig, step: int | None) -> WeightSource:
     problems = []
     for found in there.values() if step is None else [there[step]]:
         try:
-            checkpoint.verify(found, contents=False)
-            return _of_checkpoint(found, options.source)
+            return _of_checkpoint(found)
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
@@ -133,8 +132,8 @@ def _best(run: RunDir) -> int | None:
         raise ConfigError(f"init.from: {error}") from None
 
 
-def _of_checkpoint(path: Path, given: str) -> WeightSource:
-    manifest = read_manifest(path)
+def _of_checkpoint(path: Path) -> WeightSource:
+    manifest = checkpoint.verify(path, contents=False)
     tensors = {
         name.removeprefix(_MODEL): {**entry, "name": name}
         for name, entry in manifest["tensors"].items()
@@ -144,12 +143,12 @@ def _of_checkpoint(path: Path, given: str) -> WeightSource:
         raise ConfigError(f"init.from: {path} has no weights of a model; it is of a loop of one's own")
     tensors |= {name: tensors[first] for name, first in manifest["tied"].items()}
     sizes = {name: file["bytes"] for name, file in manifest["files"].items()}
-    return WeightSource(given, path, sizes, tensors, manifest["step"])
+    return WeightSource(path, sizes, tensors, manifest["step"])
 
 
-def _of_folder(path: Path, given: str) -> WeightSource:
+def _of_folder(path: Path) -> WeightSource:
     if (path / _WHOLE).is_file():
-        return _of_files(path, given, [_WHOLE])
+        return _of_files(path, [_WHOLE])
     if not (path / _INDEX).is_file():
         files = sorted(file.name for file in path.iterdir() if file.suffix in (_SAFETENSORS, *OF_TORCH))
         hint = f"; give one of its files: {and_more(files, _MOST_SHOWN)}" if files else ""
@@ -161,30 +160,27 @@ def _of_folder(path: Path, given: str) -> WeightSource:
             raise ValueError
     except (ValueError, LookupError, TypeError, AttributeError):
         raise ConfigError(f"init.from: {index}: has no weight_map from names to files in this folder") from None
-    found = _of_files(path, given, sorted(set(placed.values())))
+    found = _of_files(path, sorted(set(placed.values())))
     for name, file in placed.items():
         if name not in found.tensors or found.tensors[name]["stretches"][0][0] != file:
             raise ConfigError(f"init.from: {index}: names {name} in {file}, which is not there")
     return found
 
 
-def _of_files(folder: Path, given: str, names: Sequence[str]) -> WeightSource:
+def _of_files(folder: Path, names: Sequence[str]) -> WeightSource:
     tensors: dict[str, dict[str, Any]] = {}
     for file in names:
         with open_tensors(folder / file) as opened:
             for name, entry in opened.entries().items():
-                count = 1
-                for size in entry["shape"]:
-                    count *= size
-                tensors[name] = {**entry, "name": name, "stretches": [[file, 0, count]]}
+                tensors[name] = {**entry, "name": name, "stretches": [[file, 0, prod(entry["shape"])]]}
     if not tensors:
         raise ConfigError(f"init.from: {folder / names[0]} holds no tensors by name")
-    return WeightSource(given, folder, {name: (folder / name).stat().st_size for name in names}, tensors)
+    return WeightSource(folder, {name: (folder / name).stat().st_size for name in names}, tensors)
 
 
 def _require_file(path: Path) -> Path:
-    if not path.exists():
-        raise ConfigError(f"init.from: {path}: no such file or folder; nothing is downloaded")
+    if not path.is_file():
+        raise ConfigError(f"init.from: {path}: no such file or folder, and nothing is downloaded")
     if path.suffix not in (_SAFETENSORS, *OF_TORCH):
         suffixes = ", ".join((_SAFETENSORS, *OF_TORCH))
         raise ConfigError(

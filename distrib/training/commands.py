@@ -25,10 +25,9 @@ from distrib.run_folder.earlier_starts import where_it_began
 from distrib.run_folder.export import export
 from distrib.run_folder.folder import RunDir
 from distrib.run_folder.identity import data_changes
-from distrib.run_folder.initial_weights import match
+from distrib.run_folder.initial_weights import compare
 from distrib.run_folder.ledger import to_json
 from distrib.run_folder.resume import ResumePoint, chosen
-from distrib.run_folder.weight_sources import find as find_source
 from distrib.strategies import registry
 from distrib.targets import find
 from distrib.task import Task
@@ -70,7 +69,7 @@ def explain_run(config: Config, processes: int, sources: Sequence[tuple[str, Any
     with seeded("model", config.seed):
         module = build.model_on_meta(task, config, make_optimizer, warn)
         memory = build.memory(module, task, strategy, make_optimizer)
-    initial = None if config.init is None else match(find_source(config.init), config.init, module)
+    initial = None if config.init is None else compare(config.init, module)
     if own and (ignored := ignored_keys(config.optim, made[-1])):
         raise ConfigError(ignored)
     optimizer = describe_optimizer(made[-1])

@@ -119,7 +119,7 @@ class Trainer:
         if has_its_own(self.task):
             updates = tried_updates(self.plan.num_steps)
             cross_rank_checks.require_same_rates(self.world, updates, self.learning_rate)
-        self.initial = self.world.on_rank_0(lambda: self.initial)
+        self.initial = self.world.on_rank_0(lambda: self.initial) if self.config.init is not None else None
         init = None if self.initial is None else self.initial.record(self.world)
         summary = self.world.on_rank_0(lambda: self._start(data, init))
         try:
