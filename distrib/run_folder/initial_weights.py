@@ -79,10 +79,11 @@ def check(options: InitConfig | None, run: RunDir, module: nn.Module, forked: bo
     """
     if options is None or forked:
         return None
-    environment = run.environment_or_nothing() if os.path.lexists(run.environment) else {}
+    begun = any(steps_of(run.checkpoints))  # then a checkpoint has a copy of environment.json
+    environment = run.environment_or_nothing() if begun or os.path.lexists(run.environment) else {}
     if environment.get("forked_from"):
         return None
-    if not any(steps_of(run.checkpoints)):
+    if not begun:
         return compare(options, module)
     before, began = environment.get("init"), run.read_config().init
     if before is None or began is None:  # refused as another run, or environment.json is damaged

@@ -15,6 +15,7 @@ from tasks import Formats, Masked, WithBuffers
 from torch import Tensor, nn
 
 from distrib import Config, OwnLoop, Trainer
+from distrib.completion import overrides
 from distrib.errors import ConfigError, RunDirError
 from distrib.monitor.compare.comparison import diverge
 from distrib.monitor.compare.runs import load_runs
@@ -325,6 +326,18 @@ def test_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_source_that_changes_after_the_checks(tmp_path: Path) -> None:
+    trainer = Trainer(Masked(), config(plain(tmp_path)), tmp_path / "run")
+    one_file(tmp_path, {**other(Masked()), "more": torch.zeros(2)})
+    with pytest.raises(ConfigError, match=r"weights\.safetensors: .* sees another file than rank 0"):
+        trainer.fit()
+    trainer = Trainer(Masked(), config(plain(tmp_path)), tmp_path / "run")
+    (tmp_path / "weights.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"weights\.safetensors: .* cannot read it: No such file or directory"):
+        trainer.fit()
+    assert not (tmp_path / "run").exists()
+
+
 def test_keys_that_are_wrong() -> None:
     for init, said in (
         ({"from": "x", "form": "y"}, "init.form: unknown key, did you mean init.from?"),
@@ -336,6 +349,7 @@ def test_keys_that_are_wrong() -> None:
         with pytest.raises(ConfigError) as error:
             Config.from_dict({"train": {"steps": 1}, "init": init})
         assert said in str(error.value)
+    assert overrides([], "init.f") == ["init.from="]
     with pytest.raises(ConfigError, match=r"init: is not for a loop of one's own, which does that itself"):
         OwnLoop(config("x"), Masked().train_dataset(), {"model": Masked().model()})
 
@@ -443,6 +457,17 @@ def test_damage_of_the_record_is_found(begun: tuple[Path, Path]) -> None:
     (run / "environment.json").write_text(json.dumps(environment))
     with pytest.raises(Exception, match=f"damaged: init is {'0' * 64}, was "):
         verify_run(run)
+
+
+@pytest.mark.parametrize("text", [None, "{"])
+def test_the_record_is_taken_from_a_checkpoint(begun: tuple[Path, Path], text: str | None) -> None:
+    run, source = begun
+    recorded = json.loads((run / "environment.json").read_text())["init"]
+    (run / "environment.json").unlink() if text is None else (run / "environment.json").write_text(text)
+    source.unlink()
+    Trainer(Masked(), config(source, steps=4, lr=0.1), run).fit()
+    assert json.loads((run / "environment.json").read_text())["init"] == recorded
+    assert verify_run(run).steps == 4
 
 
 def test_the_commands(run: Run, tmp_path: Path) -> None:
