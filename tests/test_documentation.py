@@ -13,6 +13,7 @@ from conftest import BLOCK, ROOT, environment
 from pydantic import BaseModel
 
 from distrib import Config
+from distrib.config_section import keys_of
 from distrib.schedule import SCHEDULES
 from distrib.schedule_options import Place
 
@@ -142,7 +143,7 @@ def test_every_config_key_is_explained() -> None:
     page = (ROOT / "docs" / "config.md").read_text()
     for name, field in Config.model_fields.items():
         section = next((c for c in _classes(field.annotation) if issubclass(c, BaseModel)), None)
-        keys = [name] if section is None else [f"{name}.{key}" for key in section.model_fields]
+        keys = [name] if section is None else [f"{name}.{key}" for key in keys_of(section)]
         for key in keys:
             assert f"`{key}`" in page, f"docs/config.md does not explain {key}"
 

@@ -86,6 +86,9 @@ class ProgressDisplay(Observer):
             self.say(f"going on after step {step}")
         elif kind == "compiling":
             self.say(f"compiling ({event['what']}) while the first step runs")
+        elif kind == "initialized":
+            for line in event["lines"]:
+                self.say(line)
         elif kind == "stopped":
             self.say(f"stopped after step {step}: {event['reason']}")
         elif kind == "skipped":

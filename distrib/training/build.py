@@ -186,25 +186,30 @@ def optimizer_maker(task: Task, config: Config) -> MakeOptimizer:
     return make
 
 
-def memory(
-    task: Task, strategy: Strategy, make_optimizer: MakeOptimizer, warn: Callable[[str], None] = lambda _: None
-) -> Memory:
-    """Return the bytes that a rank holds of the task's model. Raises ConfigError if the strategy cannot train it.
+def model_on_meta(
+    task: Task, config: Config, make_optimizer: MakeOptimizer, warn: Callable[[str], None] = lambda _: None
+) -> nn.Module:
+    """Return the task's model on torch's meta device, where nothing is allocated.
 
-    They are counted on torch's meta device, where nothing is allocated. If the model or the optimizer looks at values,
-    it cannot be built there; it is built on the CPU, and `warn` is told first.
+    If the model or the optimizer looks at values, it cannot be built there; it is built on the CPU, and `warn` is told
+    first.
     """
     try:
         with torch.device("meta"):
             module = task.model()
-        _freeze(module, strategy.config.optim.groups)
+        _freeze(module, config.optim.groups)
         make_optimizer(trainable(module))
     except DistribError:
         raise
     except Exception as error:
         warn(f"the model is built in memory, as it cannot be built on torch's meta device: {first_line(error)}")
         module = task.model()
-        _freeze(module, strategy.config.optim.groups)
+        _freeze(module, config.optim.groups)
+    return module
+
+
+def memory(module: nn.Module, task: Task, strategy: Strategy, make_optimizer: MakeOptimizer) -> Memory:
+    """Return the bytes that a rank holds of a module. Raises ConfigError if the strategy cannot train it."""
     strategy.check_model(module, method_of(task, "blocks")(module))
     found = strategy.memory(module, make_optimizer)
     if strategy.config.train.ema is None:

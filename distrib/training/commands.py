@@ -26,6 +26,7 @@ from distrib.run_folder.earlier_starts import where_it_began
 from distrib.run_folder.export import export
 from distrib.run_folder.folder import RunDir
 from distrib.run_folder.identity import data_changes
+from distrib.run_folder.initial_weights import compare
 from distrib.run_folder.ledger import to_json
 from distrib.run_folder.resume import ResumePoint, chosen
 from distrib.strategies import registry
@@ -67,13 +68,17 @@ def explain_run(config: Config, processes: int, sources: Sequence[tuple[str, Any
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
     with seeded("model", config.seed):
-        memory = build.memory(task, strategy, make_optimizer, warn)
+        module = build.model_on_meta(task, config, make_optimizer, warn)
+        memory = build.memory(module, task, strategy, make_optimizer)
+    initial = None if config.init is None else compare(config.init, module)
     if own and (ignored := ignored_keys(config.optim, made[-1])):
         raise ConfigError(ignored)
     optimizer = describe_optimizer(made[-1])
     base_rate = made[-1].param_groups[0]["lr"]
     plan = replace(plan, memory=memory)
     print_plan(config, strategy.name, plan, optimizer, lambda update: rate_of(update, base_rate))
+    for line in () if initial is None else initial.lines():
+        print(line)
     if further := strategy.describe():
         print(further)
     if sources:

@@ -215,6 +215,12 @@ class Engine:
         if (scale := manifest["loss_scale"]) is not None and self.mixed_precision == "fp16":
             self.loss_scale = LossScale(scale["value"], scale["updates"])
 
+    def load_weights(self, path: Path, manifest: dict[str, Any]) -> None:
+        """Begin with weights from files in the folder `path`; so does their average. `manifest`: as a checkpoint's."""
+        self.strategy.load(path, manifest, reset_optimizer=True)
+        if self.average is not None:
+            self.average.load(path, manifest, begin=True)
+
     def warm_up_ddp_buckets(self, task: Task, window: Window) -> None:
         """On resume, run one throw-away forward and backward so that DDP rebuilds its buckets before the first real
         step.

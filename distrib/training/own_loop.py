@@ -250,6 +250,7 @@ def _check(config: Config, models: Mapping[str, nn.Module], optimizers: Mapping[
         raise ConfigError(f"OwnLoop: an optimizer for {', '.join(sorted(unknown))}, of which there is no model")
     given = {
         "task": config.task,
+        "init": config.init,
         "eval.every_steps": config.eval.every_steps,
         "eval.at_start": config.eval.at_start,
         "train.stop": config.train.stop,
