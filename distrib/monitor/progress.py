@@ -86,6 +86,8 @@ class ProgressDisplay(Observer):
             self.say(f"going on after step {step}")
         elif kind == "compiling":
             self.say(f"compiling ({event['what']}) while the first step runs")
+        elif kind == "unfrozen":
+            self.say(f"after step {step}, all of {', '.join(event['patterns'])} is trained")
         elif kind == "stopped":
             self.say(f"stopped after step {step}: {event['reason']}")
         elif kind == "skipped":

@@ -16,6 +16,7 @@ _REQUIRED_KEYS = {  # event -> keys it must have
     "skipped": ("step", "verdict"),
     "compiling": ("what",),
     "checkpoint": ("step",),
+    "unfrozen": ("step", "patterns"),
     "preempted": ("step",),
     "stopped": ("step", "reason"),
     "failed": ("error",),
