@@ -184,8 +184,8 @@ def memory(
     """Return the bytes that a rank holds of the task's model. Raises ConfigError if the strategy cannot train it.
 
     They are counted for the end of the run, where all is trained that ever is, and on torch's meta device, where
-    nothing is allocated. If the model or the optimizer looks at values, it cannot be built there; it is built on the CPU, and
-    `warn` is told first.
+    nothing is allocated. If the model or the optimizer looks at values, it cannot be built there; it is built on the
+    CPU, and `warn` is told first.
     """
     try:
         with torch.device("meta"):

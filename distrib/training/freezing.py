@@ -23,12 +23,15 @@ def freeze(module: nn.Module, config: Config, steps_done: int) -> None:
         if not any(fnmatchcase(name, glob) for name in names):
             hint = did_you_mean(glob.replace("*", ""), names, f"; there are {', '.join(names[:5])}, …")
             raise ConfigError(f"train.freeze.{number}: {glob} matches no parameter or buffer of the model{hint}")
-    trained = [name for name, parameter in named if parameter.requires_grad]
     for name, parameter in named:
-        if _frozen_now(config, name, steps_done) or _in_a_frozen_group(config, name, parameter):
+        if _in_a_frozen_group(config, name, parameter):
             parameter.requires_grad_(False)
-    if config.train.freeze and trained and not any(parameter.requires_grad for _, parameter in named):
+    trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    if trained and all(_matches(config, name) for name, _ in trained):
         raise ConfigError(f"train.freeze: {', '.join(config.train.freeze)} leaves no parameter to train")
+    for name, parameter in trained:
+        if _frozen_now(config, name, steps_done):
+            parameter.requires_grad_(False)
 
 
 def unfreezing_step(config: Config, num_steps: int) -> int | None:

@@ -88,8 +88,6 @@ class Trainer:
         loading = build.loading(config, self.world, task)
         self.source = source(self.train_dataset, self.plan, self.world, config.seed, loading, self.order)
         self.unfreezing_step = freezing.unfreezing_step(config, self.plan.num_steps)
-        if self.unfreezing_step is not None:
-            build.model(task, config)  # checks that something is trained before
         self.module = build.model(task, config, freezing.AT_THE_END)
         self.blocks = build.blocks(task, self.module, self.strategy)
         check_module(self.module, self.strategy, self.blocks)
