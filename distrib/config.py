@@ -20,7 +20,7 @@ from distrib.config_section import Section, explain
 from distrib.config_yaml import one_line
 from distrib.errors import ConfigError
 from distrib.init_options import InitConfig
-from distrib.optim_groups import GroupConfig
+from distrib.optim_groups import Globs, GroupConfig
 from distrib.optim_groups import Rate as Rate
 
 MixedPrecision: TypeAlias = Literal["no", "bf16", "fp16"]
@@ -77,6 +77,12 @@ class EmaConfig(Section):
     start_step: NonNegativeInt = 0  # updates until which the average is the weights themselves
 
 
+class UnfreezeConfig(Section):
+    """When what `train.freeze` names begins to be trained."""
+
+    step: PositiveInt  # after so many steps of the run
+
+
 class TrainConfig(Section):
     """Exactly one of `epochs` and `steps` sets the length of the run."""
 
@@ -89,6 +95,8 @@ class TrainConfig(Section):
     stop: decision_options.StopConfig | None = None  # none: the run has its whole length
     ema: EmaConfig | None = None
     determinism: Literal["fast", "bitwise"] = "fast"  # bitwise: same bits for any number of processes
+    freeze: Globs = ()  # names of parameters and buffers that are not trained
+    unfreeze_at: UnfreezeConfig | None = None  # none: they never are
     compile: Compile = False  # torch.compile each of the task's blocks, or the whole model
 
     @model_validator(mode="after")
@@ -96,6 +104,8 @@ class TrainConfig(Section):
         if (self.epochs is None) == (self.steps is None):
             given = "neither" if self.epochs is None else f"epochs: {self.epochs} and steps: {self.steps}"
             raise ValueError(f"give the length of the run as epochs or as steps, one of the two; given: {given}")
+        if self.unfreeze_at is not None and not self.freeze:
+            raise ValueError("unfreeze_at is given, and nothing is frozen; give freeze too, or leave it out")
         return self
 
 

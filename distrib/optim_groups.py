@@ -4,15 +4,24 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field
 
+from distrib import schedule_options
 from distrib.config_section import NonNegativeFloat, PositiveInt, Section
 from distrib.errors import ConfigError, did_you_mean
+from distrib.schedule import Factor
 
 KEY, REST = "optim.groups", -1  # the latter: the place of parameters that are in no group
 Rate = Annotated[float, Field(ge=0, lt=1)]
 OF_A_CLASS = ("betas", "momentum", "options")  # what a group of another class does not take from the section
 VALUES = ("name", "lr", "weight_decay", *OF_A_CLASS)  # what a group may have of its own
+
+
+def _one_or_several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Globs = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(_one_or_several)]
 
 
 class GroupConfig(Section):
@@ -22,7 +31,7 @@ class GroupConfig(Section):
     class's own defaults.
     """
 
-    match: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    match: Annotated[Globs, Field(min_length=1)]
     ndim: PositiveInt | None = None  # only parameters of so many dimensions
     name: str | None = None
     lr: NonNegativeFloat | None = None
@@ -30,12 +39,8 @@ class GroupConfig(Section):
     betas: Annotated[tuple[Rate, Rate] | None, Field(strict=False)] = None
     momentum: NonNegativeFloat | None = None
     options: dict[str, Any] | None = None
+    schedule: schedule_options.OfAGroup | None = None
     freeze: bool = False  # not trained
-
-    @field_validator("match", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
 
     def fits(self, name: str, ndim: int) -> bool:
         """Return whether a parameter of this name, with so many dimensions, is in the group."""
@@ -45,6 +50,17 @@ class GroupConfig(Section):
 def group_of(groups: Sequence[GroupConfig], name: str, ndim: int) -> int:
     """Return the place of the first group that a parameter fits into; REST if there is none."""
     return next((number for number, group in enumerate(groups) if group.fits(name, ndim)), REST)
+
+
+def own_factors(groups: Sequence[GroupConfig], warmup_steps: int, num_updates: int) -> dict[int, Factor]:
+    """Return the factor of the rate of each group that has a schedule of its own, by the group's place. Raises
+    ConfigError. `warmup_steps`: goes before, as before `optim.schedule`, except before a list of pieces."""
+    found = {}
+    for number, group in enumerate(groups):
+        if (given := group.schedule) is not None:
+            before, key = 0 if isinstance(given, tuple) else warmup_steps, f"{KEY}.{number}.schedule"
+            found[number] = schedule_options.curve(given, before, num_updates, key).factor
+    return found
 
 
 def require_members(groups: Sequence[GroupConfig], parameters: Sequence[tuple[str, int]]) -> None:

@@ -82,12 +82,13 @@ class Curve:
     landmarks: tuple[int, ...]
 
 
-def curve(given: Given, warmup_steps: int, num_steps: int) -> Curve:
-    """Return the curve of a run of `num_steps` updates. Raises ConfigError if the schedule does not fit into it."""
+def curve(given: Given, warmup_steps: int, num_steps: int, key: str = _KEY) -> Curve:
+    """Return the curve of a run of `num_steps` updates. `key`: the schedule's. Raises ConfigError if the schedule does
+    not fit into the run."""
     if isinstance(given, tuple):
-        return _sequence(given, warmup_steps, num_steps)
+        return _sequence(given, warmup_steps, num_steps, key)
     schedule = SCHEDULES[given]() if isinstance(given, str) else given.schedule
-    schedule.check(_KEY, warmup_steps, num_steps)
+    schedule.check(key, warmup_steps, num_steps)
     after, before = schedule.factor(warmup_steps, num_steps), warmup(0.0, 1.0, warmup_steps)
     factor = (lambda update: before(update) if update < warmup_steps else after(update)) if warmup_steps else after
     return Curve(factor, tuple(schedule.landmarks(warmup_steps, num_steps)))
@@ -98,10 +99,10 @@ def known_keys() -> list[str]:
     return [f"{_KEY}.{key}" for key in option_names(SCHEDULES)]
 
 
-def _sequence(pieces: Sequence[Piece], warmup_steps: int, num_steps: int) -> Curve:
+def _sequence(pieces: Sequence[Piece], warmup_steps: int, num_steps: int, key: str) -> Curve:
     if warmup_steps:
         raise ConfigError(
-            f"optim.warmup_steps: {warmup_steps}, and {_KEY} is a list, which has its own warmup; make it the first "
+            f"optim.warmup_steps: {warmup_steps}, and {key} is a list, which has its own warmup; make it the first "
             f"piece, {{name: warmup, steps: {warmup_steps}}}"
         )
     ends = [0]
@@ -109,19 +110,19 @@ def _sequence(pieces: Sequence[Piece], warmup_steps: int, num_steps: int) -> Cur
         end = num_steps if piece.place.steps is None else ends[-1] + piece.place.steps
         if not ends[-1] < end <= num_steps:
             raise ConfigError(
-                f"{_KEY}.{number}: it begins after {ends[-1]} updates"
+                f"{key}.{number}: it begins after {ends[-1]} updates"
                 + ("" if piece.place.steps is None else f" and ends after {end}")
                 + f", and the run has {num_steps}; make the pieces shorter"
             )
         ends.append(end)
     if ends[-1] < num_steps:
         raise ConfigError(
-            f"{_KEY}: the pieces have {ends[-1]} updates in all, and the run has {num_steps}; leave out steps of the "
+            f"{key}: the pieces have {ends[-1]} updates in all, and the run has {num_steps}; leave out steps of the "
             "last piece, which then takes the rest"
         )
     begins, factors, landmarks = ends[:-1], [], []
     for number, (piece, (begin, end)) in enumerate(zip(pieces, pairwise(ends), strict=True)):
-        piece.schedule.check(f"{_KEY}.{number}", 0, end - begin)
+        piece.schedule.check(f"{key}.{number}", 0, end - begin)
         factors.append(piece.schedule.factor(0, end - begin, piece.place.max_lr_ratio))
         landmarks += [begin + update for update in piece.schedule.landmarks(0, end - begin)]
 
@@ -185,4 +186,12 @@ def _validated(key: str, section: type[Any], values: dict[str, Any], name: str =
         raise ConfigError(f"{key}.{explain(error, section)}") from None
 
 
+def _parse_of_a_group(value: Any) -> Given:
+    try:
+        return parse(value)
+    except ConfigError as error:
+        raise ValueError(str(error).removeprefix(_KEY).lstrip(":. ")) from None
+
+
 Key: TypeAlias = Annotated[Given, PlainValidator(parse), PlainSerializer(written)]  # the key optim.schedule
+OfAGroup: TypeAlias = Annotated[Given, PlainValidator(_parse_of_a_group), PlainSerializer(written)]

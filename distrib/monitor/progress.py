@@ -89,6 +89,8 @@ class ProgressDisplay(Observer):
         elif kind == "initialized":
             for line in event["lines"]:
                 self.say(line)
+        elif kind == "unfrozen":
+            self.say(f"after step {step}, all of {', '.join(event['patterns'])} is trained")
         elif kind == "stopped":
             self.say(f"stopped after step {step}: {event['reason']}")
         elif kind == "skipped":

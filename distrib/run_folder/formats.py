@@ -17,6 +17,7 @@ _REQUIRED_KEYS = {  # event -> keys it must have
     "compiling": ("what",),
     "initialized": ("lines",),
     "checkpoint": ("step",),
+    "unfrozen": ("step", "patterns"),
     "preempted": ("step",),
     "stopped": ("step", "reason"),
     "failed": ("error",),

@@ -50,6 +50,23 @@ def latest_valid(run: RunDir, world: World) -> ResumePoint | None:
     return None
 
 
+def where_to_begin(
+    run: RunDir, world: World, asked_for: Path | None, origin: dict[str, Any] | None
+) -> tuple[ResumePoint | None, bool]:
+    """Return the checkpoint that a run begins with, None if with nothing, and whether to leave out its optimizer's
+    state. Collective. Raises CheckpointError.
+
+    `asked_for` and `origin`: what `requested` returned.
+    """
+    if asked_for is not None and origin is None:
+        return verified(asked_for, world, run), False
+    if (found := latest_valid(run, world)) is not None:
+        return found, False
+    if (begun_from := world.on_rank_0(run.origin)) is not None:
+        return verified(Path(begun_from["path"]), world), begun_from.get("reset_optimizer", False)
+    return None, False
+
+
 def chosen(run: RunDir, world: World, which: str) -> ResumePoint:
     """Return the checkpoint that `--checkpoint` names: newest, best or a step. Collective.
 

@@ -18,7 +18,6 @@ from distrib.data.prints import Fingerprint
 from distrib.data.seeding import seeded
 from distrib.errors import ConfigError, DistribError
 from distrib.monitor.observer import Observer
-from distrib.optim_groups import REST, GroupConfig, group_of, require_members
 from distrib.plan import Memory
 from distrib.processes import temporary
 from distrib.processes.world import World
@@ -31,6 +30,7 @@ from distrib.task import Task, load_task, method_of, own_method
 from distrib.tracebacks import first_line
 from distrib.training import cross_rank_checks, evaluation, orders
 from distrib.training.engine import Engine
+from distrib.training.freezing import AT_THE_END, freeze, trained_later
 from distrib.training.optimizers import build_optimizer
 from distrib.training.orders import check_weights
 from distrib.training.task_checks import check_blocks, check_dataset, check_eval_datasets, check_model, check_optimizer
@@ -67,22 +67,13 @@ def prepare(task: Task, config: Config, world: World) -> None:
             cross_rank_checks.on_each_machine(world, own)
 
 
-def model(task: Task, config: Config) -> nn.Module:
-    """With the initial weights that belong to the config's seed. Raises ConfigError."""
+def model(task: Task, config: Config, steps_done: int = 0) -> nn.Module:
+    """With the initial weights that belong to the config's seed, and what is frozen after so many steps. Raises
+    ConfigError."""
     with seeded("model", config.seed):
         module = check_model(task.model())
-    _freeze(module, config.optim.groups)
+    freeze(module, config, steps_done)
     return module
-
-
-def _freeze(module: nn.Module, groups: Sequence[GroupConfig]) -> None:
-    """Take the gradient from the parameters of groups with `freeze`. Raises ConfigError if a group has no parameter."""
-    named = list(module.named_parameters())
-    require_members(groups, [(name, parameter.ndim) for name, parameter in named])
-    for name, parameter in named:
-        place = group_of(groups, name, parameter.ndim)
-        if place != REST and groups[place].freeze:
-            parameter.requires_grad_(False)
 
 
 def blocks(task: Task, module: nn.Module, strategy: Strategy) -> list[nn.Module]:
@@ -180,8 +171,9 @@ def optimizer_maker(task: Task, config: Config) -> MakeOptimizer:
 
     def make(params: list[tuple[str, nn.Parameter]]) -> Optimizer:
         with seeded("optimizer", config.seed):
-            own, decays = method_of(task, "optimizer")(params), method_of(task, "decays")
-            return check_optimizer(own) or build_optimizer(config.optim, params, decays)
+            own = check_optimizer(method_of(task, "optimizer")(params))
+            later = [name for name, _ in params if trained_later(config, name)]
+            return own or build_optimizer(config.optim, params, method_of(task, "decays"), later)
 
     return make
 
@@ -191,20 +183,20 @@ def model_on_meta(
 ) -> nn.Module:
     """Return the task's model on torch's meta device, where nothing is allocated.
 
-    If the model or the optimizer looks at values, it cannot be built there; it is built on the CPU, and `warn` is told
-    first.
+    It has what is trained at the end of the run, which is all that ever is. If the model or the optimizer looks at
+    values, it cannot be built there; it is built on the CPU, and `warn` is told first.
     """
     try:
         with torch.device("meta"):
             module = task.model()
-        _freeze(module, config.optim.groups)
+        freeze(module, config, AT_THE_END)
         make_optimizer(trainable(module))
     except DistribError:
         raise
     except Exception as error:
         warn(f"the model is built in memory, as it cannot be built on torch's meta device: {first_line(error)}")
         module = task.model()
-        _freeze(module, config.optim.groups)
+        freeze(module, config, AT_THE_END)
     return module
 
 
@@ -241,6 +233,7 @@ def engine(
         max_grad_norm=config.train.max_grad_norm,
         seed=config.seed,
         ema=config.train.ema,
+        own_schedules=[number for number, group in enumerate(config.optim.groups) if group.schedule is not None],
         warn=warn,
         asked_to_stop=asked_to_stop,
     )

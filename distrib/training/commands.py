@@ -18,6 +18,7 @@ from distrib.data.source import require_stream_reader
 from distrib.errors import ConfigError, DistribError, RunDirError
 from distrib.monitor.explain import print_plan, print_sources
 from distrib.monitor.progress import format_metrics
+from distrib.optim_groups import own_factors
 from distrib.plan import RunPlan
 from distrib.processes.world import World
 from distrib.run_folder import verify
@@ -33,7 +34,7 @@ from distrib.strategies import registry
 from distrib.targets import find
 from distrib.task import Task, method_of, own_method
 from distrib.tracebacks import is_ours
-from distrib.training import build
+from distrib.training import build, freezing
 from distrib.training.engine import Engine
 from distrib.training.learning_rates import learning_rate
 from distrib.training.model_checks import refuse_optimizer
@@ -56,6 +57,8 @@ def explain_run(config: Config, processes: int, sources: Sequence[tuple[str, Any
     build.require_evaluations(config, build.eval_datasets(task, config), task)
     plan = RunPlan.complete(config, strategy.batches, None if order is None else order.size)
     rate_of = learning_rate(task, config, plan.num_steps)
+    own_factors(config.optim.groups, config.optim.warmup_steps, plan.num_steps)  # refuses a schedule that does not fit
+    freezing.unfreezing_step(config, plan.num_steps)
     make, made = build.optimizer_maker(task, config), []
     own = own_method(task, "optimizer") is not None
 

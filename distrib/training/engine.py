@@ -1,7 +1,7 @@
 """The engine of a training step: seeding, autocast, gradient normalisation and clipping, and the fp16 loss scale."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from distrib.config import EmaConfig
 from distrib.data.loader import DevicePrefetcher, Window, seed_generators
 from distrib.data.order import derive_seed
 from distrib.errors import ConfigError
+from distrib.optim_groups import REST
 from distrib.run_folder.checkpoint import Shard, named_state
 from distrib.strategies.base import DTYPES, Strategy
 from distrib.strategies.errors import explain
@@ -64,10 +65,12 @@ class Engine:
         max_grad_norm: float | None = None,
         seed: int = 0,
         ema: EmaConfig | None = None,
+        own_schedules: Collection[int] = (),
         warn: Callable[[str], None] = lambda _: None,
         asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """`ema`: how to average the weights; None: no average is kept.
+        `own_schedules`: the places of those of `optim.groups` that have a schedule of their own.
         `warn`: called with a message, once for each buffer that forward changes in a way that is lost.
         `asked_to_stop`: whether this rank was; the others learn of it with the step's sums."""
         self.strategy = strategy
@@ -80,10 +83,12 @@ class Engine:
         self.mixed_precision = mixed_precision
         self.dtype = DTYPES.get(mixed_precision)
         groups = strategy.optimizer.param_groups if strategy.optimizer is not None else []
-        # The ledger shows the rate of the first group whose rate is not 0. The other groups keep their ratio to it, so
-        # that each group's rate is its own base rate times the schedule's factor.
-        self.base_rate = next((float(group["lr"]) for group in groups if group["lr"]), 0.0)
-        self._rate_ratios = [group["lr"] / (self.base_rate or 1.0) for group in groups]
+        # The ledger shows the rate of the first group whose rate is not 0 and that has no schedule of its own. The
+        # others keep their ratio to it, so that each group's rate is its own base rate times the schedule's factor.
+        usual = [group for group in groups if group.get("place") not in own_schedules]
+        self.base_rate = next((float(group["lr"]) for group in [*usual, *groups] if group["lr"]), 0.0)
+        self._base_rates = [float(group["lr"]) for group in groups]
+        self.own_factors: dict[int, float] = {}  # of the next step, for groups with a schedule of their own, by place
         self.loss_scale: LossScale | None = None  # fp16 only; made in the first backward, which knows the count
         # Whether a step waits for its result. A CPU computes synchronously, and Python's numbers are cheaper than
         # tensors; Metal has no streams; fp16 must know whether a gradient overflowed before it scales the next loss.
@@ -172,13 +177,14 @@ class Engine:
         """Divide the gradient by the step's count, clip it, and update the weights.
 
         All ranks have the same sums, so all decide alike whether to apply the step. `lr`: the rate of the first
-        parameter group whose rate is not 0; the other groups keep their ratio to it.
+        parameter group whose rate is not 0; the other groups keep their ratio to it, or follow `own_factors`.
         """
         optimizer = self.strategy.optimizer
         assert optimizer is not None, "this engine only evaluates"
         self._mark = mark_of(lr)
-        for group, ratio in zip(optimizer.param_groups, self._rate_ratios, strict=True):
-            group["lr"] = lr * ratio
+        for group, base_rate in zip(optimizer.param_groups, self._base_rates, strict=True):
+            factor = self.own_factors.get(group.get("place", REST))
+            group["lr"] = lr * (base_rate / (self.base_rate or 1.0)) if factor is None else base_rate * factor
         waits = self.waits or not self.strategy.can_update_on_device
         step = (self._update_on_host if waits else self._update_on_device)(self.strategy.sums.result(), lr)
         self.clock.lap("optimizer")

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -91,14 +92,9 @@ def predict(
         batches += [MicroBatch(first, first)] * (most - num_own)
     loader = data_loader(dataset, batches, seed=engine.seed, **loading)
     model = engine.strategy.evaluation_model
-    was_training = model.training
-    model.eval()
-    try:
-        rows = _Rows()
-        with engine.buffers.unchanged():
-            _predict(engine, task, model, loader, num_own, rows)
-    finally:
-        model.train(was_training)
+    rows = _Rows()
+    with in_evaluation_mode(model), engine.buffers.unchanged():
+        _predict(engine, task, model, loader, num_own, rows)
     parts, others = world.gather_rows(rows.joined()), world.gather_rows(rows.losses())
 
     def collected() -> tuple[dict[str, Any], Tensor]:
@@ -111,6 +107,19 @@ def predict(
         return whole, _concatenate("losses", others["losses"])
 
     return collected
+
+
+@contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Return a context in which all modules are in evaluation mode. Each has its own mode again afterwards."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:  # a module comes before its children
+            if part.training != training:
+                part.train(training)
 
 
 def _batches(size: int, batch_size: int, world: World) -> Iterator[MicroBatch]:

@@ -46,6 +46,12 @@ def tried_updates(num_updates: int) -> list[int]:
 
 def _refuse_both(task: Task, optim: OptimConfig) -> None:
     """Only values that are not the default count as given, because a run's config.yaml has all keys."""
+    for number, group in enumerate(optim.groups):
+        if group.schedule is not None:
+            raise ConfigError(
+                f"optim.groups.{number}.schedule: given, and {type(task).__name__}.learning_rate returns the rate of "
+                "each update; leave out one of the two"
+            )
     for key in _INSTEAD:
         value = getattr(optim, key)
         if value != OptimConfig.model_fields[key].default:

@@ -1,7 +1,7 @@
 """Builds a torch optimizer from the config's `optim` section."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from distrib.strategies.optimizer_state import members_of
 
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 _FUSED_FOR_SHARDS = (torch.optim.Adam, torch.optim.AdamW)  # for DTensors; the others raise NotImplementedError
+_OURS = ("params", "match", "place")  # keys of a group that are no arguments of its class
 _HYPERPARAMETERS = ("weight_decay", "betas", "momentum")
 
 
@@ -41,23 +42,29 @@ class SeveralOptimizers(Optimizer):
 
 
 def build_optimizer(
-    config: OptimConfig, params: list[tuple[str, nn.Parameter]], decays: Callable[[str, nn.Parameter], bool]
+    config: OptimConfig,
+    params: list[tuple[str, nn.Parameter]],
+    decays: Callable[[str, nn.Parameter], bool],
+    later: Collection[str] = (),
 ) -> Optimizer:
     """Return an optimizer of the classes of torch.optim that the config names, fused if torch supports it. Raises
     ConfigError.
 
     With weight decay, the parameters for which `decays` is false are separate groups without it, unless they are in one
-    of `optim.groups` that has a weight_decay of its own.
+    of `optim.groups` that has a weight_decay of its own. `later`: names of parameters that are trained later than the
+    others; they are separate groups too, because a sharded strategy keeps one count of updates for a group.
     """
-    members: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    members: dict[tuple[int, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in params:
-        members.setdefault(group_of(config.groups, name, parameter.ndim), []).append((name, parameter))
+        place = (group_of(config.groups, name, parameter.ndim), name in later)
+        members.setdefault(place, []).append((name, parameter))
     by_class: dict[type[Optimizer], list[dict[str, Any]]] = {}
-    for number, own in sorted(members.items()):
+    for (number, _), own in sorted(members.items()):
         group = None if number == REST else config.groups[number]
         optimizer_class, arguments = _arguments(config, group, own, "optim" if group is None else f"{KEY}.{number}")
         if config.groups:
             arguments["match"] = "the rest" if group is None else ", ".join(group.match)
+            arguments["place"] = number
         keeps = not arguments.get("weight_decay") or (group is not None and group.weight_decay is not None)
         spared = set() if keeps else {name for name, parameter in own if not decays(name, parameter)}
         decayed = [item for item in own if item[0] not in spared]
@@ -76,9 +83,9 @@ def _construct(optimizer_class: type[Optimizer], groups: list[dict[str, Any]]) -
     groups = [{key: value for key, value in group.items() if key != "fused" or fused} for group in groups]
     try:
         for group in groups:  # a constructor checks its arguments, but not those of groups
-            values = {key: value for key, value in group.items() if key not in ("params", "match")}
+            values = {key: value for key, value in group.items() if key not in _OURS}
             optimizer_class([nn.Parameter(torch.zeros(1, 1))], **values)
-        common = set.intersection(*map(set, groups)) - {"params", "match"}  # a default never fills a gap of a group
+        common = set.intersection(*map(set, groups)) - set(_OURS)  # a default never fills a gap of a group
         return optimizer_class(groups, **{key: value for key, value in groups[0].items() if key in common})
     except (TypeError, ValueError, RuntimeError) as error:
         hint = "; give it the matrices alone, by optim.groups with ndim: 2" if "2D" in str(error) else ""

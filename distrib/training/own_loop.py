@@ -256,6 +256,7 @@ def _check(config: Config, models: Mapping[str, nn.Module], optimizers: Mapping[
         "train.stop": config.train.stop,
         "train.ema": config.train.ema,
         "train.compile": config.train.compile,
+        "train.freeze": config.train.freeze,
         "checkpoint.best": config.checkpoint.best,
         "optim.plateau": config.optim.plateau,
         "optim.groups": config.optim.groups,

@@ -20,6 +20,7 @@ from distrib.task import Loss, Task, method_of
 from distrib.tracebacks import first_line, place
 from distrib.training import build, evaluation
 from distrib.training.engine import Engine
+from distrib.training.evaluation import in_evaluation_mode
 from distrib.training.loop import train_step
 from distrib.training.step_log import PendingStep
 from distrib.training.task_checks import check_loss, check_metrics_dict, no_metric, trial
@@ -150,16 +151,11 @@ class MeanLossCheck(Task):
     def _mean_by_total(self, batch: Any) -> bool:
         """Compare the totals in evaluation mode, for a model that computes the loss itself."""
         model = self.strategy.evaluation_model
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad(), _copies_of_buffers(model):
-                once, twice, half = (
-                    self._loss(self.task.forward(model, part), part)
-                    for part in (_repeat_rows(batch, self.size, times) for times in (1, 2, 0.5))
-                )
-        finally:
-            model.train(was_training)
+        with in_evaluation_mode(model), torch.no_grad(), _copies_of_buffers(model):
+            once, twice, half = (
+                self._loss(self.task.forward(model, part), part)
+                for part in (_repeat_rows(batch, self.size, times) for times in (1, 2, 0.5))
+            )
         total, change = float(once.total), abs(float(twice.total) - float(once.total))
         # Nothing follows from a total that does not depend on the samples (a large regulariser, zeros).
         depends = abs(float(half.total) - total) > 10 * _TOTAL_TOLERANCE * abs(total)

@@ -15,6 +15,7 @@ from distrib.monitor.observer import Observer
 from distrib.monitor.progress import Verbosity, format_summary
 from distrib.monitor.run_log import RunLog
 from distrib.monitor.trackers.trackers import in_sweep, require_trackers
+from distrib.optim_groups import own_factors
 from distrib.plan import RunPlan
 from distrib.processes.signals import when_asked_to_stop
 from distrib.processes.world import World
@@ -25,11 +26,11 @@ from distrib.run_folder.environment import describe, describe_task
 from distrib.run_folder.folder import RunDir
 from distrib.run_folder.identity import moved_keys
 from distrib.run_folder.ledger import GENESIS
-from distrib.run_folder.resume import ResumePoint, latest_valid, requested, require_steps_left, verified
+from distrib.run_folder.resume import ResumePoint, requested, require_steps_left, where_to_begin
 from distrib.strategies import compile, registry
 from distrib.strategies.parameters import trainable
 from distrib.task import Task, own_method
-from distrib.training import build, cross_rank_checks, probe, timing
+from distrib.training import build, cross_rank_checks, freezing, probe, timing
 from distrib.training.engine import Engine
 from distrib.training.evaluations import Evaluations
 from distrib.training.learning_rates import learning_rate, tried_updates
@@ -84,9 +85,11 @@ class Trainer:
         self.plan = RunPlan.complete(config, self.strategy.batches, None if self.order is None else self.order.size)
         require_steps_left(self.origin, self.plan.num_steps)
         self.learning_rate = learning_rate(task, config, self.plan.num_steps)
+        self.own_factors = own_factors(config.optim.groups, config.optim.warmup_steps, self.plan.num_steps)
         loading = build.loading(config, self.world, task)
         self.source = source(self.train_dataset, self.plan, self.world, config.seed, loading, self.order)
-        self.module = build.model(task, config)
+        self.unfreezing_step = freezing.unfreezing_step(config, self.plan.num_steps)
+        self.module = build.model(task, config, freezing.AT_THE_END)
         self.blocks = build.blocks(task, self.module, self.strategy)
         check_module(self.module, self.strategy, self.blocks)
         if config.train.compile:
@@ -104,6 +107,7 @@ class Trainer:
         self.evaluations = Evaluations(task, eval_datasets, config, self.plan, self.run_log)
         self.preemption = Preemption(self.world)
         self.first_step = 0  # of this process
+        self.unfrozen_at: int | None = None  # by this process
         self.step_log = StepLog(self.run_log, self.plan, self.strategy.name, config.train)
 
     def fit(self) -> dict[str, Any]:
@@ -127,7 +131,8 @@ class Trainer:
             what = "finished" if summary is None else f"had finished before; {what_to_do_now(self.run, self.written)}"
             if summary is None:
                 with self.run_log.failures():
-                    summary = self._train()
+                    while (summary := self._train()) is None:
+                        self._build_again()
         finally:
             self.run.release()
             vars(self).pop("engine", None)  # it holds the last window, and that the loader, whose workers must end
@@ -146,7 +151,11 @@ class Trainer:
         self.run_log.trouble(finished=summary is not None)
         return summary
 
-    def _train(self) -> dict[str, Any]:
+    def _train(self) -> dict[str, Any] | None:
+        """Train to the end of the run, or to `train.unfreeze_at`; then None, and a checkpoint has been saved."""
+        found, reset_optimizer = where_to_begin(self.run, self.world, self.checkpoint, self.origin)
+        self.first_step = 0 if found is None else found.manifest["step"]
+        freezing.freeze(self.module, self.config, self.first_step)
         if self.config.train.compile:
             compile.keep_in(self.run.compiled)
             self.run_log.event("compiling", what=self.config.train.compile)
@@ -160,8 +169,8 @@ class Trainer:
             self.run_log.warn(self.ignored_keys)
         for doubt in self.plan.doubts(self.config):
             self.run_log.warn(doubt)
-        chain = self._resume(engine)
-        self.module.train()
+        chain = self._resume(engine, found, reset_optimizer)
+        freezing.set_training_mode(self.module, self.config, self.first_step)
         if engine.strategy.learns_from_its_first_backward and 0 < self.first_step < self.plan.num_steps:
             probe.warm_up_ddp_buckets(engine, self.task, next(self.source.windows(self.first_step)))
         keep, keep_every = self.config.checkpoint.keep, self.config.checkpoint.keep_every
@@ -183,7 +192,7 @@ class Trainer:
                 save = self._save_is_due(steps_done)
                 if evaluate or save or stop:
                     step.wait()  # count the wait in this step's time
-                self.step_log.submit(window.step, step, self._seconds(engine, window.step))
+                self.step_log.submit(window.step, step, timing.seconds(engine, window.step - self.first_step))
                 if evaluate or save or stop:
                     stop |= self.step_log.flush()
                 if save:  # before the evaluation, so that an error there loses no training
@@ -200,6 +209,10 @@ class Trainer:
                 self._report_saves(saver)
                 if stop and steps_done < self.plan.num_steps:
                     self._stop(engine, saver, steps_done, saved=save)
+                if steps_done == self.unfreezing_step:
+                    saver.wait()
+                    self._report_saves(saver)
+                    return None
                 engine.clock.start()
             steps_done = self.plan.num_steps
             if (stopped := self.evaluations.stopped) is not None:
@@ -211,16 +224,19 @@ class Trainer:
             self._report_saves(saver)
             return self.world.on_rank_0(lambda: self._finish(steps_done))
 
-    def _resume(self, engine: Engine) -> str:
-        """Resume an interrupted or forked run, if this is one. Return the ledger's chain at that step. Collective."""
-        reset_optimizer = False
-        if self.checkpoint is not None and self.origin is None:
-            found: ResumePoint | None = verified(self.checkpoint, self.world, self.run)
-        else:
-            found = latest_valid(self.run, self.world)
-            if found is None and (origin := self.world.on_rank_0(self.run.origin)) is not None:
-                found = verified(Path(origin["path"]), self.world)
-                reset_optimizer = origin.get("reset_optimizer", False)
+    def _build_again(self) -> None:
+        """Build the model anew, of which more is trained from now on; its checkpoint is loaded afterwards."""
+        del self.engine, self.saver
+        self.strategy = registry.resolve(self.written, self.world)
+        self.module = build.model(self.task, self.config, freezing.AT_THE_END)
+        self.blocks = build.blocks(self.task, self.module, self.strategy)
+        self.step_log = StepLog(self.run_log, self.plan, self.strategy.name, self.config.train)
+        self.unfrozen_at = self.unfreezing_step
+        self.checkpoint, self.origin = self.run.checkpoints / f"step-{self.unfrozen_at:08d}", None
+        self.run_log.event("unfrozen", step=self.unfrozen_at, patterns=list(self.config.train.freeze))
+
+    def _resume(self, engine: Engine, found: ResumePoint | None, reset_optimizer: bool) -> str:
+        """Load the checkpoint, if there is one. Return the ledger's chain at its step. Collective."""
         if found is None and self.initial is not None:
             assert self.initial.source is not None, "the run has no checkpoint"
             engine.load_weights(self.initial.source.folder, self.initial.manifest())
@@ -230,13 +246,15 @@ class Trainer:
                 self.run_log.warn("init: not used, because a fork begins with the weights of its checkpoint")
             engine.load(found.path, found.manifest, reset_optimizer)
             self.source.load(found.manifest["stream"])
-            self.first_step = found.manifest["step"]
             self.step_log.load(found.manifest)
-        self.world.on_rank_0(lambda: self.run_log.rewind(found, self.first_step))
+        if self.first_step != self.unfrozen_at:
+            self.world.on_rank_0(lambda: self.run_log.rewind(found, self.first_step))
         return GENESIS if found is None else str(found.manifest["chain"])
 
     def _step(self, engine: Engine, window: Window) -> PendingStep:
-        rate = self.learning_rate(self.step_log.num_updates, engine.base_rate) * self.evaluations.plateau_factor
+        update, plateau = self.step_log.num_updates, self.evaluations.plateau_factor
+        rate = self.learning_rate(update, engine.base_rate) * plateau
+        engine.own_factors = {place: factor(update) * plateau for place, factor in self.own_factors.items()}
         if window.step == self.first_step:
             return probe.first_step(engine, self.task, window, rate, self.plan.micro_batch_size)
         return train_step(engine, self.task, window, rate)
@@ -270,14 +288,10 @@ class Trainer:
             if (reason := self.preemption.too_long(seconds, self.evaluations.longest_seconds)) is not None:
                 self.run_log.warn(reason)
 
-    def _seconds(self, engine: Engine, step: int) -> dict[str, float]:
-        """Return the time of a step's parts, and once every 100 steps also memory and communication."""
-        seconds = engine.clock.seconds()
-        return {**seconds, **timing.sampled(engine)} if (step - self.first_step) % timing.EVERY_STEPS == 1 else seconds
-
     def _save_is_due(self, steps_done: int) -> bool:
         every_steps = self.config.checkpoint.every_steps
-        return steps_done == self.plan.num_steps or (every_steps > 0 and steps_done % every_steps == 0)
+        always = (self.plan.num_steps, self.unfreezing_step)
+        return steps_done in always or (every_steps > 0 and steps_done % every_steps == 0)
 
     def _finish(self, steps_done: int) -> dict[str, Any]:
         summary = self.step_log.summary(self.config.name, self.first_step, steps_done) | self.evaluations.summary()

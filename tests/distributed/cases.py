@@ -83,6 +83,11 @@ GROUPS: dict[str, list[dict[str, Any]]] = {
     "adafactor": [{"match": "[12].*", "name": "adafactor", "lr": 0.1}],  # of matrices it keeps two vectors
 }
 
+# test_groups: frozen for some steps, and groups with schedules of their own
+UNFREEZE_AT = 7
+FROZEN = ("1.*", "2.0.*")
+OWN_SCHEDULE = {"match": "*.bias", "lr": 0.1, "schedule": [{"name": "warmup", "steps": 3}, {"name": "cosine"}]}
+
 # test_verdicts and test_strategies
 STEPS = 40
 FEW, EVERY = 12, 5
@@ -123,6 +128,8 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         grouped = GROUPED if world == 2 else [pair for pair in GROUPED if pair[0] == "auto"]
         found.update({f"{name}-{groups}": _grouped(groups, {"name": name}) for name, groups in grouped})
         found.update(_owned_cases(world))
+        for name in ("auto", *SHARDED) if world == 2 else ("auto",):
+            found[f"{name}-unfrozen"] = _unfrozen(name)
         found["bitwise-muon"] = _grouped("muon", {}, determinism="bitwise")
         found.update(_ema_cases(world))
         found.update({f"bitwise-{precision}": config for precision, config in BITWISE.items()})
@@ -150,6 +157,7 @@ def resumed(world: int) -> list[str]:
             *(f"ema-late-{name}" for name in ("auto", *SHARDED)),
             *(f"{name}-classes" for name in ("auto", *SHARDED)),
             *(f"{name}-{groups}" for groups in OWNED for name in CUT),
+            *(f"{name}-unfrozen" for name in ("auto", *SHARDED)),
             *("ddp-static", "stream-0", "stream-2", "buffers-ddp", "buffers-zero1", "buffers-fsdp2"),
             *("bitwise-formats", "zero2-formats", "fsdp2-formats"),
             *(f"init-{name}" for name in ("ddp", "zero2", "zero3", "fsdp2")),
@@ -270,6 +278,12 @@ def _grouped(groups: str, strategy: dict[str, Any], **train: Any) -> dict[str, A
     """Return a run with `optim.groups`."""
     config = _config(FEW, task=MASKED, strategy=strategy, **train)
     return {**config, "optim": {"lr": 0.01, "weight_decay": 0.1, "betas": [0.8, 0.99], "groups": GROUPS[groups]}}
+
+
+def _unfrozen(strategy: str) -> dict[str, Any]:
+    frozen = {"freeze": list(FROZEN), "unfreeze_at": {"step": UNFREEZE_AT}}
+    config = _config(FEW, task=MASKED, strategy={"name": strategy}, **frozen)
+    return {**config, "optim": {**config["optim"], "groups": [OWN_SCHEDULE]}}
 
 
 def _owned_cases(world: int) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """`optim.groups`: parameters by their names, with other values or classes, or frozen, as in a plain PyTorch loop."""
 
 import json
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CUT, EVERY, FEW, GROUPED, SHARDED, SHARDED_WORLDS
-from conftest import losses, tensors
+from cases import CUT, EVERY, FEW, GROUPED, SHARDED, SHARDED_WORLDS, UNFREEZE_AT
+from conftest import events, losses, tensors
 from tasks import Masked, plain_loss
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("worlds")]
@@ -99,6 +100,56 @@ def test_owners_on_four_processes_and_on_one(world: Callable[[int], Path]) -> No
 def test_several_classes_whose_gradients_are_on_the_cpu(world: Callable[[int], Path]) -> None:
     """DeepSpeed then has the gradients of all groups at once, and updates one group after the other."""
     np.testing.assert_allclose(losses(world(2) / "zero1-offload-classes"), plain_loop("classes"), rtol=TOLERANCE)
+
+
+@cache
+def plain_loop_that_unfreezes() -> list[float]:
+    """The schedules are written out; parameters that are frozen at first get an optimizer of their own later."""
+    task = Masked()
+    data = task.train_dataset()
+    torch.manual_seed(3)
+    model = task.model()
+    late = {name for name, _ in model.named_parameters() if name.startswith(("1.", "2.0."))}
+    optimizers: list[torch.optim.Optimizer] = []
+    found = []
+    for step in range(FEW):
+        if step in (0, UNFREEZE_AT):
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name not in late or step > 0)
+            begun = [
+                (name, p) for name, p in model.named_parameters() if p.requires_grad and (name in late) == (step > 0)
+            ]
+            biases = [p for name, p in begun if name.endswith("bias")]
+            others = [p for name, p in begun if not name.endswith("bias")]
+            optimizers.append(torch.optim.AdamW([{"params": biases}, {"params": others}], weight_decay=0.0))
+        rising, past = (step + 1) / 4, (step - 3) / (FEW - 3)
+        rates = (0.1 * (rising if step < 3 else 0.5 * (1 + math.cos(math.pi * past))), 0.01 * min(rising, 1 - past))
+        loss = plain_loss(model, data, step, BATCH, SEED)
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        for optimizer in optimizers:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("processes", "strategy"), [(1, "auto"), (4, "auto"), *((2, name) for name in ("auto", *SHARDED))]
+)
+def test_unfreezing_and_schedules_of_groups_equal_a_plain_loop(
+    world: Callable[[int], Path], processes: int, strategy: str
+) -> None:
+    run = world(processes) / f"{strategy}-unfrozen"
+    np.testing.assert_allclose(losses(run), plain_loop_that_unfreezes(), rtol=TOLERANCE)
+    before, after = tensors(run, EVERY), tensors(run)
+    assert "optimizer.exp_avg.1.0.weight" not in before
+    assert after["optimizer.step.1.0.weight"] == FEW - UNFREEZE_AT
+    assert after["optimizer.step.0.weight"] == FEW
+    assert events(run).count("unfrozen") == 1
+    assert "resumed" not in events(run)
 
 
 @pytest.mark.parametrize("strategy", ["auto", *SHARDED])
