@@ -41,6 +41,14 @@ class Files(NamedTuple):
         return str(self.paths[0].parent) if self.kind == "saved" else and_more(list(map(str, self.paths)), 1)
 
 
+class RowError(Exception):
+    """A row of a batch that is refused. `index`: its place in the batch. The message goes on after 'row 7 of FILE'."""
+
+    def __init__(self, index: int, message: str) -> None:
+        super().__init__(message)
+        self.index = index
+
+
 def expand_globs(globs: str | Sequence[str], key: str) -> list[Path]:
     """Return the files that the globs (`**` is allowed) match, sorted by path. `stdlib` means Python's library.
 
