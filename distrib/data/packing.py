@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from filelock import FileLock
 from numpy.lib.format import write_array_header_1_0
 from numpy.typing import ArrayLike
 
-from distrib.data.rows import Columns, Files, Row, RowError, read_rows, report_text
+from distrib.data.rows import Columns, Files, Row, encoded_rows, report_text
 from distrib.errors import ConfigError
 from distrib.sha256 import sha256_of
 
@@ -66,7 +66,7 @@ def pack(
         with train_writer as trained, eval_writer as evaluated:
             for split, default in zip(splits, (trained, evaluated), strict=True):
                 report_text(split, progress.console)
-                for rows, documents in _encoded(split, columns, encode):
+                for rows, documents in encoded_rows(split, columns, encode):
                     for row, document in zip(rows, documents, strict=True):
                         (evaluated if evaluation is None and _held_out(row) else default).add(*document)
                     progress.advance(task, len(rows))
@@ -77,17 +77,6 @@ def pack(
                 raise ConfigError(f"{train[0].key}: {path} changed while it was packed; start again")
 
     return _get_or_build(hashlib.sha256(key.encode()).hexdigest(), build, train[0].key)
-
-
-def _encoded(split: list[Files], columns: Columns, encode: Encode) -> Iterator[tuple[list[Row], Encoded]]:
-    for files in split:
-        before = 0
-        for rows in read_rows(files, columns):
-            try:
-                yield rows, encode(rows)
-            except RowError as error:
-                raise ConfigError(f"{files.key}: row {before + error.index + 1} of {files} {error}") from None
-            before += len(rows)
 
 
 def _digest(path: Path, config_key: str) -> str:
