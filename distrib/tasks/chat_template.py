@@ -153,7 +153,7 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(conversations, **given)
 
         conversations = [[_without_none(message) for message in conversation] for _, conversation in parts]
-        refused = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+        refused = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ImportError)
         try:
             return apply(conversations)
         except refused:

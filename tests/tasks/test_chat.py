@@ -2,6 +2,10 @@
 conversations. test_chat_runs.py has the runs."""
 
 import json
+import math
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -10,15 +14,18 @@ from typing import Any
 import pytest
 import torch
 from chats import TEMPLATES, conversations, tokenizer, turns, write_rows
-from conftest import Run, refused
+from conftest import ROOT, Run, losses, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from distrib import Config, Trainer
 from distrib.data.rows import RowError
 from distrib.errors import ConfigError
 from distrib.tasks.chat import Chat
 from distrib.tasks.chat_template import ChatTemplate, Conversation
+from distrib.training import build
+from distrib.training.commands import export_run
 
 transformers = pytest.importorskip("transformers")
 
@@ -374,3 +381,25 @@ def test_an_error_in_a_row_ends_the_command(run: Run, work: Path, tmp_path: Path
     said = refused(run("distrib", "train", "config.yaml", XDG_CACHE_HOME=str(tmp_path / "cache")))
     assert "task.files: row 2 of rows.jsonl has the role 'robot' in message 1; give one of system, developer, " in said
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configs as they stand, with fewer steps: the second begins with the model that the first one exports."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path / "examples")
+    monkeypatch.syspath_prepend(tmp_path / "examples")
+    subprocess.run([sys.executable, "make_chats.py", "200"], check=True)
+
+    def trained(name: str) -> Path:
+        config = Config.load(Path(f"{name}.yaml"), ["train.steps=3", "eval.every_steps=0", "eval.limit=8"])
+        Trainer(build.task(config), config, Path("runs") / name).fit()
+        return Path("runs") / name
+
+    export_run(trained("chat"), Path("chat-model"))
+    before = transformers.AutoModelForCausalLM.from_pretrained("chat-model").state_dict()
+    run = trained("dpo")
+    assert losses(run)[0] == pytest.approx(math.log(2))
+    export_run(run, Path("preferred"))
+    after = transformers.AutoModelForCausalLM.from_pretrained("preferred").state_dict()
+    assert after.keys() == before.keys()
+    assert any((after[name] != before[name]).any() for name in after)
