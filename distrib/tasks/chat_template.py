@@ -88,7 +88,7 @@ class ChatTemplate:
             if self.train_on == "answers":
                 self._mark_answers(parts, found)
         for _, learned in found:
-            learned[0] = False  # nothing predicts the first token
+            learned[:1] = [False] * len(learned[:1])  # nothing predicts the first token
         return found
 
     def _mark_answers(self, parts: Parts, found: list[Tokens]) -> None:

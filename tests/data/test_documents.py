@@ -129,7 +129,10 @@ def test_documents_of_a_batch_are_padded_to_the_longest(documents: list[Document
 
 def test_a_dataset_is_pickled_by_path_without_its_tokens(tmp_path: Path) -> None:
     folder = written(str(tmp_path), [(list(range(50_000)), 1)])
+    with DocumentWriter(tmp_path, "masked", "<u2", masked=True) as writer:
+        writer.add(list(range(50_000)), 0, [True] * 50_000)
     for dataset in (
+        WholeDocuments(folder, "masked", 50_000, True),
         TokenWindows(folder, "train", 64, True),
         Classified(folder, "train", 0),
         PaddedWindows(folder, "train", 64, 256),

@@ -1,7 +1,6 @@
 """Conversations go through the chat template, the loss counts the answers' tokens, and windows hold whole
 conversations. test_chat_runs.py has the runs."""
 
-import json
 import math
 import shutil
 import subprocess
@@ -11,10 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from chats import TEMPLATES, conversations, tokenizer, turns, write_rows
-from conftest import ROOT, Run, losses, refused
+from conftest import ROOT, losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -37,7 +37,6 @@ LLAMA = {
     "num_attention_heads": 2,
 }
 ROUNDING = 1e-5  # see test_hugging_face.py
-TARGET = "distrib.tasks.chat:Chat"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -149,14 +148,13 @@ def targets_of(task: Chat) -> list[str]:
 
 
 def test_windows_hold_whole_conversations_and_learn_the_answers() -> None:
-    rows = [{"messages": messages} for messages in conversations(60)]
+    rows = [{"messages": messages} for messages in conversations(30)]
     answers = [[m["content"] for m in row["messages"] if m["role"] == "assistant"] for row in rows]
     expected = "".join(f"{text}<|im_end|>" for row in answers for text in row)
-    for template in ("bounded", "bounded-marked", "chatml", "chatml-marked"):
-        for packing in (True, False):
-            task = chat(rows, tokenizer=template, packing=packing, context_length=200)
-            assert "".join(targets_of(task)) == expected, (template, packing)
-            assert (len(task.train_dataset()) == len(rows)) != packing  # type: ignore[arg-type]
+    for template, packing in (("bounded", True), ("chatml", True), ("chatml-marked", True), ("bounded-marked", False)):
+        task = chat(rows, tokenizer=template, packing=packing, context_length=200)
+        assert "".join(targets_of(task)) == expected, (template, packing)
+        assert (len(task.train_dataset()) == len(rows)) != packing  # type: ignore[arg-type]
 
 
 def test_a_conversations_loss_does_not_depend_on_its_neighbours() -> None:
@@ -280,6 +278,14 @@ def test_the_beginning_must_have_the_same_tokens_as_in_the_whole() -> None:
     assert all(everything[0][1][1:])
 
 
+def test_a_conversation_may_have_no_token(work: Path) -> None:
+    (work / "bare.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    rows = [{"messages": turns("q", "answer")}, {"messages": turns("", "")}]
+    task = chat(rows, chat_template="bare.jinja")
+    assert targets_of(task) == ["answer"]
+    assert np.diff(task.train_dataset().starts).tolist()[1] == 0
+
+
 def messages(*given: Any) -> list[dict[str, Any]]:
     return [{"messages": turns("q", "a")}, {"messages": list(given)}]
 
@@ -374,13 +380,11 @@ def test_errors_are_named(work: Path, rows: list[dict[str, Any]], arguments: dic
     assert "\n" not in str(error.value)
 
 
-def test_an_error_in_a_row_ends_the_command(run: Run, work: Path, tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows.jsonl", messages({"role": "robot", "content": "q"}))
-    task = {"target": TARGET, "model": LLAMA, "tokenizer": str(work / "bounded-marked"), "files": "rows.jsonl"}
-    (tmp_path / "config.yaml").write_text(json.dumps({"task": task, "train": {"steps": 3}}))
-    said = refused(run("distrib", "train", "config.yaml", XDG_CACHE_HOME=str(tmp_path / "cache")))
-    assert "task.files: row 2 of rows.jsonl has the role 'robot' in message 1; give one of system, developer, " in said
-    assert not (tmp_path / "runs").exists()
+def test_an_error_in_a_row_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """The display of the packing leaves nothing on the screen."""
+    with pytest.raises(ConfigError, match=r"row 2 of some\.jsonl has the role 'robot' in message 1"):
+        chat(messages({"role": "robot", "content": "q"})).train_dataset()
+    assert not capsys.readouterr().err.strip()
 
 
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
