@@ -274,6 +274,12 @@ def test_the_beginning_must_have_the_same_tokens_as_in_the_whole() -> None:
     ) as e:
         template.encode([turns("q", "answer"), turns("q", "answer", "again", "once more")])
     assert e.value.index == 1
+    with pytest.raises(RowError, match="has message 2, an answer whose"):  # its first token has white space before it
+        ChatTemplate(made("chatml")).encode([turns("q", "\n\nanswer")])
+    longer_prompt = tokenizer("bounded")
+    longer_prompt.chat_template += "{% if add_generation_prompt %}{{ 'well, ' }}{% endif %}"
+    with pytest.raises(RowError, match="has message 2, an answer whose"):
+        ChatTemplate(longer_prompt).encode([turns("q", "answer")])
     everything = ChatTemplate(made("thoughts"), train_on="all").encode([turns("q", "answer", "again", "more")])
     assert all(everything[0][1][1:])
 
