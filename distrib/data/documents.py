@@ -101,6 +101,49 @@ class TokenWindows(Documents):
         }
 
 
+class WholeDocuments(Documents):
+    """Samples like those of TokenWindows, of documents with a mask that are never cut.
+
+    A document has at most `length + 1` tokens. If `packed`, a window takes the next documents in order for as long as
+    they fit, and positions restart with each document; otherwise it holds one. The targets are the tokens that the
+    mask counts, except a document's first. A document without tokens is a row that was left out, and in no window.
+    """
+
+    def __init__(self, folder: Path, split: str, length: int, packed: bool) -> None:
+        super().__init__(folder, split, length, packed)
+        self.length, self.packed = length, packed
+        self.learned = np.load(folder / f"{split}.learned.npy", mmap_mode="r")
+        self._bounds = np.unique(self.starts)  # of the documents that have tokens
+        self._windows = self._next_fit() if packed else self._bounds
+
+    def _next_fit(self) -> IntArray:
+        """Return the index of each window's first token, and at the end the number of tokens."""
+        windows = [0]
+        while windows[-1] < len(self.tokens):
+            fits = np.searchsorted(self._bounds, windows[-1] + self.length + 1, side="right") - 1
+            windows.append(int(self._bounds[fits]))
+        return np.array(windows, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._windows) - 1
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        windows: IntArray = np.array(indices, np.int64)
+        first, end = self._windows[windows][:, None], self._windows[windows + 1][:, None]
+        token_indices: IntArray = first + np.arange(self.length + 1)
+        within = token_indices < end
+        token_indices = np.minimum(token_indices, end - 1)
+        document = np.searchsorted(self._bounds, token_indices, side="right") - 1
+        position = np.where(within, token_indices - self._bounds[document], 0)
+        tokens = self.tokens[token_indices].astype(np.int64)
+        targets = np.where(within & (position > 0) & self.learned[token_indices], tokens, NOT_COUNTED)
+        return {
+            "input_ids": torch.from_numpy(tokens[:, :-1]),
+            "position_ids": torch.from_numpy(position[:, :-1]),
+            "targets": torch.from_numpy(targets[:, 1:]),
+        }
+
+
 class Classified(Documents):
     """Samples for a classifier: a document, padded with `filler` to the longest of its batch, and its class (its
     number)."""

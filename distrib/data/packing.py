@@ -3,6 +3,7 @@
 A folder is in `$XDG_CACHE_HOME/distrib/tokens`. Its name is the SHA-256 of everything that determines its tokens. Each
 split has three .npy files. `tokens`: all documents, one after the other. `starts`: the index of each document's first
 token, and at the end the number of tokens. `numbers`: one integer for each document, whose meaning the dataset defines.
+If `encode` returns masks, there is a fourth. `learned`: for each token, whether the loss counts it.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from filelock import FileLock
 from numpy.lib.format import write_array_header_1_0
 from numpy.typing import ArrayLike
 
-from distrib.data.rows import Columns, Files, Row, read_rows, report_text
+from distrib.data.rows import Columns, Files, Row, encoded_rows, report_text
 from distrib.errors import ConfigError
 from distrib.sha256 import sha256_of
 
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 _FORMAT = 1  # increase it with any change that packs the same files and settings differently
 
-Encoded = list[tuple[ArrayLike, int]]  # tokens and number of each document
+# tokens and number of each document, and if `masked`, for each of its tokens whether the loss counts it
+Encoded = Sequence[tuple[ArrayLike, int] | tuple[ArrayLike, int, ArrayLike]]
 Encode = Callable[[list[Row]], Encoded]
 
 
@@ -41,13 +43,15 @@ def pack(
     encode: Encode,
     dtype: str,
     settings: dict[str, Any],
+    masked: bool = False,
 ) -> Path:
     """Return the folder that holds the tokens of these rows in the splits `train` and `eval`. Packs them if needed.
 
     A row is a document, and `encode` is the tokenizer. If `evaluation` is None, one row in 20 is held out, chosen by
     the content of its `columns`. The cache key is made of the content of the files, `dtype` and `settings`; `settings`
-    must name all that `encode` depends on. Each start reads the files to compute it, which takes about a second per
-    gigabyte. Raises ConfigError if a file cannot be read, or the cache cannot be written.
+    must name all that `encode` depends on, and differ if it is `masked`. Each start reads the files to compute it,
+    which takes about a second per gigabyte. Raises ConfigError if a file cannot be read, `encode` refuses a row, or
+    the cache cannot be written.
     """
     splits = (train, evaluation or [])
     every = list(itertools.chain(*splits))
@@ -58,12 +62,13 @@ def pack(
     def build(folder: Path, progress: "Progress") -> None:
         one_a_file = all(files.kind in ("bytes", "text") for files in every)
         task = progress.add_task("packing", total=sum(len(files.paths) for files in every) if one_a_file else None)
-        with DocumentWriter(folder, "train", dtype) as trained, DocumentWriter(folder, "eval", dtype) as evaluated:
+        train_writer, eval_writer = (DocumentWriter(folder, split, dtype, masked) for split in ("train", "eval"))
+        with train_writer as trained, eval_writer as evaluated:
             for split, default in zip(splits, (trained, evaluated), strict=True):
                 report_text(split, progress.console)
-                for rows in itertools.chain.from_iterable(read_rows(files, columns) for files in split):
-                    for row, (tokens, number) in zip(rows, encode(rows), strict=True):
-                        (evaluated if evaluation is None and _held_out(row) else default).add(tokens, number)
+                for rows, documents in encoded_rows(split, columns, encode):
+                    for row, document in zip(rows, documents, strict=True):
+                        (evaluated if evaluation is None and _held_out(row) else default).add(*document)
                     progress.advance(task, len(rows))
                     done = progress.tasks[0].completed
                     progress.update(task, description=f"packing: {done:,.0f} documents")
@@ -109,7 +114,12 @@ def _get_or_build(name: str, build: "Callable[[Path, Progress], None]", config_k
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
                 with Progress(console=Console(file=sys.stderr)) as progress:
-                    build(partial, progress)
+                    try:
+                        build(partial, progress)
+                    except ConfigError:  # its one line is enough
+                        for task in progress.tasks:
+                            progress.update(task.id, visible=False)
+                        raise
                 partial.rename(folder)
     except OSError as error:
         raise ConfigError(
@@ -119,25 +129,31 @@ def _get_or_build(name: str, build: "Callable[[Path, Progress], None]", config_k
 
 
 class DocumentWriter:
-    """Writes the three files of a split into `folder`. Use it as a context manager."""
+    """Writes the files of a split into `folder`: three, or four if documents are `masked`. Use it as a context
+    manager."""
 
-    def __init__(self, folder: Path, split: str, dtype: str) -> None:
+    def __init__(self, folder: Path, split: str, dtype: str, masked: bool = False) -> None:
         self._tokens = _ArrayWriter(folder / f"{split}.tokens.npy", dtype)
         self._starts = _ArrayWriter(folder / f"{split}.starts.npy", "<i8")
         self._numbers = _ArrayWriter(folder / f"{split}.numbers.npy", "<i8")
+        self._learned = _ArrayWriter(folder / f"{split}.learned.npy", "|b1") if masked else None
 
-    def add(self, tokens: ArrayLike, number: int) -> None:
+    def add(self, tokens: ArrayLike, number: int, learned: ArrayLike = ()) -> None:
         self._starts.write([self._tokens.length])
         self._numbers.write([number])
         self._tokens.write(tokens)
+        if self._learned is not None:
+            self._learned.write(learned)
+            assert self._learned.length == self._tokens.length, "one for each token"
 
     def __enter__(self) -> "DocumentWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._starts.write([self._tokens.length])
-        for writer in (self._tokens, self._starts, self._numbers):
-            writer.close(finish=error is None)
+        for writer in (self._tokens, self._starts, self._numbers, self._learned):
+            if writer is not None:
+                writer.close(finish=error is None)
 
 
 class _ArrayWriter:

@@ -4,10 +4,10 @@ import glob
 import itertools
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from distrib.errors import ConfigError, and_more
 from distrib.extras import require
@@ -26,6 +26,7 @@ _KINDS = {
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # datasets decompresses these as it reads
 _ROWS = 1000  # at a time
 
+Encoded = TypeVar("Encoded")
 Row = dict[str, Any]
 Columns = dict[str, tuple[type, ...]]  # column name -> allowed types
 
@@ -39,6 +40,14 @@ class Files(NamedTuple):
 
     def __str__(self) -> str:
         return str(self.paths[0].parent) if self.kind == "saved" else and_more(list(map(str, self.paths)), 1)
+
+
+class RowError(Exception):
+    """A row of a batch that is refused. `index`: its place in the batch. The message goes on after 'row 7 of FILE'."""
+
+    def __init__(self, index: int, message: str) -> None:
+        super().__init__(message)
+        self.index = index
 
 
 def expand_globs(globs: str | Sequence[str], key: str) -> list[Path]:
@@ -140,6 +149,21 @@ def read_rows(files: Files, columns: Columns) -> Iterator[list[Row]]:
                     )
         before += len(rows)
         yield rows
+
+
+def encoded_rows(
+    files: Sequence[Files], columns: Columns, encode: Callable[[list[Row]], Encoded]
+) -> Iterator[tuple[list[Row], Encoded]]:
+    """Yield some rows at a time, and what `encode` makes of them. If it raises RowError, raises ConfigError, which
+    names file and row."""
+    for some in files:
+        before = 0
+        for rows in read_rows(some, columns):
+            try:
+                yield rows, encode(rows)
+            except RowError as error:
+                raise ConfigError(f"{some.key}: row {before + error.index + 1} of {some} {error}") from None
+            before += len(rows)
 
 
 def _batches(files: Files, columns: Columns) -> Iterator[dict[str, Any]]:

@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distrib.data.documents import NOT_COUNTED, Classified, Documents, TokenWindows
+from distrib.data.documents import Classified, Documents, TokenWindows
 from distrib.data.packing import Encoded, pack
 from distrib.data.rows import Columns, Row, find_files
 from distrib.errors import ConfigError
 from distrib.task import Loss, Task
 from distrib.tasks import pretrained
+from distrib.tasks.next_token import NextToken
 
 
 class HuggingFace(Task):
@@ -30,6 +31,7 @@ class HuggingFace(Task):
     """
 
     auto_class: str  # name of a class of transformers
+    masked = False  # whether `_encode` returns masks
     new_head = False  # whether a pretrained model without a head gets a new, random one
 
     def __init__(
@@ -78,7 +80,7 @@ class HuggingFace(Task):
         evaluation = None if self.eval_files is None else find_files(self.eval_files, "task.eval_files")
         dtype = "<u2" if self._text_config.vocab_size <= 2**16 else "<u4"
         settings = {"tokenizer": pretrained.tokenizer_digest(self.tokenizer), **self._settings()}
-        return pack(files, evaluation, self.columns, self._encode, dtype, settings)
+        return pack(files, evaluation, self.columns, self._encode, dtype, settings, self.masked)
 
     def train_dataset(self) -> Documents:
         samples = self._samples("train")
@@ -116,7 +118,7 @@ class HuggingFace(Task):
         return ids
 
 
-class CausalLM(HuggingFace):
+class CausalLM(NextToken, HuggingFace):
     """Trains an AutoModelForCausalLM to predict the next token.
 
     A document is the text of a row, after the special tokens with which the tokenizer begins a text, and followed by
@@ -124,8 +126,6 @@ class CausalLM(HuggingFace):
     `prompt_column`, the text follows the prompt, and the loss counts only the text. With `packing`, a window of
     `context_length` tokens holds several documents, which do not attend to each other; without it, only one.
     """
-
-    auto_class = "AutoModelForCausalLM"
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class CausalLM(HuggingFace):
         self.text_column, self.prompt_column, self.packing = text_column, prompt_column, packing
         self._prompts_too_long = 0  # rows, counted while they are packed
         prompt = {} if prompt_column is None else {"prompt_column": prompt_column}
-        columns: Columns = dict.fromkeys(_named(**prompt, text_column=text_column), (str,))
+        columns: Columns = dict.fromkeys(named_columns(**prompt, text_column=text_column), (str,))
         super().__init__(model, files, eval_files, tokenizer, context_length, columns)
         if self.tokenizer.eos_token_id is None:
             raise ConfigError("task.tokenizer: it has no eos_token to end a document with; give one that has it")
@@ -179,28 +179,6 @@ class CausalLM(HuggingFace):
     def _samples(self, split: str) -> Documents:
         return TokenWindows(self.packed, split, self.context_length, self.packing)
 
-    def model(self) -> nn.Module:
-        model = super().model()
-        if next(model.parameters()).device.type != "meta":
-            pretrained.require_order(model, self.packing)
-        return model
-
-    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        positions = {"position_ids": batch["position_ids"]} if self.packing else {}
-        logits: Tensor = model(input_ids=batch["input_ids"], **positions).logits
-        return logits
-
-    def loss(self, output: Tensor, batch: dict[str, Tensor]) -> Loss:
-        nats, counted = _nats(output, batch["targets"])
-        return Loss(nats.sum(), counted.sum())
-
-    def predict(self, output: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        nats, counted = _nats(output, batch["targets"])
-        return {"nats": nats, "tokens": counted}
-
-    def metrics(self, rows: dict[str, Tensor]) -> dict[str, float]:
-        return {"perplexity": (rows["nats"].double().sum() / rows["tokens"].sum()).exp().item()}
-
 
 class SequenceClassification(HuggingFace):
     """Trains an AutoModelForSequenceClassification to predict the class of a text.
@@ -224,7 +202,7 @@ class SequenceClassification(HuggingFace):
         context_length: int = 512,
     ) -> None:
         self.text_column, self.label_column = text_column, label_column
-        text, label = _named(text_column=text_column, label_column=label_column)
+        text, label = named_columns(text_column=text_column, label_column=label_column)
         columns: Columns = {label: (str, int), text: (str,)}
         super().__init__(model, files, eval_files, tokenizer, context_length, columns)
         if self.tokenizer.pad_token is None:
@@ -285,14 +263,9 @@ class SequenceClassification(HuggingFace):
         return {"accuracy": rows["right"].double().mean().item()}
 
 
-def _named(**columns: Any) -> list[str]:
+def named_columns(**columns: Any) -> list[str]:
+    """Return the names of columns, given by config key. Raises ConfigError."""
     for key, column in columns.items():
         if not isinstance(column, str):
             raise ConfigError(f"task.{key}: {column!r}; give the name of a column")
     return list(columns.values())
-
-
-def _nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each sample's cross-entropy in nats, summed over its counted targets, and their number: (batch,) each."""
-    nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=NOT_COUNTED, reduction="none")
-    return nats.view_as(targets).sum(1), (targets != NOT_COUNTED).sum(1)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distrib.data.documents import NOT_COUNTED, Classified, PaddedWindows, TokenWindows
+from distrib.data.documents import NOT_COUNTED, Classified, PaddedWindows, TokenWindows, WholeDocuments
 from distrib.data.packing import DocumentWriter
 
 Document = tuple[list[int], int]  # its tokens, and its number
@@ -73,6 +73,47 @@ def test_windows_of_documents(documents: list[Document], length: int, packed: bo
         ]
 
 
+Masked = list[tuple[int, bool]]  # the tokens of a document, and whether each is learned
+
+
+@settings(max_examples=100)
+@given(
+    drawn=st.integers(2, 12).flatmap(
+        lambda length: st.tuples(
+            st.just(length),
+            st.lists(st.lists(st.tuples(st.integers(0, 99), st.booleans()), max_size=length + 1), max_size=10),
+        )
+    ),
+    packed=st.booleans(),
+)
+def test_whole_documents_with_a_mask(drawn: tuple[int, list[Masked]], packed: bool) -> None:
+    length, documents = drawn
+    with TemporaryDirectory() as folder:
+        with DocumentWriter(Path(folder), "train", "<u2", masked=True) as writer:
+            for document in documents:
+                writer.add([token for token, _ in document], 0, [learned for _, learned in document])
+        samples = WholeDocuments(Path(folder), "train", length, packed)
+        expected: list[list[Masked]] = []  # windows of documents
+        for document in filter(None, documents):
+            if not packed or not expected or sum(map(len, expected[-1])) + len(document) > length + 1:
+                expected.append([])
+            expected[-1].append(document)
+        assert len(samples) == len(expected)
+        if not expected:
+            return
+        batch = samples.__getitems__(list(range(len(samples))))
+        for number, window in enumerate(expected):
+            inputs, positions, targets = (batch[key][number].tolist() for key in batch)
+            held = [(place, *entry) for document in window for place, entry in enumerate(document)]
+            filled = length + 1 - len(held)
+            assert inputs[: len(held)] == [token for _, token, _ in held][:length]
+            assert positions == ([place for place, _, _ in held] + [0] * filled)[:length]
+            learned = [token if counted and place else NOT_COUNTED for place, token, counted in held]
+            assert targets == (learned + [NOT_COUNTED] * filled)[1:]
+            for key, value in samples[number].items():  # one after the other
+                torch.testing.assert_close(value, batch[key][number])
+
+
 @settings(max_examples=50)
 @given(documents=DOCUMENTS.filter(bool), filler=st.integers(0, 100))
 def test_documents_of_a_batch_are_padded_to_the_longest(documents: list[Document], filler: int) -> None:
@@ -88,7 +129,10 @@ def test_documents_of_a_batch_are_padded_to_the_longest(documents: list[Document
 
 def test_a_dataset_is_pickled_by_path_without_its_tokens(tmp_path: Path) -> None:
     folder = written(str(tmp_path), [(list(range(50_000)), 1)])
+    with DocumentWriter(tmp_path, "masked", "<u2", masked=True) as writer:
+        writer.add(list(range(50_000)), 0, [True] * 50_000)
     for dataset in (
+        WholeDocuments(folder, "masked", 50_000, True),
         TokenWindows(folder, "train", 64, True),
         Classified(folder, "train", 0),
         PaddedWindows(folder, "train", 64, 256),
