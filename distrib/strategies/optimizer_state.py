@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distrib.errors import MismatchError
@@ -37,6 +37,17 @@ def scales_itself(optimizer: Any) -> bool:
         and not optimizer._optimizer_step_pre_hooks  # of the task, and to see the gradient that is applied
         and optimizer.param_groups[0]["params"][0].device.type in _DEVICES_THAT_SCALE
     )
+
+
+def can_skip(optimizer: Optimizer, parameters: list[nn.Parameter]) -> bool:
+    """Return whether an update that is skipped on the device changes nothing.
+
+    No if torch's SGD has no momentum yet: it would keep whatever lay in memory (seen).
+    """
+    if not any(group.get("momentum") for group in optimizer.param_groups):
+        return True
+    state = optimizer.state
+    return all(state[p].get("momentum_buffer") is not None for p in parameters if p.grad is not None)
 
 
 @contextmanager

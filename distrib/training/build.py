@@ -205,7 +205,9 @@ def memory(
         module = task.model()
         _freeze(module, strategy.config.optim.groups)
     strategy.check_model(module, task.blocks(module))
-    found = strategy.memory(module, make_optimizer)
+    trained = sum(parameter.numel() for _, parameter in trainable(module))
+    frozen = sum(parameter.numel() for parameter in module.parameters()) - trained
+    found = replace(strategy.memory(module, make_optimizer), trained=trained, frozen=frozen)
     if strategy.config.train.ema is None:
         return found
     shards = strategy.largest_shards(module).values()
