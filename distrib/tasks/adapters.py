@@ -135,7 +135,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 def _parse(options: Any, task_type: str | None) -> tuple[Any, torch.dtype | None]:
     """Return peft's config, and the dtype to store the frozen weights in; None: their own. Raises ConfigError."""
-    require("huggingface", KEY, "peft")
+    require("huggingface", f"{KEY}: an adapter", "peft")
     import peft
 
     if not isinstance(options, dict):
