@@ -11,6 +11,7 @@ SCRIPTS = (
     "compiling",
     "bitwise",
     "ema",
+    "muon",
     "tracking",
     "saving",
     "resuming",

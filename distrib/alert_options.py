@@ -34,6 +34,6 @@ class AlertsConfig(Section):
 
 
 def leave_out_none(self: BaseModel, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-    """Serialize a config, as a method of it. One without the section `alerts` is as before there was such a section."""
+    """Serialize a config, as a method of it. One without `alerts` or `init` is as before there were such sections."""
     values: dict[str, Any] = serialize(self)
-    return {key: value for key, value in values.items() if key != "alerts" or value is not None}
+    return {key: value for key, value in values.items() if key not in ("alerts", "init") or value is not None}

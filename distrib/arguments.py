@@ -75,6 +75,9 @@ RunFolders = Annotated[
 ]
 FolderOfRuns = Annotated[Path, typer.Argument(metavar="[DIR]", help="A folder of runs.")]
 Checkpoint = Annotated[str, typer.Option("--checkpoint", metavar="newest|best|STEP", help="Which checkpoint.")]
+WatchedCheckpoint = Annotated[
+    str | None, typer.Option("--checkpoint", metavar="newest|best|STEP", help="Show this checkpoint's metrics too.")
+]
 Weights = Annotated[
     str, typer.Option("--weights", metavar="model|ema", help="The weights, or their average (train.ema).")
 ]

@@ -215,11 +215,11 @@ def evaluate(
 
 @app.command()
 @_as_member
-def watch(run: given.RunFolder) -> None:
+def watch(run: given.RunFolder, checkpoint: given.WatchedCheckpoint = None) -> None:
     """Show a run as it goes on, or went, from its folder: from another terminal, or a cluster's login node."""
     from distrib.monitor.watch import watch_run
 
-    watch_run(run)
+    watch_run(run, checkpoint)
 
 
 @app.command()

@@ -78,11 +78,11 @@ def _values() -> dict[str, list[str]]:
 
 def _walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, list[str]]]:
     for name, field in section.model_fields.items():
-        words, within = _of(field.annotation)
+        key, (words, within) = f"{prefix}{field.alias or name}", _of(field.annotation)
         for part in within:
-            yield from _walk(part, f"{prefix}{name}.")
+            yield from _walk(part, f"{key}.")
         if not within:
-            yield f"{prefix}{name}", words
+            yield key, words
 
 
 def _of(annotation: Any) -> tuple[list[str], list[type[BaseModel]]]:

@@ -19,6 +19,7 @@ from distrib.config_section import PositiveInt as PositiveInt
 from distrib.config_section import Section, explain
 from distrib.config_yaml import one_line
 from distrib.errors import ConfigError
+from distrib.init_options import InitConfig
 from distrib.optim_groups import GroupConfig
 from distrib.optim_groups import Rate as Rate
 
@@ -181,6 +182,7 @@ class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=_LONGEST_NAME)] = "run"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     task: TaskConfig | None = None  # none: a script passes the task to Trainer
+    init: InitConfig | None = None  # none: the weights that the task's model has
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
@@ -255,6 +257,8 @@ class Config(Section):
         for key in ("compile", "max_skipped"):
             del values["train"][key]
         values["strategy"] = {"communication_dtype": self.strategy.communication_dtype}
+        if self.init is not None:
+            values["init"] = self.init.identity()
         if self.train.stop is not None or self.optim.plateau is not None:  # then evaluations decide what is computed
             values["eval"] = self.eval.model_dump(mode="json")
         return config_yaml.flatten(values)

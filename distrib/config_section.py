@@ -13,7 +13,7 @@ NonNegativeInt = Annotated[int, Field(ge=0, le=_EXACT)]
 PositiveInt = Annotated[int, Field(gt=0, le=_EXACT)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]  # within fp32
 PositiveFloat = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
-_MOST_MEANT = ("name", "target", "epochs", "steps", "decay", "every_steps", "wandb")
+_MOST_MEANT = ("name", "target", "from", "epochs", "steps", "decay", "every_steps", "wandb")
 
 
 class Section(BaseModel):
@@ -50,7 +50,7 @@ def meant_key(location: tuple[int | str, ...], value: object, root: type[BaseMod
     section: type[BaseModel] | None = root
     for part in location:
         section = None if section is None else _section(section, str(part))
-    meant = [key for key in _MOST_MEANT if section is not None and key in section.model_fields]
+    meant = [key for key in _MOST_MEANT if section is not None and key in keys_of(section)]
     dotted = ".".join(str(part) for part in location)
     return f", did you mean {' or '.join(f'{dotted}.{key}={value}' for key in meant)}?" if meant else ""
 
@@ -77,7 +77,7 @@ def _nearest(location: tuple[int | str, ...], root: type[BaseModel], more_keys: 
             return ""
         section = inner
     dotted = ".".join(str(part) for part in location)
-    return nearest(dotted, section.model_fields, lambda: [*_keys(root), *more_keys()])
+    return nearest(dotted, keys_of(section), lambda: [*_keys(root), *more_keys()])
 
 
 def _section(parent: type[BaseModel], key: str) -> type[BaseModel] | None:
@@ -90,6 +90,9 @@ def _section(parent: type[BaseModel], key: str) -> type[BaseModel] | None:
 def _keys(root: type[BaseModel]) -> list[str]:
     """Those of all sections, dotted."""
     sections = {name: _section(root, name) for name in root.model_fields}
-    return [
-        f"{name}.{key}" for name, section in sections.items() if section is not None for key in section.model_fields
-    ]
+    return [f"{name}.{key}" for name, section in sections.items() if section is not None for key in keys_of(section)]
+
+
+def keys_of(section: type[BaseModel]) -> list[str]:
+    """The keys of a section, as a config writes them."""
+    return [field.alias or name for name, field in section.model_fields.items()]

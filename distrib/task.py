@@ -1,7 +1,7 @@
 """`Task`, the class a user writes (data, model, loss, metrics), and `Loss`, which its `loss` method returns."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,6 +173,27 @@ class Task:
         submodules and share their class with a sibling. If such modules are nested, only the outermost count.
         """
         return _repeated(model)
+
+
+def own_method(task: Task, name: str) -> Callable[..., Any] | None:
+    """Return the method of that name which the task has in place of Task's; None if it has none.
+
+    Many tasks have fields such as `samples`, `blocks` or `learning_rate`, a dataclass's for example. A field is no
+    method, unless it is callable, and it hides none of the task's class.
+    """
+    found = getattr(task, name, None)
+    if not callable(found):
+        in_class: Any = inspect.getattr_static(type(task), name)
+        is_method = inspect.isfunction(in_class) or isinstance(in_class, staticmethod | classmethod)
+        found = in_class.__get__(task, type(task)) if is_method else None
+    is_inherited = getattr(found, "__func__", None) is getattr(Task, name)
+    return None if is_inherited else found
+
+
+def method_of(task: Task, name: str) -> Callable[..., Any]:
+    """Return the task's own method, or else Task's."""
+    inherited: Callable[..., Any] = getattr(Task, name).__get__(task)
+    return own_method(task, name) or inherited
 
 
 def _repeated(module: nn.Module) -> list[nn.Module]:

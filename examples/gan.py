@@ -27,7 +27,7 @@ def critic() -> nn.Module:
 
 def loss_of(scores: Tensor, real: int) -> distrib.Loss:
     """How surprised the critic is: the first `real` scores are of pictures that are real."""
-    wanted = (torch.arange(len(scores)) < real).float()[:, None]
+    wanted = (torch.arange(len(scores), device=scores.device) < real).float()[:, None]
     return distrib.Loss(F.binary_cross_entropy_with_logits(scores, wanted, reduction="sum"), len(scores))
 
 
@@ -41,14 +41,15 @@ def main() -> None:
         for window in loop:
             for index, (real,) in enumerate(window):
                 with c.microbatch(window, index):  # the critic tells real pictures from the generator's
+                    real = c.to_device(real)
                     with torch.no_grad():
-                        fake = g.module(torch.randn(len(real), NOISE))
+                        fake = g.module(torch.randn(len(real), NOISE, device=g.device))
                     loss = loss_of(c.model(torch.cat([real, fake])), real=len(real))
                     if index == 0:
                         c.zero_grad()
                     c.backward(loss)
                 with g.microbatch(window, index):  # the generator makes pictures that the critic takes for real
-                    fake = g.model(torch.randn(len(real), NOISE))
+                    fake = g.model(torch.randn(len(real), NOISE, device=g.device))
                     frozen = {name: weight.detach() for name, weight in c.module.named_parameters()}
                     loss = loss_of(functional_call(c.module, frozen, (fake,)), real=len(fake))
                     if index == 0:

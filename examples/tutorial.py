@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
-from distrib.data.order import sample_indices
+from distrib.data import sample_indices
 
 SEED, BATCH_SIZE, MAX_EPOCHS, PATIENCE = 0, 48, 40, 4
 

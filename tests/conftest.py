@@ -3,6 +3,8 @@
 import json
 import os
 import pty
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -105,6 +107,27 @@ def starter(mark: str, folder: Path) -> Run:
         return warm.run([*program, *rest], cwd, environment(mark, **env), timeout, fresh)
 
     return start
+
+
+BLOCK = re.compile(r"^```(\w+)(?: title=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # of a page: kind, title, text
+
+
+def run_page(page: Path, run: Run, folder: Path) -> list[str]:
+    """Write the files that a page shows, and run each line of its `sh` blocks in order. Return what they printed.
+
+    A line is one command, without the shell's own words but `cd`; for others there is test_documentation.
+    """
+    printed = []
+    for kind, title, text in BLOCK.findall(page.read_text()):
+        if title:
+            (folder / title).write_text(text)
+        for line in text.splitlines() if kind == "sh" else ():
+            first, *rest = shlex.split(line)
+            if first == "cd":
+                folder /= rest[0]
+            else:
+                printed.append(check(run(sys.executable if first == "python" else first, *rest, cwd=folder)))
+    return printed
 
 
 def start(mark: str, folder: Path, *command: object, fresh: bool = False, **env: str) -> "subprocess.Popen[str]":

@@ -1,23 +1,25 @@
 """The documentation is right: commands run, links are valid, every config key is explained."""
 
+import ast
 import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
+from conftest import BLOCK, ROOT, environment
 from pydantic import BaseModel
 
 from distrib import Config
+from distrib.config_section import keys_of
 from distrib.schedule import SCHEDULES
 from distrib.schedule_options import Place
 
 PAGES = sorted(
     path for path in ROOT.rglob("*.md") if not any(part.startswith(".") for part in path.parts[len(ROOT.parts) :])
 )
-BLOCK = re.compile(r"^```(\w+)(?: title=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -112,6 +114,27 @@ def test_the_map_of_the_code_is_complete() -> None:
     assert sorted(lines) == sorted(expected)
 
 
+def test_the_map_has_each_folder() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    files = [*(path for path in PAGES if path.parent != ROOT), *ROOT.glob("[a-z]*/*.py"), *ROOT.glob("[a-z]*/*.yaml")]
+    folders = {path.relative_to(ROOT).parts[0] for path in files} - {"runs", "wandb", "build"}
+    assert {"examples", "configs", "launch", "slurm", "tests", "benchmarks", "docs"} <= folders
+    for folder in folders:
+        assert f"`{folder}/`" in page, f"docs/architecture.md has no line for {folder}/"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_use_public_names_alone(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "distrib":
+            public = import_module(str(node.module)).__all__ if node.module in ("distrib", "distrib.data") else []
+            for name in node.names:
+                assert name.name in public, f"{path.name} imports {name.name} from {node.module}"
+        elif isinstance(node, ast.Import):
+            names = [name.name for name in node.names if name.name.startswith("distrib")]
+            assert names in ([], ["distrib"]), f"{path.name} imports {names}"
+
+
 def _without_blocks(page: Path) -> str:
     return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
@@ -120,7 +143,7 @@ def test_every_config_key_is_explained() -> None:
     page = (ROOT / "docs" / "config.md").read_text()
     for name, field in Config.model_fields.items():
         section = next((c for c in _classes(field.annotation) if issubclass(c, BaseModel)), None)
-        keys = [name] if section is None else [f"{name}.{key}" for key in section.model_fields]
+        keys = [name] if section is None else [f"{name}.{key}" for key in keys_of(section)]
         for key in keys:
             assert f"`{key}`" in page, f"docs/config.md does not explain {key}"
 

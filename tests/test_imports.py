@@ -13,7 +13,10 @@ LAYERS = [
     {"targets", "config_yaml"},
     {"extras", "plugins", "config_section"},
     {"schedule"},
-    {"alert_options", "config_bases", "decision_options", "optim_groups", "schedule_options", "strategy_options"},
+    {
+        *("alert_options", "config_bases", "decision_options", "init_options"),
+        *("optim_groups", "schedule_options", "strategy_options"),
+    },
     {"config"},
     {"task", "plan", "samples"},
     {"processes"},

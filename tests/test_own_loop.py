@@ -1,33 +1,54 @@
 """docs/own-loop.md and examples/gan.py: loops of one's own equal plain PyTorch loops, and go on after a kill."""
 
+import ast
 import json
 import random
-import re
+import runpy
 import shutil
 import signal
+import sys
+import traceback
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Run, check, events, lines, losses, refused, start, steps_done, tensors, until
+from conftest import (
+    BLOCK,
+    ROOT,
+    Run,
+    check,
+    events,
+    lines,
+    losses,
+    refused,
+    run_page,
+    start,
+    steps_done,
+    tensors,
+    until,
+)
+from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from distrib.data.order import derive_seed, sample_indices
 from distrib.run_folder.verify import verify_run
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5  # see test_parity
-PAGE = (ROOT / "docs" / "own-loop.md").read_text()
+PAGE = ROOT / "docs" / "own-loop.md"
 STEPS, MICRO, BATCH, NOISE, RATE = 150, 16, 64, 16, 0.002
 
 
 def write_pages_files(folder: Path) -> None:
-    for name, text in re.findall(r"```(?:python|yaml) title=(\S+)\n(.*?)```", PAGE, re.DOTALL):
-        (folder / name).write_text(text)
+    for _, title, text in BLOCK.findall(PAGE.read_text()):
+        if title:
+            (folder / title).write_text(text)
 
 
 @cache
@@ -50,10 +71,13 @@ def plain_losses() -> list[float]:
 
 @pytest.mark.parametrize(("processes", "strategy"), [(1, "auto"), (2, "auto"), (2, "zero3"), (5, "auto")])
 def test_the_pages_loop(run: Run, tmp_path: Path, processes: int, strategy: str) -> None:
-    write_pages_files(tmp_path)
-    with (tmp_path / "own.yaml").open("a") as file:
-        file.write(f"strategy: {{name: {strategy}}}\n")
-    check(run("distrib", "launch", "--processes", processes, "own.py"))
+    if (processes, strategy) == (2, "auto"):  # these are the page's commands
+        assert len(run_page(PAGE, run, tmp_path)) == 2
+    else:
+        write_pages_files(tmp_path)
+        with (tmp_path / "own.yaml").open("a") as file:
+            file.write(f"strategy: {{name: {strategy}}}\n")
+        check(run("distrib", "launch", "--processes", processes, "own.py"))
     folder = tmp_path / "runs" / "own"
     np.testing.assert_allclose(losses(folder), plain_losses(), rtol=TOLERANCE)
     assert verify_run(folder).samples == 30 * 50
@@ -105,13 +129,11 @@ def copy_gan(folder: Path) -> Path:
 
 
 def check_gan(folder: Path) -> None:
-    """The first steps are compared: afterwards two models that follow each other let rounding grow."""
-    first = 60
+    """Measured: at most 2.5e-7 apart in all steps, on 1, 2 and 4 processes, bitwise and fast."""
     for found, expected in zip(
         (losses(folder), [line["train/critic_loss"] for line in lines(folder)]), plain_gan(), strict=True
     ):
-        np.testing.assert_allclose(found[:first], expected[:first], rtol=TOLERANCE)
-        np.testing.assert_allclose(found, expected, rtol=1e-2)
+        np.testing.assert_allclose(found, expected, rtol=TOLERANCE)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +161,19 @@ def test_a_gan_equals_a_plain_loop(undisturbed: Path) -> None:
     check_gan(undisturbed)
 
 
+def test_export_writes_a_file_for_each_model(run: Run, tmp_path: Path, undisturbed: Path) -> None:
+    said = check(run("distrib", "export", undisturbed, "--out", tmp_path / "out"))
+    assert said.split() == [str(tmp_path / "out" / f"{name}.safetensors") for name in ("critic", "generator")]
+    for name in ("critic", "generator"):
+        prefix = f"{name}/model."
+        expected = {key.removeprefix(prefix): v for key, v in tensors(undisturbed).items() if key.startswith(prefix)}
+        found = load_file(tmp_path / "out" / f"{name}.safetensors")
+        assert found.keys() == expected.keys() > {"0.weight"}
+        for key, value in expected.items():
+            np.testing.assert_array_equal(found[key], value)
+    assert "generator.safetensors: exists already" in refused(run("distrib", "export", undisturbed, "--out", "out"))
+
+
 @pytest.mark.parametrize("processes", [1, 4])
 def test_bitwise_on_other_numbers_of_processes(run: Run, tmp_path: Path, undisturbed: Path, processes: int) -> None:
     folder = copy_gan(tmp_path)
@@ -147,8 +182,9 @@ def test_bitwise_on_other_numbers_of_processes(run: Run, tmp_path: Path, undistu
 
 
 def test_ddp_equals_a_plain_loop(run: Run, tmp_path: Path) -> None:
+    """On four processes, where the order of a sum is not that of the plain loop."""
     folder = copy_gan(tmp_path)
-    check(run("distrib", "launch", "--processes", 2, "gan.py", "train.determinism=fast"))
+    check(run("distrib", "launch", "--processes", 4, "gan.py", "train.determinism=fast"))
     check_gan(folder)
 
 
@@ -170,6 +206,52 @@ def test_killed_at_random_moments_and_asked_to_stop(mark: str, tmp_path: Path, u
     check_same_bits(folder, undisturbed)
     verify_run(folder)
     assert json.loads((folder / "summary.json").read_text())["restarts"] == 3
+
+
+class WithoutDevice(TorchFunctionMode):
+    """Notes the calls in a script's loop that make a tensor and name no device: on a GPU it would be on the CPU."""
+
+    makers = (torch.arange, torch.empty, torch.full, torch.ones, torch.rand, torch.randint, torch.randn, torch.zeros)
+
+    def __init__(self, script: Path) -> None:
+        super().__init__()
+        (loop,) = [
+            node
+            for node in ast.walk(ast.parse(script.read_text()))
+            if isinstance(node, ast.For) and ast.unparse(node.iter) == "loop"
+        ]
+        self.file, self.lines = str(script), range(loop.lineno + 1, (loop.end_lineno or 0) + 1)
+        self.found: list[str] = []
+        self.seen = 0  # operations in the loop
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = [frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_filename == self.file]
+        if any(frame.f_lineno in self.lines for frame in own):
+            self.seen += 1
+            if func in (*self.makers, torch.tensor) and "device" not in (kwargs or {}):
+                caller = sys._getframe(1)
+                if caller.f_code.co_filename == self.file:
+                    self.found.append(f"line {caller.f_lineno}: torch.{func.__name__}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["own.py", "gan.py"])
+def test_a_loop_makes_its_tensors_on_the_engines_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Here that is the CPU, so a loop with tensors elsewhere would run too."""
+    write_pages_files(tmp_path)
+    copy_gan(tmp_path)
+    config = (tmp_path / "own.yaml").read_text()
+    (tmp_path / "own.yaml").write_text(config.replace("epochs: 3", "steps: 2"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *(["train.steps=2"] if name == "gan.py" else [])])
+    mode = WithoutDevice(tmp_path / name)
+    with mode:
+        runpy.run_path(str(tmp_path / name), run_name="__main__")
+    assert mode.seen > 100
+    assert mode.found == []
+    assert ".to_device(" in (tmp_path / name).read_text()
 
 
 @pytest.mark.parametrize(

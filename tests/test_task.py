@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tasks import Masked
 from torch import nn
 
+from distrib import Config, Trainer
 from distrib.config import TaskConfig
 from distrib.errors import ConfigError
 from distrib.targets import build, find
-from distrib.task import Task, load_task
+from distrib.task import Task, load_task, method_of, own_method
 
 
 def load(**task: Any) -> Task:
@@ -31,6 +33,52 @@ def test_a_frozen_dataclass() -> None:
 
     assert Parity(width=3).width == 3
     assert Parity(width=3)._given == ((), {"width": 3})
+
+
+OPTIONAL = (
+    *("prepare", "sample_weights", "collate", "predict", "metrics", "samples", "optimizer", "learning_rate", "decays"),
+    *("export", "blocks"),
+)
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_a_field_is_no_method(name: str) -> None:
+    of_class = type("OfClass", (Task,), {"__annotations__": {name: float}, name: 0.5})
+    of_itself = Task()
+    setattr(of_itself, name, 0.5)
+    for task in (Task(), dataclass(of_class)(), dataclass(of_class)(2), of_itself):
+        assert own_method(task, name) is None
+        assert method_of(task, name) == getattr(Task, name).__get__(task)
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+@pytest.mark.parametrize("kind", [lambda found: found, staticmethod, classmethod])
+def test_a_method_is_one(name: str, kind: Any) -> None:
+    """Also if its class inherits it, or a field hides it."""
+    own = type("Own", (Task,), {name: kind(lambda *given: given[-1])})
+    hidden = type("Derived", (own,), {})()
+    setattr(hidden, name, 0.5)
+    for task in (own(), hidden):
+        assert method_of(task, name)(7) == 7
+    held = Task()
+    setattr(held, name, lambda given: given)
+    assert method_of(held, name)(7) == 7
+
+
+class WithFields(Masked):
+    def __init__(self) -> None:
+        super().__init__()
+        for name in OPTIONAL:
+            setattr(self, name, self.samples)
+
+
+def test_a_run_of_a_task_with_such_fields(tmp_path: Path) -> None:
+    config = Config.from_dict({"data": {"global_batch_size": 4, "micro_batch_size": 4}, "train": {"steps": 2}})
+    found = [
+        Trainer(task, config, tmp_path / type(task).__name__).fit()["metrics"]["train/loss"]
+        for task in (Masked(), WithFields())
+    ]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distrib.data.mixture import Mixture as Mixture
+    from distrib.data.order import sample_indices as sample_indices
     from distrib.data.shards import ShardedStream as ShardedStream
 
-_HOME = {"Mixture": "distrib.data.mixture", "ShardedStream": "distrib.data.shards"}
+_HOME = {
+    "Mixture": "distrib.data.mixture",
+    "ShardedStream": "distrib.data.shards",
+    "sample_indices": "distrib.data.order",
+}
 __all__ = sorted(_HOME)
 
 

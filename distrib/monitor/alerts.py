@@ -71,11 +71,13 @@ class Alerts(Observer):
         """Post for a step that was not finite, the first of several in a row, and for a run that stops early."""
         kind, step, time = event["event"], event.get("step"), event["time"]
         if kind == "skipped" and event["verdict"].startswith("skipped:nonfinite"):
-            first, self._last_skipped = step != self._last_skipped + 1, event["step"]
+            first, self._last_skipped = event["step"] - self._last_skipped not in (0, 1), event["step"]
             if first:
                 what = event["verdict"].removeprefix("skipped:nonfinite_")
-                text = f"the {what} of step {event['step'] + 1} is not finite, the step is skipped"
-                self._post("nonfinite", step, time, text, verdict=event["verdict"])
+                model = {"model": event["model"]} if "model" in event else {}
+                whose = f" of {event['model']}" if model else ""
+                text = f"the {what}{whose} of step {event['step'] + 1} is not finite, the step is skipped"
+                self._post("nonfinite", step, time, text, verdict=event["verdict"], **model)
         elif kind == "stopped":
             more = {key: event[key] for key in ("metric", "reason", "best_step", "best_value")}
             self._post("stopped", step, time, f"stopped early after step {step}: {event['reason']}", **more)

@@ -65,9 +65,9 @@ class Observer:
     def on_event(self, event: dict[str, Any]) -> None:
         """Any other line of events.jsonl; those that are written before the first step follow `on_start`.
 
-        `event`: `event`, `time`, and for resumed `step` and `passed_over`, for compiling `what`, for warning `reason`,
-        for skipped `step` and `verdict`, for stopped (early, by `train.stop`) `step`, `metric`, `reason`, `best_step`
-        and `best_value`.
+        `event`: `event`, `time`, and for resumed `step` and `passed_over`, for compiling `what`, for initialized
+        `lines`, for warning `reason`, for skipped `step`, `verdict`, and `model` in a loop of one's own with several
+        models, for stopped (early, by `train.stop`) `step`, `metric`, `reason`, `best_step` and `best_value`.
         """
 
     def on_end(self, end: dict[str, Any]) -> None:

@@ -86,10 +86,14 @@ class ProgressDisplay(Observer):
             self.say(f"going on after step {step}")
         elif kind == "compiling":
             self.say(f"compiling ({event['what']}) while the first step runs")
+        elif kind == "initialized":
+            for line in event["lines"]:
+                self.say(line)
         elif kind == "stopped":
             self.say(f"stopped after step {step}: {event['reason']}")
         elif kind == "skipped":
-            self.say(f"step {step + 1} {event['verdict']}: the weights were left as they are")
+            whose = f" of {event['model']}" if "model" in event else ""
+            self.say(f"step {step + 1} {event['verdict']}: the weights{whose} were left as they are")
 
     def on_end(self, end: dict[str, Any]) -> None:
         """Stop drawing; the bar stays as it is."""

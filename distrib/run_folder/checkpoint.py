@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distrib.errors import CheckpointError, ConfigError, MismatchError
 from distrib.run_folder.manifest import MANIFEST, read_manifest, sealed, step_of, steps_of
+from distrib.run_folder.tensor_files import TensorFile, open_tensors
 from distrib.sha256 import sha256_of
 
 AVERAGE = "ema."  # what the names of averages begin with
@@ -224,16 +225,19 @@ def verify(path: Path, rank: int = 0, world_size: int = 1, contents: bool = True
     return manifest
 
 
-def load(path: Path, manifest: dict[str, Any], shards: dict[str, Shard]) -> None:
+def load(path: Path, manifest: dict[str, Any], shards: dict[str, Shard]) -> int:
     """Read a checkpoint of any strategy and number of processes into `shards`, in place. Runs no code from the files.
 
-    Raises MismatchError if the checkpoint was saved with another model.
+    A manifest that is `partial` has not all of them. Returns the number of bytes read. Raises MismatchError if the
+    checkpoint was saved with another model.
     """
     with ExitStack() as stack:
-        opened: dict[str, Any] = {}
+        opened: dict[str, TensorFile] = {}
         shared: dict[int, Tensor] = {}  # scalars, by the address they are copied to
         for name, shard in shards.items():
             entry = manifest["tensors"].get(name)
+            if entry is None and manifest.get("partial"):
+                continue
             if entry is None or tuple(entry["shape"]) != shard.shape:
                 found = "is not there" if entry is None else f"has the shape {entry['shape']}"
                 raise MismatchError(
@@ -244,9 +248,9 @@ def load(path: Path, manifest: dict[str, Any], shards: dict[str, Shard]) -> None
                 first, last = max(start, offset), min(start + len(values), offset + length)
                 if first < last:
                     if file not in opened:
-                        opened[file] = stack.enter_context(safe_open(path / file, framework="pt"))
-                    stretch = opened[file].get_slice(entry.get("name", name))[first - offset : last - offset]
-                    values[first - start : last - start] = stretch
+                        opened[file] = stack.enter_context(open_tensors(path / file))
+                    part = values[first - start : last - start]
+                    opened[file].read(entry.get("name", name), first - offset, part)
             if values.numel() == 1 and not torch.equal(values, shared.setdefault(shard.tensor.data_ptr(), values)):
                 raise MismatchError(
                     f"{path}: {name} is {values.item()}, and has another value for other parameters, but this "
@@ -254,6 +258,7 @@ def load(path: Path, manifest: dict[str, Any], shards: dict[str, Shard]) -> None
                 )
             with torch.no_grad():
                 shard.tensor.copy_(values.view(shard.tensor.shape))
+        return sum(file.bytes_read for file in opened.values())
 
 
 def averaged(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -68,19 +68,28 @@ def best(evaluations: Sequence[Evaluation], config: Config) -> dict[str, Any] | 
     return {"metric": criterion.metric, "mode": criterion.mode, "value": value, "step": step}
 
 
-def chosen_step(run: RunDir, which: str) -> int | None:
-    """Return the step that `--checkpoint` names: None for newest. Raises ConfigError if it names none."""
+def require_criterion(run: RunDir, config: Config) -> None:
+    """Raise ConfigError if the run has no best checkpoint, because nothing says what is better."""
+    if config.checkpoint.best is None and config.train.stop is None:
+        raise ConfigError(
+            f"--checkpoint best: the config of {run.path} has neither checkpoint.best nor train.stop; give newest or a "
+            "step"
+        )
+
+
+def chosen_step(run: RunDir, which: str, option: str = "--checkpoint") -> int | None:
+    """Return the step that `option` names: None for newest. Raises ConfigError if it names none."""
     if which == "newest":
         return None
     if which == "best":
         if (found := best(read_evaluations(run), run.read_config())) is None:
             raise ConfigError(
-                f"--checkpoint best: no evaluation of {run.path} was the best by its checkpoint.best or train.stop; "
+                f"{option} best: no evaluation of {run.path} was the best by its checkpoint.best or train.stop; "
                 "give newest or a step"
             )
         return int(found["step"])
     if not which.isdecimal():
-        raise ConfigError(f"--checkpoint: {which} is not newest, best or a step")
+        raise ConfigError(f"{option}: {which} is not newest, best or a step")
     return int(which)
 
 

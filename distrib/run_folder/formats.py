@@ -15,6 +15,7 @@ _REQUIRED_KEYS = {  # event -> keys it must have
     "warning": ("reason",),
     "skipped": ("step", "verdict"),
     "compiling": ("what",),
+    "initialized": ("lines",),
     "checkpoint": ("step",),
     "preempted": ("step",),
     "stopped": ("step", "reason"),
@@ -63,8 +64,10 @@ class Event(TypedDict):
     reason: NotRequired[str]
     error: NotRequired[str]
     verdict: NotRequired[str]
+    model: NotRequired[str]
     what: NotRequired[str]
     passed_over: NotRequired[list[str]]
+    lines: NotRequired[list[str]]
     requeue: NotRequired[bool]
     seconds: NotRequired[Seconds]
     stall: NotRequired[Seconds]
@@ -130,6 +133,15 @@ class TaskOf(TypedDict):
     parameters: dict[str, list[Count]]
 
 
+class InitOf(TypedDict):
+    """`init` of environment.json: what the run's weights were loaded from."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    path: str
+    sha256: str
+    step: Count | None
+
+
 class Environment(TypedDict):
     """environment.json."""
 
@@ -141,6 +153,7 @@ class Environment(TypedDict):
     git_commit: NotRequired[str | None]
     data: NotRequired[dict[str, Data | None]]
     task: NotRequired[TaskOf]
+    init: NotRequired[InitOf]
     forked_from: NotRequired[Origin | None]
     lost_steps: NotRequired[list[Lost]]
     moved: NotRequired[list[str]]  # config keys that --moved has named

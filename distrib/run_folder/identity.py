@@ -8,6 +8,8 @@ from typing import Any
 from distrib.data.prints import UNKNOWN, VARIES, Fingerprint, same
 from distrib.errors import ConfigError
 
+_DIGITS = 12  # shown of a digest
+
 
 def moved_keys(moved: Sequence[str]) -> tuple[str, ...]:
     """Return the keys of a list of KEY or KEY=VALUE. Raises ConfigError for a key that is not an argument of the
@@ -20,18 +22,28 @@ def moved_keys(moved: Sequence[str]) -> tuple[str, ...]:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], in_config: bool, moved: Sequence[str] = ()) -> tuple[str, str]:
-    """Compare the environments of two starts. Return ("task" or "data", description), or ("", "") if they are equal.
+    """Compare the environments of two starts. Return what differs and a description, or ("", "") if nothing does.
 
     `in_config`: whether the config names the task's class and arguments; then the config's comparison covers them.
     `moved`: arguments that may differ, as task.NAME. Keys that an older version did not record are not compared.
     """
     for what, found in (
+        ("source of its initial weights", _source_changes(before, now)),
         ("task", _task_changes(before, now, in_config, moved)),
         ("data", data_changes(before, now["data"])),
     ):
         if found:
             return what, "; ".join(found)
     return "", ""
+
+
+def _source_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A run that reads its own checkpoint need not have its source any more; then there is nothing to compare."""
+    then, source = before.get("init"), now.get("init")
+    if then is None or source is None or then["sha256"] == source["sha256"]:
+        return []
+    was, is_ = (f"{one['path']} with the sha256 {one['sha256'][:_DIGITS]}…" for one in (then, source))
+    return [f"init.from was {was}, is {is_}"]
 
 
 def _task_changes(before: dict[str, Any], now: dict[str, Any], in_config: bool, moved: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distrib.errors import CheckpointError, DamagedFileError
+from distrib.errors import CheckpointError, DamagedFileError, MismatchError
 from distrib.run_folder.files import parse, read_bytes
 from distrib.run_folder.formats import MANIFEST as FORM
 
@@ -34,6 +34,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
         return parse(found[1] + b"}", FORM, file)
     except DamagedFileError as error:
         raise CheckpointError(str(error)) from None
+
+
+def part_of(manifest: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the manifest of one model's part of an OwnLoop's checkpoint. Raises MismatchError if it has no such
+    model."""
+    engines = manifest.get("engines", {})
+    if name not in engines:
+        known = ", ".join(engines) or "none: it is not of an OwnLoop"
+        raise MismatchError(f"the checkpoint has no model {name!r}; it has {known}")
+    own = {key: entry for key, entry in manifest["tensors"].items() if key.startswith(f"{name}/")}
+    tensors = {key.removeprefix(f"{name}/"): {**entry, "name": key} for key, entry in own.items()}
+    return {**manifest, **engines[name], "tensors": tensors}
 
 
 def step_of(path: Path) -> int:

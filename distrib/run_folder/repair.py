@@ -27,7 +27,7 @@ from distrib.run_folder.manifest import files_saved, steps_of
 if TYPE_CHECKING:
     from distrib.run_folder.folder import RunDir
 
-_SAME_IN_ALL_STARTS = ("training_samples", "forked_from")  # keys of environment.json
+_SAME_IN_ALL_STARTS = ("training_samples", "forked_from", "init")  # keys of environment.json
 
 
 def evaluations(run: RunDir) -> str:
@@ -36,7 +36,7 @@ def evaluations(run: RunDir) -> str:
 
 
 def changes(run: RunDir, config: Config, environment: dict[str, Any] | None) -> tuple[str, str]:
-    """Compare a run of `config` with the folder's. Return ("config", "task" or "data", description), or ("", "")."""
+    """Compare a run of `config` with the folder's. Return what differs and a description, or ("", "")."""
     before, recorded = run.read_config(), run.environment_or_nothing()
     saved = saved_config(run)
     if (keys := changed_keys(before, config, run.moved)) and not saved_with(run, config):
@@ -93,9 +93,15 @@ def environment_damage(run: RunDir) -> str | None:
     if saved := files_saved(run.checkpoints):
         copy = parse(saved[1][run.environment.name], formats.ENVIRONMENT, saved[0])
         for key in _SAME_IN_ALL_STARTS:
-            if found.get(key) != copy.get(key):
-                return f"{run.environment}: damaged: {key} is {found.get(key)}, was {copy.get(key)} in {saved[0]}"
+            now, then = (_fixed(one.get(key)) for one in (found, copy))
+            if now != then:
+                return f"{run.environment}: damaged: {key} is {now}, was {then} in {saved[0]}"
     return None
+
+
+def _fixed(value: Any) -> Any:
+    """Return what of a key's value is the same in all starts: of `init` the digest, because its path may move."""
+    return value.get("sha256", value) if isinstance(value, dict) else value
 
 
 def set_aside_damaged(run: RunDir, config: Config) -> None:

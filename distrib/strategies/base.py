@@ -169,8 +169,7 @@ class Strategy:
         overrides this and multiplies `factor` by the number of ranks. If the norm is not finite on a rank, no rank
         updates. If `factor` is a tensor on the device, so is the norm, and nothing waits for the device.
         """
-        gradients = self.gradients()
-        grad_norm: Any = self.norm(gradients)
+        grad_norm: Any = self.norm(gradients := self.gradients())
         if isinstance(factor, Tensor):
             grad_norm *= factor
             if max_grad_norm is not None:
@@ -254,8 +253,9 @@ class Strategy:
 
         Several parameters may lie in one tensor. They stay the same tensors during a run.
         """
-        for name, parameter in trainable(self.module):
-            yield name, parameter, self.shard_of
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter, self.shard_of
 
     def updated_shards(self) -> dict[str, Shard]:
         """Return what the optimizer updates of each trained parameter on this rank, by name. They are views."""
@@ -265,8 +265,7 @@ class Strategy:
         """Let forwards use what was written into the `updated_shards`. Collective."""
 
     def _states(self) -> Iterator[tuple[str, dict[str, Any], Callable[[Tensor], Shard | None]]]:
-        """For each parameter whose state this rank has: its name, that state, and what cuts its shard from a tensor in
-        it."""
+        """For each parameter whose state this rank has: its name, its state, and what cuts a shard from it."""
         if self.optimizer is None:
             return
         for name, tensor, cut in self.pieces():

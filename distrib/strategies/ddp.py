@@ -1,6 +1,7 @@
 """single and ddp: every rank holds the whole model. Uses accelerate."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,6 +78,24 @@ class DDP(Strategy):
         # not change the result: the mean of gradients that are equal on all ranks is the same gradient.
         self._graph_is_unknown = options.static_graph
         self._all_parameters = list(self.model.parameters())  # Module.zero_grad would walk through all modules
+
+    def fix_bucket_order(self) -> None:
+        """Let DDP build its final buckets now, in the reverse order of the parameters. Collective.
+
+        By itself DDP rebuilds its buckets after the first backward, in the order of the gradients there. So the first
+        step after a resume would be rounded differently than in an uninterrupted run. This is for a loop of the user's
+        own, whose forward cannot be tried before; the trainer calls Engine.warm_up_ddp_buckets instead. A static graph
+        is left alone, because DDP learns it from the first backward.
+        """
+        if not self.learns_from_its_first_backward or self.options.static_graph or self.options.find_unused_parameters:
+            return
+        reducer: Any = self.model.reducer
+        reducer.prepare_for_forward()
+        reducer.prepare_for_backward([])
+        for parameter in reversed([parameter for parameter in self._all_parameters if parameter.requires_grad]):
+            parameter.backward(torch.zeros_like(parameter))  # type: ignore[no-untyped-call]
+        self.watch.next_micro_batch()
+        self.zero_grad()
 
     def accumulate(self, last: bool) -> AbstractContextManager[object]:
         if last or self._graph_is_unknown:

@@ -9,6 +9,7 @@ This does not work for strategies that shard or compress gradients. They run a s
 last backward.
 """
 
+import struct
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,12 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distrib.data.order import derive_seed
 from distrib.processes.world import World
 from distrib.task import Loss
 
 _LIMB = 12  # bits in a limb, a part of an integer; sums of limbs over 4,096 ranks are exact in float32
 _NUM_LIMBS = 6  # limbs in a 64-bit digest
-SIZE = 5 + _NUM_LIMBS
+_MARKS = 64  # so that the sum of their squares over 4,096 ranks is exact in float32
+SIZE = 8 + _NUM_LIMBS
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,21 @@ class StepSums:
     count: float  # a whole number, unless items have weights
     digest: int
     stop: bool  # whether a rank was asked to stop
+    same_rates: bool  # whether the marks of the ranks' rates are the same
 
     @staticmethod
-    def pack(loss: Loss, digest: int, stop: bool = False) -> Tensor:
-        """Return the values that a micro-batch adds to the window's sums, shape (SIZE,)."""
+    def pack(loss: Loss, digest: int, stop: bool = False, mark: int | None = None) -> Tensor:
+        """Return the values that a micro-batch adds to the window's sums, shape (SIZE,).
+
+        `mark`: the `mark_of` this rank's rate in the step before; None in all micro-batches of a window but the last.
+        """
         count = loss.count
         weighted = count.is_floating_point() if isinstance(count, Tensor) else isinstance(count, float)
         high, low = (0, 0) if isinstance(count, Tensor) else divmod(count, 2**_LIMB)
         limbs = [digest >> (_LIMB * number) & (2**_LIMB - 1) for number in range(_NUM_LIMBS)]
         # On a GPU, copy from pinned memory: another copy would wait for all kernels that were launched before.
-        host = (0, high, low, weighted, stop, *limbs)
+        marks = (0, 0, 0) if mark is None else (1, mark, mark**2)
+        host = (0, high, low, weighted, stop, *marks, *limbs)
         pinned = torch.tensor(host, dtype=torch.float32, pin_memory=loss.total.device.type != "cpu")
         values = pinned.to(loss.total.device, non_blocking=True)
         values[0] = loss.total.detach()
@@ -62,11 +70,21 @@ class StepSums:
 
     @classmethod
     def unpack(cls, sums: list[float]) -> "StepSums":
-        """Read the window's sums. The count is rounded if all counts were whole numbers."""
-        loss, high, low, weighted, stop, *limbs = sums
+        """Read the window's sums. The count is rounded if all counts were whole numbers.
+
+        The ranks' marks are equal if the square of their sum is the sum of their squares times their number.
+        """
+        loss, high, low, weighted, stop, *more = sums
+        (ranks, mark, square), limbs = map(round, more[:3]), more[3:]
         digest = sum(round(limb) << (_LIMB * number) for number, limb in enumerate(limbs))
         count = round(high) * 2**_LIMB + (low if weighted > 0 else round(low))
-        return cls(loss, count, digest % 2**64, stop > 0)
+        return cls(loss, count, digest % 2**64, stop > 0, mark**2 == ranks * square)
+
+
+def mark_of(rate: float) -> int:
+    """Return a hash of a learning rate that the ranks compare. Of 64 pairs of different rates one has the same mark."""
+    (bits,) = struct.unpack("<Q", struct.pack("<d", rate))
+    return derive_seed(bits) % _MARKS
 
 
 class SumsOfWindow(Protocol):

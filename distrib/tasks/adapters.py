@@ -23,7 +23,7 @@ from distrib.errors import ConfigError, and_more, did_you_mean
 from distrib.extras import require
 from distrib.run_folder.checkpoint import named_state
 from distrib.run_folder.frozen import leave_out
-from distrib.task import Task
+from distrib.task import Task, method_of
 from distrib.tasks.pretrained import refused
 
 KEY = "task.adapter"
@@ -86,7 +86,7 @@ def exporter(model: nn.Module, task: Task, merged: bool) -> Callable[[Path], Non
 
     def write(folder: Path) -> None:
         if merged or not isinstance(model, PeftModel):
-            task.export(_weights(merge(model) if merged else model), folder)
+            method_of(task, "export")(_weights(merge(model) if merged else model), folder)
             return
         for name, buffer in model.named_buffers():
             if _NAME not in name.split(".") and not torch.equal(buffer, buffers[name]):

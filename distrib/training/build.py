@@ -27,7 +27,7 @@ from distrib.strategies import registry
 from distrib.strategies.base import Strategy
 from distrib.strategies.memory import MakeOptimizer, averaged_dtype
 from distrib.strategies.parameters import trainable
-from distrib.task import Task, load_task
+from distrib.task import Task, load_task, method_of, own_method
 from distrib.tracebacks import first_line
 from distrib.training import cross_rank_checks, evaluation, orders
 from distrib.training.engine import Engine
@@ -61,10 +61,10 @@ def require_observers(config: Config) -> None:
 
 def prepare(task: Task, config: Config, world: World) -> None:
     """Let the task make its files, before any rank reads them. Joins the processes if the task has something to do."""
-    if type(task).prepare is not Task.prepare:
+    if (own := own_method(task, "prepare")) is not None:
         world.connect(config.strategy.timeout)
         with seeded("prepare", config.seed):
-            cross_rank_checks.on_each_machine(world, task.prepare)
+            cross_rank_checks.on_each_machine(world, own)
 
 
 def model(task: Task, config: Config) -> nn.Module:
@@ -88,7 +88,7 @@ def _freeze(module: nn.Module, groups: Sequence[GroupConfig]) -> None:
 def blocks(task: Task, module: nn.Module, strategy: Strategy) -> list[nn.Module]:
     """The task's blocks. Raises ConfigError if something is to be done to each and there are none, and LaunchError if
     accelerate launch names others."""
-    found, config = check_blocks(task.blocks(module)), strategy.config
+    found, config = check_blocks(method_of(task, "blocks")(module)), strategy.config
     needed = {
         "strategy.activation_checkpointing": config.strategy.activation_checkpointing,
         "train.compile": config.train.compile,
@@ -108,7 +108,7 @@ def train_dataset(task: Task, config: Config) -> tuple[Dataset[Any], Order | Non
     with seeded("train_dataset", config.seed):
         dataset = check_dataset(task.train_dataset(), "train_dataset")
     with seeded("sample_weights", config.seed):
-        weights = check_weights(task.sample_weights(), dataset)
+        weights = check_weights(method_of(task, "sample_weights")(), dataset)
     return dataset, orders.order(dataset, weights, config)
 
 
@@ -180,31 +180,37 @@ def optimizer_maker(task: Task, config: Config) -> MakeOptimizer:
 
     def make(params: list[tuple[str, nn.Parameter]]) -> Optimizer:
         with seeded("optimizer", config.seed):
-            return check_optimizer(task.optimizer(params)) or build_optimizer(config.optim, params, task.decays)
+            own, decays = method_of(task, "optimizer")(params), method_of(task, "decays")
+            return check_optimizer(own) or build_optimizer(config.optim, params, decays)
 
     return make
 
 
-def memory(
-    task: Task, strategy: Strategy, make_optimizer: MakeOptimizer, warn: Callable[[str], None] = lambda _: None
-) -> Memory:
-    """Return the bytes that a rank holds of the task's model. Raises ConfigError if the strategy cannot train it.
+def model_on_meta(
+    task: Task, config: Config, make_optimizer: MakeOptimizer, warn: Callable[[str], None] = lambda _: None
+) -> nn.Module:
+    """Return the task's model on torch's meta device, where nothing is allocated.
 
-    They are counted on torch's meta device, where nothing is allocated. If the model or the optimizer looks at values,
-    it cannot be built there; it is built on the CPU, and `warn` is told first.
+    If the model or the optimizer looks at values, it cannot be built there; it is built on the CPU, and `warn` is told
+    first.
     """
     try:
         with torch.device("meta"):
             module = task.model()
-        _freeze(module, strategy.config.optim.groups)
+        _freeze(module, config.optim.groups)
         make_optimizer(trainable(module))
     except DistribError:
         raise
     except Exception as error:
         warn(f"the model is built in memory, as it cannot be built on torch's meta device: {first_line(error)}")
         module = task.model()
-        _freeze(module, strategy.config.optim.groups)
-    strategy.check_model(module, task.blocks(module))
+        _freeze(module, config.optim.groups)
+    return module
+
+
+def memory(module: nn.Module, task: Task, strategy: Strategy, make_optimizer: MakeOptimizer) -> Memory:
+    """Return the bytes that a rank holds of a module. Raises ConfigError if the strategy cannot train it."""
+    strategy.check_model(module, method_of(task, "blocks")(module))
     trained = sum(parameter.numel() for _, parameter in trainable(module))
     frozen = sum(parameter.numel() for parameter in module.parameters()) - trained
     found = replace(strategy.memory(module, make_optimizer), trained=trained, frozen=frozen)
@@ -223,7 +229,7 @@ def loading(config: Config, world: World, task: Task) -> dict[str, Any]:
         "num_workers": config.data.num_workers,
         "prefetch_factor": config.data.prefetch_factor,
         "pin_memory": not world.use_cpu,
-        "collate": None if type(task).collate is Task.collate else task.collate,
+        "collate": own_method(task, "collate"),
     }
 
 

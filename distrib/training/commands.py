@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
 from distrib.config import Config
 from distrib.data.order import Order
@@ -25,11 +26,12 @@ from distrib.run_folder.earlier_starts import where_it_began
 from distrib.run_folder.export import export, export_over
 from distrib.run_folder.folder import RunDir
 from distrib.run_folder.identity import data_changes
+from distrib.run_folder.initial_weights import compare
 from distrib.run_folder.ledger import to_json
 from distrib.run_folder.resume import ResumePoint, chosen
 from distrib.strategies import registry
 from distrib.targets import find
-from distrib.task import Task
+from distrib.task import Task, method_of, own_method
 from distrib.tasks import adapters
 from distrib.tracebacks import is_ours
 from distrib.training import build
@@ -56,7 +58,7 @@ def explain_run(config: Config, processes: int, sources: Sequence[tuple[str, Any
     plan = RunPlan.complete(config, strategy.batches, None if order is None else order.size)
     rate_of = learning_rate(task, config, plan.num_steps)
     make, made = build.optimizer_maker(task, config), []
-    own = type(task).optimizer is not Task.optimizer
+    own = own_method(task, "optimizer") is not None
 
     def make_optimizer(params: list[tuple[str, nn.Parameter]]) -> Optimizer:
         made.append(make(params))
@@ -67,13 +69,17 @@ def explain_run(config: Config, processes: int, sources: Sequence[tuple[str, Any
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
     with seeded("model", config.seed):
-        memory = build.memory(task, strategy, make_optimizer, warn)
+        module = build.model_on_meta(task, config, make_optimizer, warn)
+        memory = build.memory(module, task, strategy, make_optimizer)
+    initial = None if config.init is None else compare(config.init, module)
     if own and (ignored := ignored_keys(config.optim, made[-1])):
         raise ConfigError(ignored)
     optimizer = describe_optimizer(made[-1])
     base_rate = made[-1].param_groups[0]["lr"]
     plan = replace(plan, memory=memory)
     print_plan(config, strategy.name, plan, optimizer, lambda update: rate_of(update, base_rate))
+    for line in () if initial is None else initial.lines():
+        print(line)
     if further := strategy.describe():
         print(further)
     if sources:
@@ -104,7 +110,7 @@ def _evaluate(run: RunDir, shown: Path, as_json: bool, which: str, ema: bool) ->
     strategy = registry.for_evaluation(config, world)
     module = build.model(task, config)
     world.connect()
-    strategy.wrap(module, task.blocks(module), None)
+    strategy.wrap(module, method_of(task, "blocks")(module), None)
     engine = Engine(strategy, mixed_precision=config.train.mixed_precision, seed=config.seed)
     found = _chosen(run, world, which, sys.stderr if as_json else sys.stdout)
     engine.load(found.path, averaged(found.path, found.manifest) if ema else found.manifest)
@@ -123,11 +129,12 @@ def _evaluate(run: RunDir, shown: Path, as_json: bool, which: str, ema: bool) ->
 def verify_run(run_dir: str | Path) -> None:
     """Check a run's ledger, checkpoints and data, and say so. Raises LedgerError, CheckpointError, RunDirError."""
     run = RunDir(Path(run_dir).absolute())
+    training_set = _TrainingSet(run)
     with where_it_began(run):
-        order = _order_of_task(run)
+        order = _order_of_task(run, training_set)
     found = verify.verify_run(Path(run_dir), order)
     with where_it_began(run):
-        data = _check_data(run)
+        data = _check_data(run, training_set)
     if found.unknown:
         data = f"the samples of {found.unknown:,} steps not checked, {data}"
     ended = "all" if found.steps == found.of_steps else "so far"
@@ -139,20 +146,40 @@ def verify_run(run_dir: str | Path) -> None:
         print(f"{run_dir}: found damaged and set aside when the run went on: {', '.join(found.set_aside)}")
 
 
-def _order_of_task(run: RunDir) -> Order | None:
+class _TrainingSet:
+    """The training set that a run's task makes. It is made once, when it is first asked for: that may take long."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._made: tuple[Task, Dataset[Any], Order | None] | Exception | None = None
+
+    def make(self) -> tuple[Task, Dataset[Any], Order | None]:
+        """Return task, training set and order. Raises what the task raises, each time."""
+        if self._made is None:
+            try:
+                config = self._run.read_config()
+                task = build.task(config)
+                self._made = (task, *build.train_dataset(task, config))
+            except Exception as error:
+                self._made = error
+        if isinstance(self._made, Exception):
+            raise self._made
+        return self._made
+
+
+def _order_of_task(run: RunDir, training_set: _TrainingSet) -> Order | None:
     """Return the order of the samples that the task gives, if the run needs it, can be made here and is the run's."""
     recorded = (run.environment_or_nothing().get("data") or {}).get("train_dataset") or {}
     if (recorded.get("order") or {}).get("by") != "weights":
         return None
     try:
-        config = run.read_config()
-        _, order = build.train_dataset(build.task(config), config)
+        _, _, order = training_set.make()
     except Exception:  # _check_data reports it
         return None
     return order if order is not None and order.record() == recorded["order"] else None
 
 
-def _check_data(run: RunDir) -> str:
+def _check_data(run: RunDir, training_set: _TrainingSet) -> str:
     """Compare the data with those that the run began with; returns what was found. Raises RunDirError if they differ.
 
     That the data cannot be read here is no fault of the run's.
@@ -163,8 +190,7 @@ def _check_data(run: RunDir) -> str:
     if config.task is None:
         return "data not checked: the task was given in Python"
     try:
-        task = build.task(config)
-        train, order = build.train_dataset(task, config)
+        task, train, order = training_set.make()
         data = build.fingerprints(train, order, build.eval_datasets(task, config), config)
     except Exception as error:
         if not isinstance(error, DistribError | OSError) and is_ours(error):

@@ -17,7 +17,7 @@ from distrib.errors import ConfigError
 from distrib.run_folder.checkpoint import Shard, named_state
 from distrib.strategies.base import DTYPES, Strategy
 from distrib.strategies.errors import explain
-from distrib.strategies.step_sums import StepSums
+from distrib.strategies.step_sums import StepSums, mark_of
 from distrib.task import Loss, Task
 from distrib.training.buffers import Buffers
 from distrib.training.ema import WeightAverage
@@ -99,6 +99,7 @@ class Engine:
         self._window: Window | None = None
         self._index = 0  # of the micro-batch in the window
         self._last = False
+        self._mark = 0  # of the last step's rate, which the ranks compare with the next step's sums
 
     @property
     def prefetcher(self) -> DevicePrefetcher | None:
@@ -159,8 +160,8 @@ class Engine:
             self._own_sums = OwnSums.agreed(self.world, own)
         if own or self._own_sums.names:
             self._own_sums.add(own, self._last)
-        digest, stop = (self._window.digest, self.asked_to_stop()) if self._last else (0, False)
-        sums = StepSums.pack(loss, digest, stop)
+        window = (self._window.digest, self.asked_to_stop(), self._mark) if self._last else ()
+        sums = StepSums.pack(loss, *(window or (0,)))
         number = self._window.first + self._index
         self.buffers.take(number, len(self._window) * self.world.world_size, self._last)
         total = loss.total if self.loss_scale is None else loss.total * self.loss_scale.value
@@ -175,6 +176,7 @@ class Engine:
         """
         optimizer = self.strategy.optimizer
         assert optimizer is not None, "this engine only evaluates"
+        self._mark = mark_of(lr)
         for group, ratio in zip(optimizer.param_groups, self._rate_ratios, strict=True):
             group["lr"] = lr * ratio
         waits = self.waits or not self.strategy.can_update_on_device
@@ -213,6 +215,12 @@ class Engine:
             self.warn(f"{path} has no average of the weights; the average begins with its weights (train.ema)")
         if (scale := manifest["loss_scale"]) is not None and self.mixed_precision == "fp16":
             self.loss_scale = LossScale(scale["value"], scale["updates"])
+
+    def load_weights(self, path: Path, manifest: dict[str, Any]) -> None:
+        """Begin with weights from files in the folder `path`; so does their average. `manifest`: as a checkpoint's."""
+        self.strategy.load(path, manifest, reset_optimizer=True)
+        if self.average is not None:
+            self.average.load(path, manifest, begin=True)
 
     def warm_up_ddp_buckets(self, task: Task, window: Window) -> None:
         """On resume, run one throw-away forward and backward so that DDP rebuilds its buckets before the first real

@@ -19,7 +19,7 @@ from distrib.data.seeding import seeded
 from distrib.errors import ConfigError
 from distrib.processes.world import World
 from distrib.samples import encode
-from distrib.task import Loss, Task
+from distrib.task import Loss, Task, method_of, own_method
 from distrib.training.engine import Engine
 from distrib.training.task_checks import check_loss, check_metrics, check_rows
 
@@ -49,7 +49,7 @@ def evaluate(
         rows, losses = collect()
         total, count = (math.fsum(column) for column in losses.T.tolist())
         with seeded("metrics", engine.seed):
-            found = check_metrics(call_with_rows(task.metrics, rows, name))
+            found = check_metrics(call_with_rows(method_of(task, "metrics"), rows, name))
         if keep is not None:
             keep(partial(samples, engine, task, rows, name))
         return {"loss": total / count if count else math.nan, **found}
@@ -66,15 +66,12 @@ def call_with_rows(method: Callable[..., Any], rows: dict[str, Any], name: str) 
 
 
 def samples(engine: Engine, task: Task, rows: dict[str, Any], name: str) -> dict[str, bytes]:
-    """Return the files of the task's samples. Raises ConfigError if it returns something else.
-
-    Many tasks have an attribute `samples`, which is no method and hides none.
-    """
-    found: Any = inspect.getattr_static(type(task), "samples")
-    if found is Task.samples or not (inspect.isfunction(found) or isinstance(found, staticmethod | classmethod)):
+    """Return the files of the task's samples. Raises ConfigError if it returns something else."""
+    own = own_method(task, "samples")
+    if own is None:
         return {}
     with seeded("samples", engine.seed):
-        return encode(call_with_rows(found.__get__(task, type(task)), rows, name))
+        return encode(call_with_rows(own, rows, name))
 
 
 def predict(
@@ -135,7 +132,8 @@ def _predict(engine: Engine, task: Task, model: nn.Module, loader: Any, num_own:
             engine.seed_random(derive_seed(engine.seed, int(read.micro_batch.positions[0])))
             output = task.forward(model, batch)
             if number < num_own:
-                made = len(read.micro_batch.indices), check_loss(task.loss(output, batch)), task.predict(output, batch)
+                loss, predicted = check_loss(task.loss(output, batch)), method_of(task, "predict")(output, batch)
+                made = len(read.micro_batch.indices), loss, predicted
                 for last in unread:
                     rows.add(*last)
                 unread = [made]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from distrib.config import Config, OptimConfig
 from distrib.config_yaml import shown
 from distrib.errors import ConfigError
-from distrib.task import Task
+from distrib.task import Task, own_method
 from distrib.tracebacks import users_lines
 
 _TRIED = 100  # updates of the run, before it starts
@@ -20,13 +20,14 @@ def learning_rate(task: Task, config: Config, num_updates: int) -> LearningRate:
 
     `optim.plateau` is a further factor, which follows from the evaluations: see training/evaluations.py.
     """
-    if not has_its_own(task):
+    own = own_method(task, "learning_rate")
+    if own is None:
         factor = config.optim.curve(num_updates).factor
         return lambda update, base_rate: base_rate * factor(update)
     _refuse_both(task, config.optim)
 
     def rate(update: int, base_rate: float) -> float:
-        return _checked(task.learning_rate(update, num_updates), update)
+        return _checked(own(update, num_updates), update)
 
     for update in tried_updates(num_updates):
         first, second = (_tried(rate, update) for _ in range(2))
@@ -41,12 +42,6 @@ def learning_rate(task: Task, config: Config, num_updates: int) -> LearningRate:
 def tried_updates(num_updates: int) -> list[int]:
     """Return the updates for which a task's own function is tried before the run starts."""
     return sorted({0, num_updates - 1, *range(0, num_updates, -(-num_updates // _TRIED))})
-
-
-def has_its_own(task: Task) -> bool:
-    """Return whether the task's class defines learning_rate. A field of that name, such as a dataclass's, is none."""
-    found = getattr(type(task), "learning_rate", None)
-    return found is not Task.learning_rate and callable(found) and callable(task.learning_rate)
 
 
 def _refuse_both(task: Task, optim: OptimConfig) -> None:

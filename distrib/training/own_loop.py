@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 from distrib.config import Config
 from distrib.data.loader import Window
 from distrib.data.source import source
-from distrib.errors import ConfigError, MismatchError
+from distrib.errors import ConfigError
 from distrib.monitor.progress import format_summary
 from distrib.monitor.run_log import RunLog
 from distrib.plan import RunPlan
@@ -25,8 +25,10 @@ from distrib.run_folder.async_save import Saver
 from distrib.run_folder.environment import describe
 from distrib.run_folder.folder import RunDir
 from distrib.run_folder.ledger import GENESIS
+from distrib.run_folder.manifest import part_of
 from distrib.run_folder.resume import latest_valid
 from distrib.strategies import registry
+from distrib.strategies.ddp import DDP
 from distrib.task import Task
 from distrib.training import build, cross_rank_checks
 from distrib.training.engine import Engine
@@ -88,7 +90,7 @@ class OwnLoop:
         for name, module in models.items():
             check_module(module, resolved[name], [])
         self.run_log = RunLog(self.run, self.world, self.config, self.plan)
-        self.step_log = StepLog(self.run_log, self.plan, first.name, self.config.train)
+        self.step_log = StepLog(self.run_log, self.plan, first.name, self.config.train, list(models))
         self._preemption = Preemption(self.world)
         self._strategies, self._models, self._optimizers = resolved, models, optimizers or {}
         self._stack = ExitStack()
@@ -147,7 +149,8 @@ class OwnLoop:
         """Write the step into the ledger. On a GPU this waits for its result.
 
         `step`: of the first model's engine, whose loss and norm the line has. `others`: those of other models by name;
-        their losses are `train/NAME_loss`. Raises TrainingError if too many steps in a row were skipped.
+        what they have is `train/NAME_loss`, `train/NAME_grad_norm` and so on. Raises TrainingError if a model's step
+        was skipped and the run cannot go on (`train.on_nonfinite`, `train.max_skipped`).
         """
         window, self._window = self._window, None
         if window is None:
@@ -156,11 +159,9 @@ class OwnLoop:
             first, *rest = self.engines
             wanted = ", ".join([f"the step of {first}", *(f"{name}=…" for name in rest)])
             raise ConfigError(f"OwnLoop: record needs {wanted}; it got {', '.join(['a step', *others])}")
-        results = {name: other.read() for name, other in others.items()}
-        numbers = {f"train/{name}_loss": result.loss for name, result in results.items()}
         seconds = {"seconds": round(time.perf_counter() - self._began, 6)}
-        self.step_log.submit(window.step, step, {**seconds, **numbers})
-        self._stop = self.step_log.flush() or any(result.stop for result in results.values())
+        self.step_log.submit(window.step, step, seconds, others)
+        self._stop = self.step_log.flush()
 
     def _start(self, config: Config, data: dict[str, Any]) -> dict[str, Any] | None:
         """Join the others and begin the run folder. Return the summary if the run has finished before. Collective."""
@@ -191,6 +192,8 @@ class OwnLoop:
         make = self._optimizers.get(name)
         strategy.wrap(module, [], make or (lambda params: build_optimizer(self.config.optim, params, lambda *_: True)))
         assert strategy.optimizer is not None, "wrap makes one"
+        if isinstance(strategy, DDP):
+            strategy.fix_bucket_order()
         refuse_optimizer(strategy.optimizer, strategy, own=make is not None)
         module.train()
         return build.engine(strategy, self.config, self.run_log.warn, lambda: self._preemption.asked)
@@ -200,9 +203,10 @@ class OwnLoop:
         found = latest_valid(self.run, self.world)
         self.first_step = 0 if found is None else found.manifest["step"]
         if found is not None:
+            parts = {name: part_of(found.manifest, name) for name in self.engines}
             for name, engine in self.engines.items():
-                engine.load(found.path, _part_of(found.manifest, name))
-            self.step_log.load(found.manifest)
+                engine.load(found.path, parts[name])
+            self.step_log.load(found.manifest, parts)
         if self.summary is None:
             self.world.on_rank_0(lambda: self.run_log.rewind(found, self.first_step))
         return GENESIS if found is None else str(found.manifest["chain"])
@@ -218,7 +222,9 @@ class OwnLoop:
             "loss_scale": None,
             "numbers": {},
             "tied": {},
-            "engines": {name: engine.state() for name, engine in self.engines.items()},
+            "engines": {
+                name: {**engine.state(), **self.step_log.state_of(name)} for name, engine in self.engines.items()
+            },
         }
         self._saver.save(steps_done, shards, manifest)
 
@@ -233,17 +239,6 @@ class OwnLoop:
         return summary
 
 
-def _part_of(manifest: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the manifest of one model's part of a checkpoint. Raises MismatchError if there is no such part."""
-    engines = manifest.get("engines", {})
-    if name not in engines:
-        known = ", ".join(engines) or "none: it is not of an OwnLoop"
-        raise MismatchError(f"the checkpoint has no model {name!r}; it has {known}")
-    own = {key: entry for key, entry in manifest["tensors"].items() if key.startswith(f"{name}/")}
-    tensors = {key.removeprefix(f"{name}/"): {**entry, "name": key} for key, entry in own.items()}
-    return {**manifest, **engines[name], "tensors": tensors}
-
-
 def _check(config: Config, models: Mapping[str, nn.Module], optimizers: Mapping[str, MakeOptimizer]) -> None:
     """Raises ConfigError."""
     if not models or not all(isinstance(module, nn.Module) for module in models.values()):
@@ -255,6 +250,7 @@ def _check(config: Config, models: Mapping[str, nn.Module], optimizers: Mapping[
         raise ConfigError(f"OwnLoop: an optimizer for {', '.join(sorted(unknown))}, of which there is no model")
     given = {
         "task": config.task,
+        "init": config.init,
         "eval.every_steps": config.eval.every_steps,
         "eval.at_start": config.eval.at_start,
         "train.stop": config.train.stop,

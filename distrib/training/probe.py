@@ -16,7 +16,7 @@ from distrib.data.seeding import seeded
 from distrib.errors import ConfigError, DistribError
 from distrib.monitor.run_log import RunLog
 from distrib.strategies.base import Strategy
-from distrib.task import Loss, Task
+from distrib.task import Loss, Task, method_of
 from distrib.tracebacks import first_line, place
 from distrib.training import build, evaluation
 from distrib.training.engine import Engine
@@ -65,7 +65,7 @@ def trial_evaluation(
         names, method = None, "metrics"
         try:
             with seeded("metrics", engine.seed):
-                found = evaluation.call_with_rows(task.metrics, rows, name)
+                found = evaluation.call_with_rows(method_of(task, "metrics"), rows, name)
             check_metrics_dict(found)
             doubt = no_metric(found)
             if doubt is None:

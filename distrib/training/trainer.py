@@ -18,6 +18,7 @@ from distrib.monitor.trackers.trackers import in_sweep, require_trackers
 from distrib.plan import RunPlan
 from distrib.processes.signals import when_asked_to_stop
 from distrib.processes.world import World
+from distrib.run_folder import initial_weights
 from distrib.run_folder.async_save import Saver
 from distrib.run_folder.earlier_starts import what_to_do_now
 from distrib.run_folder.environment import describe, describe_task
@@ -27,11 +28,11 @@ from distrib.run_folder.ledger import GENESIS
 from distrib.run_folder.resume import ResumePoint, latest_valid, requested, require_steps_left, verified
 from distrib.strategies import compile, registry
 from distrib.strategies.parameters import trainable
-from distrib.task import Task
+from distrib.task import Task, own_method
 from distrib.training import build, cross_rank_checks, probe, timing
 from distrib.training.engine import Engine
 from distrib.training.evaluations import Evaluations
-from distrib.training.learning_rates import has_its_own, learning_rate, tried_updates
+from distrib.training.learning_rates import learning_rate, tried_updates
 from distrib.training.loop import train_step
 from distrib.training.model_checks import check_module, refuse_optimizer
 from distrib.training.optimizers import ignored_keys
@@ -90,9 +91,11 @@ class Trainer:
         check_module(self.module, self.strategy, self.blocks)
         if config.train.compile:
             compile.require_tools(config.train.compile, self.world)
+        is_rank_0, forked = self.world.is_rank_0, self.origin is not None
+        self.initial = initial_weights.check(config.init, self.run, self.module, forked) if is_rank_0 else None
         self.make_optimizer = build.optimizer_maker(task, config)
         optimizer = self.make_optimizer(trainable(self.module))  # checks the config; another one trains
-        own = type(task).optimizer is not Task.optimizer
+        own = own_method(task, "optimizer") is not None
         refuse_optimizer(optimizer, self.strategy, own)
         self.ignored_keys = ignored_keys(config.optim, optimizer) if own else None
         if self.ignored_keys and not self.run.has_begun():  # older versions allowed it, and such a run may resume
@@ -113,10 +116,12 @@ class Trainer:
         cross_rank_checks.require_same_config(self.world, self.config)
         data = build.fingerprints(self.train_dataset, self.order, self.evaluations.sets, self.config)
         cross_rank_checks.require_same_data(self.world, data)
-        if has_its_own(self.task):
+        if own_method(self.task, "learning_rate") is not None:
             updates = tried_updates(self.plan.num_steps)
             cross_rank_checks.require_same_rates(self.world, updates, self.learning_rate)
-        summary = self.world.on_rank_0(lambda: self._start(data))
+        self.initial = self.world.on_rank_0(lambda: self.initial) if self.config.init is not None else None
+        init = None if self.initial is None else self.initial.record(self.world)
+        summary = self.world.on_rank_0(lambda: self._start(data, init))
         try:
             cross_rank_checks.require_shared(self.world, self.run.environment)
             what = "finished" if summary is None else f"had finished before; {what_to_do_now(self.run, self.written)}"
@@ -131,10 +136,12 @@ class Trainer:
         self.run_log.say(format_summary(self.run.path, summary, what))
         return summary
 
-    def _start(self, data: dict[str, Fingerprint | None]) -> dict[str, Any] | None:
+    def _start(self, data: dict[str, Fingerprint | None], init: dict[str, Any] | None) -> dict[str, Any] | None:
         work = timing.work(self.task, self.module, self.source, self.config.train.mixed_precision, self.run.report)
         environment = describe(self.world, self.strategy, self.plan.num_samples, self.task, work)
         environment.update(task=describe_task(self.task, self.module), data=data)
+        if init is not None:
+            environment["init"] = init
         summary = self.run.start(self.written, environment, self.resume, self.origin)
         self.run_log.trouble(finished=summary is not None)
         return summary
@@ -214,7 +221,13 @@ class Trainer:
             if found is None and (origin := self.world.on_rank_0(self.run.origin)) is not None:
                 found = verified(Path(origin["path"]), self.world)
                 reset_optimizer = origin.get("reset_optimizer", False)
+        if found is None and self.initial is not None:
+            assert self.initial.source is not None, "the run has no checkpoint"
+            engine.load_weights(self.initial.source.folder, self.initial.manifest())
+            self.run_log.event("initialized", lines=self.initial.lines())
         if found is not None:
+            if not found.ours and self.config.init is not None:
+                self.run_log.warn("init: not used, because a fork begins with the weights of its checkpoint")
             engine.load(found.path, found.manifest, reset_optimizer)
             self.source.load(found.manifest["stream"])
             self.first_step = found.manifest["step"]

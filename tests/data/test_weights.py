@@ -217,6 +217,24 @@ def test_other_weights_are_refused_and_told_by_verify_and_compare(
         fit(finished, WeightedTask(), **config)
 
 
+def test_verify_makes_the_training_set_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if that fails, which it reports."""
+    finished = fit(tmp_path / "run", WeightedTask(), task={"target": "data_tasks:Weighted"})
+    made = []
+    train_dataset = WeightedTask.train_dataset
+    monkeypatch.setattr(WeightedTask, "train_dataset", lambda self: made.append(1) or train_dataset(self))
+    verify_run(finished)
+    assert made == [1]
+
+    def fail(self: Any) -> None:
+        made.append(1)
+        raise OSError("it is not there")
+
+    monkeypatch.setattr(WeightedTask, "train_dataset", fail)
+    verify_run(finished)
+    assert made == [1, 1]
+
+
 def test_without_its_task_a_run_with_weights_is_verified_but_for_its_samples(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,8 @@ Starting processes takes most of the time of these tests, so one launch makes ma
 
 from typing import Any
 
+import initial
+
 WORLDS = (1, 2, 3, 4)
 SHARDED_WORLDS = (1, 2, 4)
 LATE_WORLDS = (1, 2)
@@ -37,6 +39,23 @@ EMAS: dict[str, dict[str, Any]] = {
     "late": {"decay": 0.9, "every_steps": 2, "start_step": 3},
     "fast": {"decay": 0.5},  # this one and the next under auto and zero2
     "none": {"decay": 0.0},
+}
+
+# test_initial_runs: strategy and source, by the number of processes
+INIT_STEPS = 30
+INIT: dict[int, dict[str, str]] = {
+    1: {"single": initial.FILE},
+    2: {
+        "ddp": initial.PICKLE,
+        "bitwise": initial.FILE,
+        "zero0": initial.PICKLE,
+        "zero1": initial.FOLDER,
+        "zero2": initial.FOLDER,
+        "zero3": initial.FILE,
+        "fsdp2": initial.PICKLE,
+        "fsdp2-run": "init-zero3",
+    },
+    4: {"hsdp": initial.FOLDER},
 }
 
 # test_schedules
@@ -114,6 +133,7 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         found.update(_ema_cases(world))
         found.update({f"bitwise-{precision}": config for precision, config in BITWISE.items()})
         found.update(_buffer_cases(world))
+        found.update(_initial_cases(world))
     if world == 4:
         found.update({f"{name}-no": _config(FEW, strategy={"name": name}) for name in ("ddp", *SHARDED)})
         found.update(_hsdp_cases())
@@ -139,6 +159,7 @@ def resumed(world: int) -> list[str]:
             *(f"adapted-dropout-{name}" for name in ADAPTED),
             *("ddp-static", "stream-0", "stream-2", "buffers-ddp", "buffers-zero1", "buffers-fsdp2"),
             *("bitwise-formats", "zero2-formats", "fsdp2-formats"),
+            *(f"init-{name}" for name in ("ddp", "zero2", "zero3", "fsdp2")),
         ]
     if world == 4:
         return [*(f"{name}-no" for name in ("ddp", *SHARDED)), "hsdp-no", "hsdp-fp16", "ema-late-hsdp"]
@@ -231,6 +252,27 @@ def adapted(how: str, strategy: str) -> dict[str, Any]:
 def _adapted_cases() -> dict[str, dict[str, Any]]:
     wanted = {"usual": ADAPTED, "dropout": ADAPTED, "bf16": ("auto", "zero3", "fsdp2")}
     return {f"adapted-{how}-{name}": adapted(how, name) for how, names in wanted.items() for name in names}
+
+
+def _initial_cases(world: int) -> dict[str, dict[str, Any]]:
+    """Return the runs that begin with weights from elsewhere."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, source in INIT[world].items():
+        train: dict[str, Any] = {"steps": INIT_STEPS, "ema": {"decay": 0.9}}
+        init: dict[str, Any] = {"from": source, **initial.OPTIONS}
+        strategy: dict[str, Any] = HSDP if name == "hsdp" else {"name": name.removesuffix("-run")}
+        if name == "bitwise":
+            strategy, train = {}, {**train, "determinism": "bitwise"}
+        if source.startswith("init-"):
+            init = {"from": source, "checkpoint": EVERY, "exclude": f"{initial.HEAD}*"}
+        found[f"init-{name}"] = {
+            **parity_config("sgd", 16),
+            "train": train,
+            "strategy": strategy,
+            "init": init,
+            "checkpoint": {"every_steps": EVERY, "keep": 9},
+        }
+    return found
 
 
 def _scheduled_cases() -> dict[str, dict[str, Any]]:

@@ -2,16 +2,19 @@
 
 import gc
 import json
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import initial
 import torch
 from adapted import Adapted
 from cases import EVERY, HSDP, LATE_WORLDS, SHARDED_WORLDS, cases, moved, resumed
 from conftest import interrupted
+from own_loops import run_own_loops
 from tasks import HOW, Large, Masked, Numbered, Uneven
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +23,9 @@ from torch.utils.data import Dataset
 from distrib import Config, Task, Trainer, World
 from distrib.data.loader import Window, train_windows
 from distrib.data.sampler import DistributedSampler
+from distrib.init_options import InitConfig
+from distrib.run_folder import checkpoint
+from distrib.run_folder.initial_weights import compare
 from distrib.strategies import registry
 from distrib.task import load_task
 from distrib.training import build
@@ -92,7 +98,9 @@ def memory(world: World) -> dict[str, dict[str, int]]:
             train_step(trained, task, window, 0.001)
         del window
         trained.strategy.zero_grad()
-        plan = build.memory(task, registry.resolve(config, world), build.optimizer_maker(task, config))
+        make_optimizer = build.optimizer_maker(task, config)
+        module = build.model_on_meta(task, config, make_optimizer)
+        plan = build.memory(module, task, registry.resolve(config, world), make_optimizer)
         found[name] = {
             "planned_parameters": plan.parameters,
             "planned_gradients": plan.gradients,
@@ -192,6 +200,25 @@ def late(world: World) -> dict[str, dict[str, Any]]:
     return found
 
 
+def bytes_read(world: World) -> dict[str, list[int]]:
+    """Return how many bytes of initial weights this rank reads, and how many it holds, if they are in fp32."""
+    found = {}
+    torch.save(Masked().model().state_dict(), f"rank-{world.rank}.pt")
+    for name in ("hsdp",) if world.world_size == 4 else ("ddp", "zero2", "zero3", "fsdp2"):
+        strategy: dict[str, Any] = HSDP if name == "hsdp" else {"name": name}
+        if name.startswith("zero"):
+            strategy["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 10**6}}
+        config = Config.from_dict({"train": {"steps": 1}, "strategy": strategy, "data": _data(world)})
+        shards = engine(Masked(), config, world, training=True).strategy.shards()
+        options = InitConfig.model_validate({"from": f"rank-{world.rank}.pt"})
+        weights = compare(options, Masked().model())
+        assert weights.source is not None
+        read = checkpoint.load(weights.source.folder, weights.manifest(), shards)
+        held = sum(4 * own.tensor.numel() for key, own in shards.items() if key.startswith("model."))
+        found[name] = [read, held]
+    return found
+
+
 def windows(dataset: Dataset[Any], config: Config, world: World) -> Iterator[Window]:
     """Yield the windows of a whole run."""
     sampler = DistributedSampler(
@@ -245,12 +272,23 @@ def main() -> None:
     folder = Path(sys.argv[1])
     world = World.detect()
     world.connect()
+    if world.is_rank_0:
+        initial.write(folder)
+    world.barrier()
     train_cases(folder, world)
+    if world.is_rank_0:  # a resumed run needs them no more
+        (folder / initial.FILE).unlink()
+        (folder / initial.PICKLE).unlink()
+        shutil.rmtree(folder / initial.FOLDER)
     go_on_with_cases(folder, world)
     go_on_under_another_strategy(folder, world)
-    results = {"evaluations": evaluations(world)}
+    results: dict[str, Any] = {"evaluations": evaluations(world)}
+    if world.world_size in SHARDED_WORLDS:
+        results["own_loops"] = run_own_loops(folder, world)
     if world.world_size in SHARDED_WORLDS[1:]:
         results["memory"] = memory(world)
+    if world.world_size in (2, 4):
+        results["bytes_read"] = bytes_read(world)
     if world.world_size == 2:
         results["gathers"] = gathers(world)
         results["frozen_bytes"] = frozen_bytes(world)

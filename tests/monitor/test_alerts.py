@@ -1,6 +1,7 @@
 """Alerts are posted to a real HTTP server. They cannot hold a run up, and their URL is written nowhere."""
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -12,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT, Run, check, events, free_port, lines, ranks, refused, start, steps_done, until
 from spoilt import Spoilt
 from tasks import Masked
+from torch import nn
+from torch.utils.data import TensorDataset
 
-from distrib import Config, Trainer
+from distrib import Config, Loss, OwnLoop, Trainer
 from distrib.alert_options import AlertsConfig
 from distrib.config_yaml import parse
 from distrib.errors import ConfigError, TrainingError
@@ -175,6 +179,30 @@ def test_steps_in_a_row_are_one_message_and_the_end_another(
     assert failed["text"].startswith("mine failed after step 5: TrainingError: all steps from 2 to 5 were skipped")
     assert failed["time"] == lines(tmp_path / "run", "events.jsonl")[-1]["time"]
     check_secret(*capsys.readouterr(), folder=tmp_path)
+
+
+def test_a_step_that_two_models_skip_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names the first of them."""
+    models = {name: nn.Linear(1, 1) for name in ("first", "second", "third")}
+    dataset = TensorDataset(torch.ones(8, 1))
+    with webhook() as hook:
+        monkeypatch.setenv("DISTRIB_ALERTS_URL", hook.url)
+        config = Config.from_dict({**CONFIG, "train": {"steps": 4}, "alerts": {"on": ["nonfinite"]}})
+        with OwnLoop(config, dataset, models, tmp_path / "run") as loop:
+            for window in loop:
+                for index, batch in enumerate(window):
+                    for name, engine in loop.engines.items():
+                        bad = name != "first" and window.step in (1, 2)
+                        with engine.microbatch(window, index):
+                            total = engine.model(batch[0]).sum() * (math.nan if bad else 1.0)
+                            if index == 0:
+                                engine.zero_grad()
+                            engine.backward(Loss(total, len(batch[0])))
+                first, *others = (engine.step(lr=0.1) for engine in loop.engines.values())
+                loop.record(first, second=others[0], third=others[1])
+    (message,) = hook.messages
+    assert (message["step"], message["model"], message["verdict"]) == (1, "second", "skipped:nonfinite_loss")
+    assert message["text"] == "run the loss of second of step 2 is not finite, the step is skipped"
 
 
 def test_a_run_that_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,8 +233,9 @@ def _curve(history: list[dict[str, Any]], key: str, before: int) -> Curve | None
 
 def _beginning(environment: dict[str, Any]) -> dict[str, Any]:
     """Return what decides the run's result besides its config."""
-    origin = environment.get("forked_from")
+    origin, source = environment.get("forked_from"), environment.get("init")
     return {
+        **({"init.sha256": source["sha256"][:_HASH_DIGITS]} if source else {}),
         **({"training_samples": environment["training_samples"]} if "training_samples" in environment else {}),
         **({"forked_from": f"{origin['path']} {origin['chain'][:_HASH_DIGITS]}"} if origin else {}),
     }
