@@ -212,7 +212,7 @@ def export_run(
     """
     run, folder, ema = RunDir(Path(run_dir).absolute()), out.absolute(), _is_average(weights)
     with where_it_began(run):
-        found, config = _chosen(run, World(), which), run.read_config()
+        config, found = run.read_config(), _chosen(run, World(), which)
         if frozen.KEY in found.manifest:
             files = _export_adapter(config, found.path, folder, ema, merged)
         elif merged:
