@@ -81,6 +81,9 @@ WatchedCheckpoint = Annotated[
 Weights = Annotated[
     str, typer.Option("--weights", metavar="model|ema", help="The weights, or their average (train.ema).")
 ]
+Merged = Annotated[
+    bool, typer.Option("--merged", help="Of a run with an adapter: whole weights, with the adapter added to them.")
+]
 Moved = Annotated[
     list[str] | None,
     typer.Option(metavar="task.KEY=PATH", help="Resume with data at a new path, if they are the same data."),

@@ -264,14 +264,16 @@ def export(
     out: Annotated[Path, typer.Option(help="The folder to write them into.")],
     checkpoint: given.Checkpoint = "newest",
     weights: given.Weights = "model",
+    merged: given.Merged = False,
 ) -> None:
     """Write the weights of a run's checkpoint: as model.safetensors, under the module's own names, for plain torch.
 
     A task may have a form of its own; those of Hugging Face's models become a folder that from_pretrained reads.
+    An adapter becomes a folder of peft's.
     """
     from distrib.training.commands import export_run
 
-    export_run(run, out, checkpoint, weights)
+    export_run(run, out, checkpoint, weights, merged)
 
 
 def main() -> None:

@@ -8,18 +8,19 @@ from distrib.targets import hidden_by
 LIBRARIES = {  # extra -> import names
     "compare": ("jinja2", "plotly"),
     "examples": ("sklearn",),
-    "huggingface": ("datasets", "tokenizers", "transformers"),
+    "huggingface": ("datasets", "peft", "tokenizers", "transformers"),
     "metrics": ("torchmetrics",),
     "streams": ("torchdata",),
 }
 
 
-def require(extra: str, needed_by: str) -> None:
-    """Import the libraries of an extra. Raises ConfigError if one is missing, and names the command that installs it.
+def require(extra: str, needed_by: str, *libraries: str) -> None:
+    """Import libraries of an extra, by default all. Raises ConfigError if one is missing, and names the command that
+    installs it.
 
     `needed_by`: the beginning of the message, for example `task.target: this task`. Call this before work starts.
     """
-    for library in LIBRARIES[extra]:
+    for library in libraries or LIBRARIES[extra]:
         if hidden := hidden_by(library):
             raise ConfigError(
                 f"{needed_by} needs the library {library}, but {hidden} is imported in its place; rename that"

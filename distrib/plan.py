@@ -13,12 +13,15 @@ _LOOKED_AT = 100_000  # sizes on either side of one that does not divide
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that the fullest rank holds between two steps, or for gradients, at the end of a window."""
+    """Bytes that the fullest rank holds between two steps, or for gradients, at the end of a window. And the numbers of
+    trained and frozen elements."""
 
     parameters: int
     gradients: int
     optimizer_state: int  # with the fp32 copy that ZeRO's stages 1 to 3 update
     average: int = 0  # of the weights, with train.ema
+    trained: int = 0  # elements, over all ranks
+    frozen: int = 0  # elements, over all ranks
 
 
 @dataclass(frozen=True)

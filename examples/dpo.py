@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import distrib
-from distrib.data.rows import Row, RowError, encoded_rows, find_files
+from distrib.data.rows import Columns, Row, RowError, encoded_rows, find_files
 from distrib.tasks.chat_template import ChatTemplate
 from distrib.tasks.hugging_face import HuggingFace
 
@@ -60,7 +60,7 @@ class DPO(HuggingFace):
         beta: float = 0.1,
         context_length: int = 512,
     ) -> None:
-        columns = {"chosen": (list,), "rejected": (list,)}
+        columns: Columns = {"chosen": (list,), "rejected": (list,)}
         super().__init__(model, files, eval_files, tokenizer, context_length, columns)
         if chat_template is not None:
             self.tokenizer.chat_template = Path(chat_template).read_text()
@@ -91,8 +91,10 @@ class DPO(HuggingFace):
 
     def collate(self, samples: list[Any]) -> tuple[Tensor, Tensor]:
         tokens, targets = zip(*(answer for pair in samples for answer in pair), strict=True)
-        padded = pad_sequence(tokens, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=-100)
-        return padded[0].unflatten(0, (-1, 2)), padded[1].unflatten(0, (-1, 2))
+        inputs = pad_sequence(list(tokens), batch_first=True)
+        padded = pad_sequence(list(targets), batch_first=True, padding_value=-100)
+        pairs = (len(samples), 2, inputs.shape[1])
+        return inputs.view(pairs), padded.view(pairs)
 
     def model(self) -> nn.Module:
         return PolicyAndReference(super().model())
@@ -100,7 +102,7 @@ class DPO(HuggingFace):
     def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return by how much more than the reference the policy prefers the chosen answers."""
         policy, reference = model(*batch)
-        gains = policy - reference
+        gains: Tensor = policy - reference
         return self.beta * (gains[:, 0] - gains[:, 1])
 
     def loss(self, output: Tensor, batch: Any) -> distrib.Loss:

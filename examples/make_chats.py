@@ -15,7 +15,7 @@ def answer(a: int, b: int, total: int) -> dict[str, str]:
     return {"role": "assistant", "content": f"{a} + {b} = {total}."}
 
 
-def write(file: str, rows: list[dict[str, object]]) -> None:
+def write(file: str, rows: list[dict[str, Any]]) -> None:
     with open(file, "w") as out:
         out.writelines(json.dumps(row) + "\n" for row in rows)
 

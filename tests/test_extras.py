@@ -54,6 +54,7 @@ TASK, STREAM = "task.target: this task", "task.train_dataset: a stream (an Itera
         ("torchmetrics", "metrics", "train diabetes.yaml", "task.metrics: a metric"),
         ("transformers", "huggingface", "train llama-tiny.yaml", TASK),
         ("datasets", "huggingface", "train llama-tiny.yaml", TASK),
+        ("peft", "huggingface", "train llama-tiny.yaml task.adapter.type=lora", "task.adapter: an adapter"),
         ("plotly", "compare", "compare runs/a runs/b", "distrib compare"),
         ("jinja2", "compare", "compare runs/a runs/b", "distrib compare"),
         ("torchdata", "streams", "train stream.yaml", STREAM),

@@ -41,6 +41,7 @@ ONLY_IN = {
     "deepspeed": {"strategies/deepspeed_library.py"},
     "datasets": {"data/rows.py", "tasks/pretrained.py"},
     "jinja2": {"monitor/compare/page.py", "tasks/chat_template.py"},
+    "peft": {"tasks/adapters.py"},
     "plotly": {"monitor/compare/page.py"},
     "sklearn": {"tasks/diabetes.py", "tasks/digits.py"},
     "torchdata": {"data/source.py"},

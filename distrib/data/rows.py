@@ -79,7 +79,7 @@ def find_files(files: Any, key: str) -> list[Files]:
     A folder must be one that `Dataset.save_to_disk` wrote. A file's suffix, in any case, decides its kind. A file with
     an unknown suffix is text, and is one row. Raises ConfigError, also if the extra `huggingface` is not installed.
     """
-    require("huggingface", f"{key}: reading rows")
+    require("huggingface", f"{key}: reading rows", "datasets")
     patterns = [files] if isinstance(files, str) else files
     if not isinstance(patterns, list) or not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise ConfigError(f"{key}: {files!r}; give local files: a glob, or a list of them")

@@ -43,6 +43,8 @@ def print_plan(config: Config, strategy: str, plan: RunPlan, optimizer: str, rat
         rows["training samples"] = f"{plan.num_samples:,}"
         rows["steps"] = f"{plan.num_steps:,} = {epochs:.2f} epochs of {plan.num_samples / plan.global_batch_size:.2f}"
     if plan.memory is not None:
+        frozen = f", {plan.memory.frozen:,} frozen" if plan.memory.frozen else ""
+        rows["parameters"] = f"{plan.memory.trained:,} trained{frozen}"
         rows["parameters, a rank"] = f"{plan.memory.parameters:,} bytes"
         rows["gradients, a rank"] = f"{plan.memory.gradients:,} bytes"
         rows["optimizer state, a rank"] = f"{plan.memory.optimizer_state:,} bytes"

@@ -199,6 +199,14 @@ class Stretches(TypedDict):
     stretches: list[Annotated[tuple[str, Count, Count], Field(strict=False)]]
 
 
+class FrozenOf(TypedDict):
+    """`frozen` of a manifest: the parameters that the checkpoint leaves out, and one digest of their values."""
+
+    __pydantic_config__ = _FORM  # type: ignore[misc]
+    names: list[str]
+    sha256: str
+
+
 class Manifest(TypedDict):
     """manifest.json."""
 
@@ -209,6 +217,7 @@ class Manifest(TypedDict):
     files: dict[str, FileOf]
     tensors: dict[str, Stretches]
     tied: dict[str, str]
+    frozen: NotRequired[FrozenOf]
     run: NotRequired[dict[str, str]]
 
 

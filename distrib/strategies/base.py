@@ -22,9 +22,10 @@ from distrib.plan import BatchPlan, Memory
 from distrib.processes.world import World
 from distrib.run_folder import checkpoint
 from distrib.run_folder.checkpoint import Shard, named_state, replicated
+from distrib.run_folder.frozen import FrozenBase
 from distrib.strategies.compile import compile_forwards
 from distrib.strategies.memory import MakeOptimizer, optimizer_state, size_in_bytes
-from distrib.strategies.optimizer_state import fit_state, scales_itself, step_over_zeros, without_rates
+from distrib.strategies.optimizer_state import can_skip, fit_state, scales_itself, step_over_zeros, without_rates
 from distrib.strategies.owners import OnOwners, with_owners
 from distrib.strategies.parameters import GradientWatch, trainable
 from distrib.strategies.step_sums import AllReducedSums, SumsOfWindow
@@ -102,6 +103,7 @@ class Strategy:
         `make_optimizer`: none if the model is only evaluated.
         """
         self.module = self.model = self.evaluation_model = module
+        self.frozen = FrozenBase.of(module, self.world)
         self.sums = AllReducedSums(self.world)
         self.compiled: list[nn.Module] = []
         if make_optimizer is None:
@@ -155,17 +157,10 @@ class Strategy:
 
     @property
     def can_update_on_device(self) -> bool:
-        """Can `update` take a factor that only the device knows?
-
-        No if gradients lie elsewhere (offloaded), or if torch's SGD has no momentum yet: it would keep whatever lay in
-        memory if that update were skipped (seen).
-        """
+        """Can `update` take a factor that only the device knows? No if gradients lie elsewhere (offloaded)."""
         if self.optimizer is None or not self._scales or self._parameters[0].device.type != self.world.device.type:
             return False
-        if not any(group.get("momentum") for group in self.optimizer.param_groups):
-            return True
-        state = self.optimizer.state
-        return all(state[p].get("momentum_buffer") is not None for p in self._parameters if p.grad is not None)
+        return can_skip(self.optimizer, self._parameters)
 
     def update(self, factor: Number, max_grad_norm: float | None) -> Number:
         """Multiply the gradient by `factor`, clip it, update. Returns the norm before clipping.
@@ -208,10 +203,11 @@ class Strategy:
     def shards(self) -> dict[str, Shard]:
         """Return what this rank holds of parameters, buffers and optimizer state, by the checkpoint's names.
 
-        They are views: what is written into them is in the model and the optimizer.
+        They are views: what is written into them is in the model and the optimizer. Not those of a frozen base.
         """
         named, _ = named_state(self.module)
-        result = {f"model.{name}": self.shard_of(tensor) for name, tensor in named.items()}
+        left_out = set() if self.frozen is None else set(self.frozen.names(self.module))
+        result = {f"model.{name}": self.shard_of(tensor) for name, tensor in named.items() if name not in left_out}
         for name, state, shard in self._states():
             for key, value in state.items():
                 if isinstance(value, Tensor) and (own := shard(value)) is not None:
@@ -234,20 +230,18 @@ class Strategy:
         """Load a checkpoint, whichever strategy wrote it. Without an optimizer only the weights.
 
         `reset_optimizer`: leave the optimizer's state as it is. Raises MismatchError if the checkpoint is of another
-        model or optimizer.
+        model or optimizer, or over another frozen base.
         """
-        if reset_optimizer:
-            weights = {name: shard for name, shard in self.shards().items() if name.startswith("model.")}
-            checkpoint.load(path, manifest, weights)
-            return
-        kept = {*manifest["tensors"], *manifest["numbers"]}
-        if self.optimizer is not None and (manifest["applied"] or any(name.startswith("optimizer.") for name in kept)):
-            with without_rates(self.optimizer):
+        kept, optimizer = {*manifest["tensors"], *manifest["numbers"]}, None if reset_optimizer else self.optimizer
+        if optimizer is not None and (manifest["applied"] or any(name.startswith("optimizer.") for name in kept)):
+            with without_rates(optimizer):
                 self.make_optimizer_state()
             elsewhere = {name for owners in self._owners for name in owners.elsewhere()}
             trained = [name for name, _ in trainable(self.module) if name not in elsewhere]
             fit_state(path, manifest, trained, list(self._states()))
-        checkpoint.load(path, manifest, self.shards())
+        shards = (self.frozen or FrozenBase({})).loaded(path, manifest, self.module, self.shards())
+        weights_only = {name: shard for name, shard in shards.items() if name.startswith("model.")}
+        checkpoint.load(path, manifest, weights_only if reset_optimizer else shards)
 
     def shard_of(self, tensor: Tensor) -> Shard:
         """Return what this rank holds of a parameter, a buffer, or a tensor of a parameter's optimizer state."""

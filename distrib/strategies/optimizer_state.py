@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distrib.errors import MismatchError
@@ -39,6 +39,17 @@ def scales_itself(optimizer: Any) -> bool:
     )
 
 
+def can_skip(optimizer: Optimizer, parameters: list[nn.Parameter]) -> bool:
+    """Return whether an update that is skipped on the device changes nothing.
+
+    No if torch's SGD has no momentum yet: it would keep whatever lay in memory (seen).
+    """
+    if not any(group.get("momentum") for group in optimizer.param_groups):
+        return True
+    state = optimizer.state
+    return all(state[p].get("momentum_buffer") is not None for p in parameters if p.grad is not None)
+
+
 @contextmanager
 def without_rates(optimizer: Optimizer) -> Iterator[None]:
     """Return a context in which all learning rates are 0."""
@@ -64,9 +75,9 @@ def fit_state(
     path: Path, manifest: dict[str, Any], trained: list[str], states: list[tuple[str, dict[str, Any], Any]]
 ) -> None:
     """Let the optimizer's state have what the checkpoint has: take its numbers, and drop what a parameter has not got
-    yet, because it had no gradient. The tensors are loaded later. Raises MismatchError as `_require_same`."""
+    yet, because it had no gradient. The tensors are loaded later. Raises MismatchError as `require_same_state`."""
     kept = {*manifest["tensors"], *manifest["numbers"]}
-    _require_same(path, kept, trained, states)
+    require_same_state(path, kept, trained, states)
     for name, state, _ in states:
         for key in list(state):
             entry = f"optimizer.{key}.{name}"
@@ -76,7 +87,7 @@ def fit_state(
                 del state[key]
 
 
-def _require_same(
+def require_same_state(
     path: Path, kept: set[str], trained: list[str], states: Iterable[tuple[str, dict[str, Any], Any]]
 ) -> None:
     """Raise MismatchError if the optimizer's state for a parameter has other keys than the checkpoint's.

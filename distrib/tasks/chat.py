@@ -46,6 +46,7 @@ class Chat(NextToken, HuggingFace):
         truncation: str = "right",
         context_length: int = 512,
         packing: bool = True,
+        adapter: dict[str, Any] | None = None,
     ) -> None:
         if not isinstance(packing, bool):
             raise ConfigError(f"task.packing: {packing!r}; give true or false")
@@ -61,7 +62,7 @@ class Chat(NextToken, HuggingFace):
         else:
             columns = named_columns(messages_column=messages_column)
         types = (str, list) if self.pair else (list,)
-        super().__init__(model, files, eval_files, tokenizer, context_length, dict.fromkeys(columns, types))
+        super().__init__(model, files, eval_files, tokenizer, context_length, dict.fromkeys(columns, types), adapter)
         if self.tokenizer.eos_token_id is None:
             raise ConfigError("task.tokenizer: it has no eos_token, with which an answer ends; give one that has it")
         if chat_template is not None:

@@ -17,7 +17,7 @@ from distrib.data.packing import Encoded, pack
 from distrib.data.rows import Columns, Row, find_files
 from distrib.errors import ConfigError
 from distrib.task import Loss, Task
-from distrib.tasks import pretrained
+from distrib.tasks import adapters, pretrained
 from distrib.tasks.next_token import NextToken
 
 
@@ -27,10 +27,12 @@ class HuggingFace(Task):
     `model`: the folder of a pretrained model; or, for random initial weights, a config: a mapping with its
     `model_type`, or the path of a config.json. `tokenizer`: a folder (default: the model's), or `bytes`. `files`: globs
     of json, jsonl, csv, tsv, parquet, arrow and text files, or a folder that `Dataset.save_to_disk` wrote.
-    `eval_files`: likewise; if None, one row in 20 is held out, chosen by its hash.
+    `eval_files`: likewise; if None, one row in 20 is held out, chosen by its hash. `adapter`: trained instead of the
+    model, see `adapters.with_adapter`.
     """
 
     auto_class: str  # name of a class of transformers
+    adapter_task: str  # peft's name of the task
     masked = False  # whether `_encode` returns masks
     new_head = False  # whether a pretrained model without a head gets a new, random one
 
@@ -42,11 +44,13 @@ class HuggingFace(Task):
         tokenizer: str | None,
         context_length: int,
         columns: Columns,
+        adapter: dict[str, Any] | None = None,
     ) -> None:
         """`columns`: the columns to read, each with its allowed types. Raises ConfigError."""
         if isinstance(context_length, bool) or not isinstance(context_length, int) or context_length < 2:
             raise ConfigError(f"task.context_length: {context_length!r}; give a whole number, 2 or more")
         pretrained.require_installed()
+        self.adapter = None if adapter is None else adapters.checked(adapter, self.adapter_task)
         self.files, self.eval_files, self.context_length, self.columns = files, eval_files, context_length, columns
         self.config, self.folder = pretrained.find_config(model)
         self.tokenizer = pretrained.find_tokenizer(tokenizer, self.folder)
@@ -54,14 +58,7 @@ class HuggingFace(Task):
             own = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
             for name, value in {"vocab_size": len(self.tokenizer), **own}.items():
                 setattr(self._text_config, name, model.get(name, value))
-        if len(self.tokenizer) > self._text_config.vocab_size:
-            raise ConfigError(
-                f"task.tokenizer: it has {len(self.tokenizer)} tokens, the model has {self._text_config.vocab_size}; "
-                "give the model's own tokenizer"
-            )
-        longest = getattr(self._text_config, "max_position_embeddings", None)
-        if longest is not None and context_length > longest:
-            raise ConfigError(f"task.context_length: {context_length}; the model has {longest} positions, give no more")
+        pretrained.require_sizes(self._text_config, self.tokenizer, context_length)
 
     @property
     def _text_config(self) -> Any:
@@ -93,7 +90,10 @@ class HuggingFace(Task):
         return samples if len(samples) or self.eval_files is not None else None  # type: ignore[arg-type]
 
     def model(self) -> nn.Module:
-        return pretrained.build(self._auto_class, self.config, self.folder, self.new_head)
+        model = pretrained.build(self._auto_class, self.config, self.folder, self.new_head)
+        if next(model.parameters()).device.type != "meta":
+            self._require_fit(model)
+        return model if self.adapter is None else adapters.with_adapter(model, self.adapter, self.adapter_task)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Apply weight decay to matrices and embeddings, not to biases and normalisation weights."""
@@ -102,6 +102,9 @@ class HuggingFace(Task):
     def export(self, weights: dict[str, Tensor], folder: Path) -> None:
         """Write a folder that `from_pretrained` reads, with weights, config and tokenizer."""
         pretrained.export(self._auto_class, self.config, self.tokenizer, self.folder, weights, folder)
+
+    def _require_fit(self, model: nn.Module) -> None:
+        """Raise ConfigError if the model cannot be trained on the samples."""
 
     def _settings(self) -> dict[str, Any]:
         """Return the settings besides the tokenizer that `_encode` depends on."""
@@ -137,6 +140,7 @@ class CausalLM(NextToken, HuggingFace):
         prompt_column: str | None = None,
         context_length: int = 512,
         packing: bool = True,
+        adapter: dict[str, Any] | None = None,
     ) -> None:
         if not isinstance(packing, bool):
             raise ConfigError(f"task.packing: {packing!r}; give true or false")
@@ -144,7 +148,7 @@ class CausalLM(NextToken, HuggingFace):
         self._prompts_too_long = 0  # rows, counted while they are packed
         prompt = {} if prompt_column is None else {"prompt_column": prompt_column}
         columns: Columns = dict.fromkeys(named_columns(**prompt, text_column=text_column), (str,))
-        super().__init__(model, files, eval_files, tokenizer, context_length, columns)
+        super().__init__(model, files, eval_files, tokenizer, context_length, columns, adapter)
         if self.tokenizer.eos_token_id is None:
             raise ConfigError("task.tokenizer: it has no eos_token to end a document with; give one that has it")
         self._special_tokens = pretrained.SpecialTokens(self.tokenizer)
@@ -187,7 +191,7 @@ class SequenceClassification(HuggingFace):
     or a number from 0. Texts are truncated to `context_length` tokens.
     """
 
-    auto_class = "AutoModelForSequenceClassification"
+    auto_class, adapter_task = "AutoModelForSequenceClassification", "SEQ_CLS"
     new_head = True
 
     def __init__(
@@ -200,11 +204,12 @@ class SequenceClassification(HuggingFace):
         text_column: str = "text",
         label_column: str = "label",
         context_length: int = 512,
+        adapter: dict[str, Any] | None = None,
     ) -> None:
         self.text_column, self.label_column = text_column, label_column
         text, label = named_columns(text_column=text_column, label_column=label_column)
         columns: Columns = {label: (str, int), text: (str,)}
-        super().__init__(model, files, eval_files, tokenizer, context_length, columns)
+        super().__init__(model, files, eval_files, tokenizer, context_length, columns, adapter)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if self.tokenizer.pad_token is None:

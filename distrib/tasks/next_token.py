@@ -11,14 +11,11 @@ from distrib.tasks import pretrained
 class NextToken(Task):
     """A base class to name before `HuggingFace`. Batches have `input_ids`, `position_ids` and `targets`."""
 
-    auto_class = "AutoModelForCausalLM"
+    auto_class, adapter_task = "AutoModelForCausalLM", "CAUSAL_LM"
     packing: bool  # whether a window may hold several documents, which do not attend to each other
 
-    def model(self) -> nn.Module:
-        model = super().model()
-        if next(model.parameters()).device.type != "meta":
-            pretrained.require_order(model, self.packing)
-        return model
+    def _require_fit(self, model: nn.Module) -> None:
+        pretrained.require_order(model, self.packing)
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         positions = {"position_ids": batch["position_ids"]} if self.packing else {}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from distrib.errors import ConfigError, did_you_mean
 from distrib.extras import require
+from distrib.run_folder.checkpoint import named_state
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 _ROUNDING = 1e-3  # largest difference of logits by rounding; if documents attend to each other, it is 1e-2 or more
@@ -29,7 +30,7 @@ _ROUNDING = 1e-3  # largest difference of logits by rounding; if documents atten
 
 def require_installed() -> None:
     """Check that the extra is installed, and keep its libraries quiet. Raises ConfigError."""
-    require("huggingface", "task.target: this task")
+    require("huggingface", "task.target: this task", "datasets", "tokenizers", "transformers")
     import datasets
     import transformers
 
@@ -116,6 +117,18 @@ def find_tokenizer(tokenizer: Any, model_folder: Path | None) -> Any:
     _require_folder(path, "task.tokenizer", "tokenizer_config.json")
     with refused("task.tokenizer"):
         return AutoTokenizer.from_pretrained(path, **_LOCAL)
+
+
+def require_sizes(config: Any, tokenizer: Any, context_length: int) -> None:
+    """Raise ConfigError if the model has too few tokens or positions. `config`: of the part with the vocabulary."""
+    if len(tokenizer) > config.vocab_size:
+        raise ConfigError(
+            f"task.tokenizer: it has {len(tokenizer)} tokens, the model has {config.vocab_size}; give the model's own "
+            "tokenizer"
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and context_length > longest:
+        raise ConfigError(f"task.context_length: {context_length}; the model has {longest} positions, give no more")
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -214,6 +227,10 @@ def export(
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     with torch.device("meta"), refused("task.model"):
         model = auto_class.from_config(copy.deepcopy(config), dtype=torch.float32)
+        if any(not torch.equal(weights[name], weights[first]) for name, first in named_state(model)[1].items()):
+            config = copy.deepcopy(config)  # an adapter has changed one of two tied weights
+            config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
+            model = auto_class.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder, state_dict=weights)
     generation = "generation_config.json"
     if source is not None and (source / generation).exists():

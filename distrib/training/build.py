@@ -203,7 +203,9 @@ def model_on_meta(
 def memory(module: nn.Module, task: Task, strategy: Strategy, make_optimizer: MakeOptimizer) -> Memory:
     """Return the bytes that a rank holds of a module. Raises ConfigError if the strategy cannot train it."""
     strategy.check_model(module, method_of(task, "blocks")(module))
-    found = strategy.memory(module, make_optimizer)
+    trained = sum(parameter.numel() for _, parameter in trainable(module))
+    frozen = sum(parameter.numel() for parameter in module.parameters()) - trained
+    found = replace(strategy.memory(module, make_optimizer), trained=trained, frozen=frozen)
     if strategy.config.train.ema is None:
         return found
     shards = strategy.largest_shards(module).values()

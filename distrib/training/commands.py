@@ -21,10 +21,10 @@ from distrib.monitor.progress import format_metrics
 from distrib.optim_groups import own_factors
 from distrib.plan import RunPlan
 from distrib.processes.world import World
-from distrib.run_folder import verify
+from distrib.run_folder import frozen, verify
 from distrib.run_folder.checkpoint import averaged
 from distrib.run_folder.earlier_starts import where_it_began
-from distrib.run_folder.export import export
+from distrib.run_folder.export import export, export_over
 from distrib.run_folder.folder import RunDir
 from distrib.run_folder.identity import data_changes
 from distrib.run_folder.initial_weights import compare
@@ -33,6 +33,7 @@ from distrib.run_folder.resume import ResumePoint, chosen
 from distrib.strategies import registry
 from distrib.targets import find
 from distrib.task import Task, method_of, own_method
+from distrib.tasks import adapters
 from distrib.tracebacks import is_ours
 from distrib.training import build, freezing
 from distrib.training.engine import Engine
@@ -204,16 +205,37 @@ def _check_data(run: RunDir, training_set: _TrainingSet) -> str:
     return "data as at the run's start"
 
 
-def export_run(run_dir: str | Path, out: Path, which: str = "newest", weights: str = "model") -> None:
+def export_run(
+    run_dir: str | Path, out: Path, which: str = "newest", weights: str = "model", merged: bool = False
+) -> None:
     """Write the weights of a run's checkpoint to `out` in the form that its task gives them, and name the files.
 
-    `weights`: model, or ema for their average. Raises RunDirError, ConfigError and CheckpointError.
+    A run with an adapter is written as peft's own files, or `merged` as whole weights. `weights`: model, or ema for
+    their average. Raises RunDirError, ConfigError and CheckpointError.
     """
     run, folder, ema = RunDir(Path(run_dir).absolute()), out.absolute(), _is_average(weights)
     with where_it_began(run):
-        task = _exporter(run.read_config())
-        for file in export(_chosen(run, World(), which).path, folder, task, ema):
+        config, found = run.read_config(), _chosen(run, World(), which)
+        if frozen.KEY in found.manifest:
+            files = _export_adapter(config, found.path, folder, ema, merged)
+        elif merged:
+            raise ConfigError(f"--merged: {found.path} is of a run without an adapter, so leave --merged out")
+        else:
+            files = export(found.path, folder, _exporter(config), ema)
+        for file in files:
             print(out / file.relative_to(folder))
+
+
+def _export_adapter(config: Config, path: Path, folder: Path, ema: bool, merged: bool) -> list[Path]:
+    """Build the base model again, because the checkpoint has only what was trained."""
+    if config.task is None:
+        raise ConfigError(
+            f"{path}: has an adapter alone; the base model is from the task, which was given in Python, so the run's "
+            "config does not name it"
+        )
+    task = build.task(config)
+    module = build.model(task, config)
+    return export_over(module, path, folder, adapters.exporter(module, task, merged), ema)
 
 
 def _is_average(weights: str) -> bool:

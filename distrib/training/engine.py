@@ -197,12 +197,13 @@ class Engine:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint's manifest holds in addition to the shards."""
-        scale = self.loss_scale
+        scale, frozen = self.loss_scale, self.strategy.frozen
         _, tied = named_state(self.module)
         return {
             "loss_scale": None if scale is None else {"value": scale.value, "updates": scale.updates},
             "numbers": self.strategy.numbers(),
             "tied": tied,
+            **({} if frozen is None else frozen.record(self.module)),
         }
 
     def shards(self) -> dict[str, Shard]:

@@ -88,6 +88,11 @@ UNFREEZE_AT = 7
 FROZEN = ("1.*", "2.0.*")
 OWN_SCHEDULE = {"match": "*.bias", "lr": 0.1, "schedule": [{"name": "warmup", "steps": 3}, {"name": "cosine"}]}
 
+# test_adapted
+ADAPTED = ("auto", "zero2", "zero3", "fsdp2")
+ADAPTERS: dict[str, dict[str, Any]] = {"usual": {}, "dropout": {"dropout": 0.2}, "bf16": {"base_dtype": "bf16"}}
+ADAPTED_STEPS = {"usual": 30, "dropout": 8, "bf16": 6}
+
 # test_verdicts and test_strategies
 STEPS = 40
 FEW, EVERY = 12, 5
@@ -123,6 +128,7 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         found.update({f"precision-{name}": _config(STEPS, mixed_precision=name) for name in PRECISIONS})
     if world == 2:
         found.update(_strategy_cases())
+        found.update(_adapted_cases())
     if world in SHARDED_WORLDS:
         found.update(_scheduled_cases())
         grouped = GROUPED if world == 2 else [pair for pair in GROUPED if pair[0] == "auto"]
@@ -158,6 +164,7 @@ def resumed(world: int) -> list[str]:
             *(f"{name}-classes" for name in ("auto", *SHARDED)),
             *(f"{name}-{groups}" for groups in OWNED for name in CUT),
             *(f"{name}-unfrozen" for name in ("auto", *SHARDED)),
+            *(f"adapted-dropout-{name}" for name in ADAPTED),
             *("ddp-static", "stream-0", "stream-2", "buffers-ddp", "buffers-zero1", "buffers-fsdp2"),
             *("bitwise-formats", "zero2-formats", "fsdp2-formats"),
             *(f"init-{name}" for name in ("ddp", "zero2", "zero3", "fsdp2")),
@@ -239,6 +246,20 @@ def _ema_cases(world: int) -> dict[str, dict[str, Any]]:
             {f"ema-late-{name}": {**found["ema-late-auto"], "strategy": OPTIONS[name]} for name in EMA_OPTIONS}
         )
     return found
+
+
+def adapted(how: str, strategy: str) -> dict[str, Any]:
+    """Return a run that trains an adapter, and no other parameters."""
+    return {
+        **_config(ADAPTED_STEPS[how], {"target": "adapted:Adapted", **ADAPTERS[how]}, {"name": strategy}),
+        "optim": {"name": "adamw", "lr": 0.01, "weight_decay": 0.1},
+        "checkpoint": {"every_steps": EVERY if how == "dropout" else 0},
+    }
+
+
+def _adapted_cases() -> dict[str, dict[str, Any]]:
+    wanted = {"usual": ADAPTED, "dropout": ADAPTED, "bf16": ("auto", "zero3", "fsdp2")}
+    return {f"adapted-{how}-{name}": adapted(how, name) for how, names in wanted.items() for name in names}
 
 
 def _initial_cases(world: int) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import initial
 import torch
+from adapted import Adapted
 from cases import EVERY, HSDP, LATE_WORLDS, SHARDED_WORLDS, cases, moved, resumed
 from conftest import interrupted
 from own_loops import run_own_loops
@@ -112,6 +113,25 @@ def memory(world: World) -> dict[str, dict[str, int]]:
         del trained
         gc.collect()
     return found
+
+
+def frozen_bytes(world: World) -> dict[str, int]:
+    """Return the bytes that this rank holds of the frozen parameters under an adapter."""
+    found = {}
+    for strategy in ("ddp", "zero3", "fsdp2"):
+        for dtype in (None, "bf16"):
+            options = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10**6}}
+            section = {"name": strategy, **({"deepspeed": options} if strategy == "zero3" else {})}
+            config = Config.from_dict({"train": {"steps": 1}, "strategy": section, "data": _data(world)})
+            trained = engine(Adapted(base_dtype=dtype), config, world, training=True)
+            frozen = [parameter for parameter in trained.module.parameters() if not parameter.requires_grad]
+            found[f"{strategy}-{dtype or 'fp32'}"] = storage_bytes([held(parameter) for parameter in frozen])
+    return found
+
+
+def held(parameter: Any) -> Tensor:
+    """Return what this rank holds of a parameter: all, or a shard."""
+    return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else local(parameter)
 
 
 class Calls(TorchDispatchMode):
@@ -271,6 +291,7 @@ def main() -> None:
         results["bytes_read"] = bytes_read(world)
     if world.world_size == 2:
         results["gathers"] = gathers(world)
+        results["frozen_bytes"] = frozen_bytes(world)
     if world.world_size in LATE_WORLDS:
         results["late"] = late(world)
     (folder / f"rank-{world.rank}.json").write_text(json.dumps(results))
