@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import distrib
-from distrib.data.rows import Columns, Row, RowError, encoded_rows, find_files
+from distrib.data import Columns, Row, RowError, encoded_rows, find_files
 from distrib.tasks.chat_template import ChatTemplate
 from distrib.tasks.hugging_face import HuggingFace
 

@@ -3,6 +3,7 @@ held-out.jsonl: python make_chats.py [COUNT]"""
 
 import json
 import sys
+from typing import Any
 
 import numpy as np
 

@@ -36,12 +36,6 @@ _PEAKS = {
 }
 
 
-def seconds(engine: "Engine", step: int) -> dict[str, float]:
-    """Return the time of a step's parts, and at each EVERY_STEPS-th step of this process what `sampled` returns."""
-    parts = engine.clock.seconds()
-    return {**parts, **sampled(engine)} if step % EVERY_STEPS == 1 else parts
-
-
 def sampled(engine: "Engine") -> dict[str, float]:
     """Return this rank's `peak_memory` in bytes (on a CPU: of the process), and `communication_seconds`, the time spent
     on reducing gradients, if the strategy measures it."""

@@ -162,13 +162,10 @@ class Trainer:
         self.strategy.wrap(self.module, self.blocks, self.make_optimizer)
         if self.strategy.optimizer is None:
             raise ConfigError(f"strategy.name: {self.strategy.name}: its wrap made no optimizer; call use_optimizer")
-        engine = self.engine = build.engine(
-            self.strategy, self.config, self.run_log.warn, lambda: self.preemption.asked
-        )
-        if self.ignored_keys:
-            self.run_log.warn(self.ignored_keys)
-        for doubt in self.plan.doubts(self.config):
-            self.run_log.warn(doubt)
+        warn = self.run_log.warn
+        engine = self.engine = build.engine(self.strategy, self.config, warn, lambda: self.preemption.asked)
+        for doubt in [*self.plan.doubts(self.config), *([self.ignored_keys] if self.ignored_keys else [])]:
+            warn(doubt)
         chain = self._resume(engine, found, reset_optimizer)
         freezing.set_training_mode(self.module, self.config, self.first_step)
         if engine.strategy.learns_from_its_first_backward and 0 < self.first_step < self.plan.num_steps:
@@ -192,7 +189,10 @@ class Trainer:
                 save = self._save_is_due(steps_done)
                 if evaluate or save or stop:
                     step.wait()  # count the wait in this step's time
-                self.step_log.submit(window.step, step, timing.seconds(engine, window.step - self.first_step))
+                seconds = engine.clock.seconds()
+                if (window.step - self.first_step) % timing.EVERY_STEPS == 1:
+                    seconds |= timing.sampled(engine)
+                self.step_log.submit(window.step, step, seconds)
                 if evaluate or save or stop:
                     stop |= self.step_log.flush()
                 if save:  # before the evaluation, so that an error there loses no training

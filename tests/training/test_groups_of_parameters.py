@@ -101,7 +101,8 @@ def test_explain_counts_the_state_of_the_fullest_owner(strategy: str) -> None:
     )
     task = Wide()
     resolved = registry.resolve(config, World(world_size=2, launcher="distrib"))
-    memory = build.memory(task, resolved, build.optimizer_maker(task, config))
+    make_optimizer = build.optimizer_maker(task, config)
+    memory = build.memory(build.model_on_meta(task, config, make_optimizer), task, resolved, make_optimizer)
     largest, others = 60 * 50, 40 * 60 + 50 * 10  # one rank owns the first, the other rank these
     adamw = 2 * (60 + 50 + 10) // 2 + 3  # two moments of half of the biases, and a step count for each
     if strategy != "fsdp2":
