@@ -102,9 +102,8 @@ class ShardOrder(Order):
         step, rest = divmod(position, self.global_batch_size)
         lane, place = divmod(rest, self.micro_batch_size)
         place += step * self.micro_batch_size
-        begins = self._begins.setdefault(lane, [0])
-        own, empty = len(range(lane, self.size, self.num_lanes)), 0
-        while begins[-1] <= place and empty < own:
+        begins, empty = self._begins.setdefault(lane, [0]), 0
+        while begins[-1] <= place and empty <= self.size:  # more empty shards in a row end the run, see shard_reader
             length = self.lengths.get(self.visit(lane, len(begins) - 1)[1])
             if length is None:
                 break
