@@ -48,8 +48,6 @@ INIT: dict[int, dict[str, str]] = {
     2: {
         "ddp": initial.PICKLE,
         "bitwise": initial.FILE,
-        "zero0": initial.PICKLE,
-        "zero1": initial.FOLDER,
         "zero2": initial.FOLDER,
         "zero3": initial.FILE,
         "fsdp2": initial.PICKLE,
@@ -86,6 +84,7 @@ GROUPS: dict[str, list[dict[str, Any]]] = {
 # test_groups: frozen for some steps, and groups with schedules of their own
 UNFREEZE_AT = 7
 FROZEN = ("1.*", "2.0.*")
+UNFROZEN = ("auto", "zero1", "zero3", "fsdp2")  # on two processes
 OWN_SCHEDULE = {"match": "*.bias", "lr": 0.1, "schedule": [{"name": "warmup", "steps": 3}, {"name": "cosine"}]}
 
 # test_adapted
@@ -134,7 +133,7 @@ def cases(world: int) -> dict[str, dict[str, Any]]:
         grouped = GROUPED if world == 2 else [pair for pair in GROUPED if pair[0] == "auto"]
         found.update({f"{name}-{groups}": _grouped(groups, {"name": name}) for name, groups in grouped})
         found.update(_owned_cases(world))
-        for name in ("auto", *SHARDED) if world == 2 else ("auto",):
+        for name in UNFROZEN if world == 2 else ("auto",):
             found[f"{name}-unfrozen"] = _unfrozen(name)
         found["bitwise-muon"] = _grouped("muon", {}, determinism="bitwise")
         found.update(_ema_cases(world))
@@ -162,8 +161,9 @@ def resumed(world: int) -> list[str]:
             *(f"{name}-{precision}" for name in ("ddp", *SHARDED) for precision in PRECISIONS),
             *(f"ema-late-{name}" for name in ("auto", *SHARDED)),
             *(f"{name}-classes" for name in ("auto", *SHARDED)),
-            *(f"{name}-{groups}" for groups in OWNED for name in CUT),
-            *(f"{name}-unfrozen" for name in ("auto", *SHARDED)),
+            *(f"{name}-muon" for name in CUT),
+            *("zero2-adafactor", "fsdp2-lars"),
+            *(f"{name}-unfrozen" for name in UNFROZEN),
             *(f"adapted-dropout-{name}" for name in ADAPTED),
             *("ddp-static", "stream-0", "stream-2", "buffers-ddp", "buffers-zero1", "buffers-fsdp2"),
             *("bitwise-formats", "zero2-formats", "fsdp2-formats"),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CUT, EVERY, FEW, GROUPED, SHARDED, SHARDED_WORLDS, UNFREEZE_AT
+from cases import CUT, EVERY, FEW, GROUPED, SHARDED, SHARDED_WORLDS, UNFREEZE_AT, UNFROZEN
 from conftest import events, losses, tensors
 from tasks import Masked, plain_loss
 
@@ -136,9 +136,7 @@ def plain_loop_that_unfreezes() -> list[float]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("processes", "strategy"), [(1, "auto"), (4, "auto"), *((2, name) for name in ("auto", *SHARDED))]
-)
+@pytest.mark.parametrize(("processes", "strategy"), [(1, "auto"), (4, "auto"), *((2, name) for name in UNFROZEN)])
 def test_unfreezing_and_schedules_of_groups_equal_a_plain_loop(
     world: Callable[[int], Path], processes: int, strategy: str
 ) -> None:
