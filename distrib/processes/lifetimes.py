@@ -107,8 +107,11 @@ def die_with_parent(parent: int | None = None) -> None:
 def die_with_launcher() -> None:
     """End this process with its launcher, if distrib launch, torchrun or accelerate launch started it.
 
-    A rank calls this before it imports torch, which takes seconds, so that it never outlives a killed launcher.
+    A rank calls this before it imports torch, which takes seconds, so that it never outlives a killed launcher. Under
+    distrib launch, SIGINT then ends it at once and without a traceback, until it handles signals.
     """
     launcher = os.environ.pop(LAUNCHER, None)  # not valid for child processes
+    if launcher is not None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if launcher is not None or "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(None if launcher is None else int(launcher))

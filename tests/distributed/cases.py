@@ -19,7 +19,7 @@ ON = [(count, name) for count in SHARDED_WORLDS for name in ("auto", *SHARDED)] 
 MASKED = {"target": "tasks:Masked"}
 
 # test_parity
-PARITY_STEPS, MICRO = 100, 4
+PARITY_STEPS, MICRO = 60, 4
 WINDOWS = {"sgd": (1, 2, 3, 6), "adamw": (3,)}  # micro-batches a step, on each rank
 SHARDED_WINDOWS = {"sgd": (1,), "adamw": (2,)}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -30,7 +30,7 @@ CLIP = {"sgd": None, "adamw": 0.5}
 
 # test_early_stopping
 STOP: dict[str, Any] = {"patience": 3, "min_delta": 0.01}
-STOP_EVERY = 3
+STOP_EVERY, STOP_STEPS = 3, 100
 
 # test_ema
 EMA_STEPS = 20
@@ -209,7 +209,7 @@ def stop_config(strategy: str) -> dict[str, Any]:
     return {
         **parity_config("adamw", 16, strategy, sums=True),
         "optim": {"name": "adamw", "lr": 0.01, "plateau": {"patience": 0, "factor": 0.5}},
-        "train": {"steps": PARITY_STEPS, "stop": STOP},
+        "train": {"steps": STOP_STEPS, "stop": STOP},
         "eval": {"every_steps": STOP_EVERY},
         "checkpoint": {"every_steps": 0, "keep": 1, "best": {"metric": "eval/right", "mode": "max"}},
     }

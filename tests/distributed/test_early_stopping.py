@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import ON, PARITY_STEPS, STOP, STOP_EVERY
+from cases import ON, STOP, STOP_EVERY, STOP_STEPS
 from conftest import lines, losses
 from tasks import Masked, own_sums, plain_batch, plain_loss
 from torch.nn import functional as F
@@ -29,7 +29,7 @@ def plain() -> tuple[list[float], list[tuple[int, float, int]], list[dict[str, f
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     train_losses, evaluations, own = list[float](), list[tuple[int, float, int]](), list[dict[str, float]]()
     best, lowest, waited = np.inf, np.inf, 0
-    for step in range(PARITY_STEPS):
+    for step in range(STOP_STEPS):
         loss = plain_loss(model, data, step, BATCH, 7)
         with torch.no_grad():
             tokens, targets = plain_batch(data, step, BATCH, 7)
@@ -60,7 +60,7 @@ def plain() -> tuple[list[float], list[tuple[int, float, int]], list[dict[str, f
 @pytest.mark.parametrize(("processes", "strategy"), ON)
 def test_it_stops_as_the_plain_loop_does(world: Callable[[int], Path], processes: int, strategy: str) -> None:
     expected, evaluations, _ = plain()
-    assert STOP_EVERY < len(expected) < PARITY_STEPS
+    assert STOP_EVERY < len(expected) < STOP_STEPS
     run = world(processes) / f"stops-{strategy}"
     np.testing.assert_allclose(losses(run), expected, rtol=1e-5)  # also equally many
     found = lines(run, "evals.jsonl")

@@ -331,10 +331,10 @@ def test_the_command_line(run: Run, tmp_path: Path, work: Path) -> None:
     (tmp_path / "bad.json").write_text(config({**LORA, "target_modules": ["q_prj"]}).model_dump_json())
     for name in ("base", "rows.jsonl"):
         (tmp_path / name).symlink_to(work / name)
+    without = trained(tmp_path / "without", config(None, steps=1))  # packs the rows, which is shown on a line
     said = refused(run("distrib", "train", "bad.json", "--run-dir", "new", XDG_CACHE_HOME=str(work / "cache")))
     assert said == "error: task.adapter.target_modules: 'q_prj' is no module of LlamaForCausalLM, did you mean q_proj?"
     assert not (tmp_path / "new").exists()
-    without = trained(tmp_path / "without", config(None, steps=1))
     said = refused(run("distrib", "export", without, "--out", "out", "--merged"))
     assert said.startswith("error: --merged: ")
     assert said.endswith("is of a run without an adapter, so leave --merged out")
