@@ -3,6 +3,7 @@
 A slow moment of the machine then affects both. The result is the median of the ratios of neighbouring blocks.
 """
 
+import argparse
 import copy
 import cProfile
 import json
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import date
 from itertools import islice
@@ -143,6 +144,34 @@ def measure(script: str, processes: int, target: float, *arguments: str) -> dict
     case["ratio"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
     case["target"] = target
     return case
+
+
+def each_strategy(
+    script: str,
+    run_member: Callable[[Path, str], None],
+    strategies: Sequence[str],
+    processes: int,
+    target: float,
+    results: tuple[str, str, str, str],
+) -> None:
+    """Parse a script's command line, and measure it under each strategy, or under the one that is asked for.
+
+    `run_member`: trains in one process, given the folder for its result and the strategy. `results`: name, title,
+    description and the other loop's name, for `write_results`.
+    """
+    parser = argparse.ArgumentParser(description=results[1])
+    parser.add_argument("--only", choices=strategies, help="print the time under one strategy, and write no results")
+    parser.add_argument("--member", nargs=2, metavar=("FOLDER", "STRATEGY"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.member is not None:
+        run_member(Path(arguments.member[0]), arguments.member[1])
+    elif arguments.only is not None:
+        case = measure(script, processes, target, arguments.only)
+        print(case["medians"], case["ratio"])
+    else:
+        name, title, what, plain = results
+        cases = {strategy: measure(script, processes, target, strategy) for strategy in strategies}
+        write_results(name, title, what, "strategy", plain, cases)
 
 
 def write_results(name: str, title: str, what: str, column: str, plain: str, cases: dict[Any, dict[str, Any]]) -> None:

@@ -5,10 +5,9 @@ python benchmarks/ema.py                 measure, write results/DATE-ema.json an
 python benchmarks/ema.py --only zero2    print the time under one strategy
 """
 
-import argparse
 from pathlib import Path
 
-from alternating import AlternatingTrainer, Loop, OwnLoopWith, measure, write_results
+from alternating import AlternatingTrainer, Loop, OwnLoopWith, each_strategy
 from bitwise import LENGTH, Bytes
 from torch import nn
 
@@ -46,24 +45,13 @@ def run_member(folder: Path, strategy: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="the time a step that averaging the weights takes")
-    parser.add_argument("--only", choices=STRATEGIES, help="print the time under one strategy, and write no results")
-    parser.add_argument("--member", nargs=2, metavar=("FOLDER", "STRATEGY"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.member is not None:
-        run_member(Path(arguments.member[0]), arguments.member[1])
-        return
-    if arguments.only is not None:
-        case = measure(__file__, PROCESSES, TARGET, arguments.only)
-        print(case["medians"], case["ratio"])
-        return
-    cases = {strategy: measure(__file__, PROCESSES, TARGET, strategy) for strategy in STRATEGIES}
     what = (
         f"Next byte of Python's library, transformer of 20 million parameters with AdamW, {LENGTH} bytes a sample, "
         f"global batch {GLOBAL_BATCH_SIZE} on {PROCESSES} processes; the weights are averaged after each step. Medians "
         f"of {BLOCKS} alternating blocks of {STEPS} steps, and of the ratios of neighbouring blocks."
     )
-    write_results("ema", "The price of an average of the weights", what, "strategy", "without", cases)
+    results = ("ema", "The price of an average of the weights", what, "without")
+    each_strategy(__file__, run_member, STRATEGIES, PROCESSES, TARGET, results)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,9 @@ python benchmarks/muon.py                 measure, write results/DATE-muon.json 
 python benchmarks/muon.py --only fsdp2    print the time under one strategy
 """
 
-import argparse
 from pathlib import Path
 
-from alternating import AlternatingTrainer, Loop, OwnLoopWith, measure, write_results
+from alternating import AlternatingTrainer, Loop, OwnLoopWith, each_strategy
 from bitwise import LENGTH, Bytes
 from torch import nn
 
@@ -46,24 +45,13 @@ def run_member(folder: Path, strategy: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="the time of a step with Muon")
-    parser.add_argument("--only", choices=STRATEGIES, help="print the time under one strategy, and write no results")
-    parser.add_argument("--member", nargs=2, metavar=("FOLDER", "STRATEGY"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.member is not None:
-        run_member(Path(arguments.member[0]), arguments.member[1])
-        return
-    if arguments.only is not None:
-        case = measure(__file__, PROCESSES, TARGET, arguments.only)
-        print(case["medians"], case["ratio"])
-        return
-    cases = {strategy: measure(__file__, PROCESSES, TARGET, strategy) for strategy in STRATEGIES}
     what = (
         f"Next byte of Python's library, transformer of 20 million parameters, the matrices of its blocks with Muon "
         f"and the rest with AdamW, {LENGTH} bytes a sample, global batch {GLOBAL_BATCH_SIZE} on {PROCESSES} processes. "
         f"Medians of {BLOCKS} alternating blocks of {STEPS} steps, and of the ratios of neighbouring blocks."
     )
-    write_results("muon", "Muon over shards", what, "strategy", "ddp", cases)
+    results = ("muon", "Muon over shards", what, "ddp")
+    each_strategy(__file__, run_member, STRATEGIES, PROCESSES, TARGET, results)
 
 
 if __name__ == "__main__":

@@ -48,14 +48,13 @@ class Chat(NextToken, HuggingFace):
         packing: bool = True,
         adapter: dict[str, Any] | None = None,
     ) -> None:
-        if not isinstance(packing, bool):
-            raise ConfigError(f"task.packing: {packing!r}; give true or false")
+        self.packing = self._checked_packing(packing)
         for key, value, allowed in (("train_on", train_on, ("answers", "all")), ("truncation", truncation, SIDES)):
             if value not in allowed:
                 raise ConfigError(f"task.{key}: {value!r}; give {' or '.join(allowed)}")
         if template_arguments is not None and not isinstance(template_arguments, dict):
             raise ConfigError(f"task.template_arguments: {template_arguments!r}; give names and values")
-        self.train_on, self.truncation, self.packing = train_on, truncation, packing
+        self.train_on, self.truncation = train_on, truncation
         self.pair = prompt_column is not None or answer_column is not None
         if self.pair:
             columns = named_columns(prompt_column=prompt_column, answer_column=answer_column)

@@ -142,9 +142,8 @@ class CausalLM(NextToken, HuggingFace):
         packing: bool = True,
         adapter: dict[str, Any] | None = None,
     ) -> None:
-        if not isinstance(packing, bool):
-            raise ConfigError(f"task.packing: {packing!r}; give true or false")
-        self.text_column, self.prompt_column, self.packing = text_column, prompt_column, packing
+        self.packing = self._checked_packing(packing)
+        self.text_column, self.prompt_column = text_column, prompt_column
         self._prompts_too_long = 0  # rows, counted while they are packed
         prompt = {} if prompt_column is None else {"prompt_column": prompt_column}
         columns: Columns = dict.fromkeys(named_columns(**prompt, text_column=text_column), (str,))

@@ -1,9 +1,12 @@
 """What tasks that predict the next token of a Hugging Face model share: forward, loss and perplexity."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distrib.data.documents import NOT_COUNTED
+from distrib.errors import ConfigError
 from distrib.task import Loss, Task
 from distrib.tasks import pretrained
 
@@ -13,6 +16,12 @@ class NextToken(Task):
 
     auto_class, adapter_task = "AutoModelForCausalLM", "CAUSAL_LM"
     packing: bool  # whether a window may hold several documents, which do not attend to each other
+
+    @staticmethod
+    def _checked_packing(packing: Any) -> bool:
+        if not isinstance(packing, bool):
+            raise ConfigError(f"task.packing: {packing!r}; give true or false")
+        return packing
 
     def _require_fit(self, model: nn.Module) -> None:
         pretrained.require_order(model, self.packing)

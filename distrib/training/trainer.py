@@ -164,7 +164,7 @@ class Trainer:
             raise ConfigError(f"strategy.name: {self.strategy.name}: its wrap made no optimizer; call use_optimizer")
         warn = self.run_log.warn
         engine = self.engine = build.engine(self.strategy, self.config, warn, lambda: self.preemption.asked)
-        for doubt in [*self.plan.doubts(self.config), *([self.ignored_keys] if self.ignored_keys else [])]:
+        for doubt in filter(None, [self.ignored_keys, *self.plan.doubts(self.config)]):
             warn(doubt)
         chain = self._resume(engine, found, reset_optimizer)
         freezing.set_training_mode(self.module, self.config, self.first_step)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import check_same, interrupted, lines, losses, tensors
-from tasks import Masked
+from tasks import Masked, WithLars
 
 from distrib import Config, Trainer
 from distrib.errors import CheckpointError, ConfigError, RunDirError
@@ -248,30 +248,9 @@ def test_resume_with_any_optimizer(tmp_path: Path, name: str) -> None:
     check_same(fit(interrupted(undisturbed, tmp_path / "run", after=EVERY), optim=optim), undisturbed)
 
 
-class Counting(torch.optim.Optimizer):
-    """Keeps a state that is a number and not a tensor, as some optimizers do."""
-
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    state = self.state[parameter]
-                    state["count"] = state.get("count", 0) + 1
-                    parameter.sub_(parameter.grad * (group["lr"] / state["count"]))
-
-
-class Counted(Masked):
-    def optimizer(self, params: Any) -> torch.optim.Optimizer:
-        return Counting([parameter for _, parameter in params], lr=0.1)
-
-
 def test_resume_with_optimizer_state_that_is_not_a_tensor(tmp_path: Path) -> None:
-    undisturbed = fit(tmp_path / "undisturbed", Counted())
-    run = fit(interrupted(undisturbed, tmp_path / "run", after=EVERY), Counted())
+    undisturbed = fit(tmp_path / "undisturbed", WithLars())
+    run = fit(interrupted(undisturbed, tmp_path / "run", after=EVERY), WithLars())
     check_same(run, undisturbed)
     assert losses(run)[-1] != losses(run)[0]
 
